@@ -1,0 +1,31 @@
+# make demo | make test | make check: each does all the set-up that it needs on a fresh Linux machine with Python 3.11+.
+.PHONY: demo test check format clean
+
+VENV  := .venv
+RUN   := $(VENV)/bin
+PYTHON ?= python3
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+demo: $(VENV)/.ready
+	$(RUN)/recap demo
+
+test: $(VENV)/.ready
+	$(RUN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+
+format: $(VENV)/.ready
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+# uv comes from PATH or, where there is none, from a small environment of its own.
+$(VENV)/.ready: pyproject.toml
+	@command -v uv >/dev/null 2>&1 || test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet 'uv>=0.9'; }
+	PATH="$$PATH:$(CURDIR)/.uv/bin" uv sync --quiet --extra $(EXTRA)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .uv .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Statistics over caption data sets, one SQL question a file."""

@@ -1,0 +1,246 @@
+"""The command line: every command is one library call. stdout carries data, stderr progress.
+
+Exit status: 0 done; 1 some shards failed, each named with its reason; 2 the user must change something; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from builder import run as runs
+from builder.core import Recipe
+from builder.errors import UserError
+from builder.executors import Outcome
+from builder.resolve import resolve
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"recap: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("recap: interrupted; the same command goes on where this one stopped", err=True)
+            sys.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of use
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="recapkit", prog_name="recap")
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def main(verbose: bool) -> None:
+    """Build, measure and publish recaptioned image-text data sets."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("builder").setLevel(logging.DEBUG if verbose else logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_recipe = click.argument("recipe")
+_settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+_limit = click.option("--limit", type=click.IntRange(min=1), help="Only the first N source rows.")
+_run_option = click.option("--run", "run", type=click.Path(path_type=Path, file_okay=False), help="Run directory; runs/<recipe> unless given.")
+_run = click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+_place = click.argument("place", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="RUN|DIR")
+
+
+def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
+    return resolve(recipe, [*settings, f"source.limit={limit}"] if limit else settings)
+
+
+@main.command()
+@_recipe
+@_settings
+@_run_option
+@_limit
+@_as_json
+def build(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | None, as_json: bool) -> None:
+    """Build RECIPE: a name, my_file.py:function or a recipe.json. The same command again goes on where it stopped.
+
+    KEY=VALUE sets a parameter of the recipe, or of a stage: download.timeout_s=5.
+    """
+    resolved = _resolve(recipe, settings, limit)
+    run = run or Path("runs", resolved.name)
+    with shown_progress() as progress:
+        result = runs.build(resolved, run, progress=progress)
+    _print({"run": str(run), "done": result.done, "failed": result.failed}, as_json, f"{run}: {result.done} shards done, {len(result.failed)} failed")
+    for name, reason in result.failed.items():
+        click.echo(f"failed: {name}: {reason}", err=True)
+    if result.failed:
+        click.echo("the same command tries them again", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@_recipe
+@_settings
+@_run_option
+@_limit
+@_as_json
+def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | None, as_json: bool) -> None:
+    """What a build would do, and what is done already. Does nothing."""
+    resolved = _resolve(recipe, settings, limit)
+    run = run or Path("runs", resolved.name)
+    table = [
+        {"stage": name, "shards_done": len(p.shards()), "shards_to_do": sum(t.name != "survey" for t in p.todo), "shards_not_known_yet": p.waiting}
+        for name, p in runs.plan(resolved, run).items()
+    ]
+    _print(table, as_json, _columns(table))
+
+
+@main.command()
+@_run
+@_as_json
+def status(run: Path, as_json: bool) -> None:
+    """Per stage: shards done, rows by status, rate, time left, failures with their reasons."""
+    table = runs.status(run)
+    lines = []
+    for row in table:
+        rows, failed = row["rows"], row["failed"]
+        assert isinstance(rows, dict)
+        assert isinstance(failed, dict)
+        eta = f", about {row['eta_s']} s left" if row["shards_left"] and row["eta_s"] is not None else ""
+        rate = f", {row['rows_per_s']} rows/s" if row["rows_per_s"] else ""
+        lines.append(f"{row['stage']:<10} {row['shards_done']} shards done, {row['shards_left']} left{rate}{eta}")
+        lines += [f"{'':<10} {number:>9,} {name}" for name, number in rows.items()]
+        lines += [f"{'':<10} failed {name}: {reason}" for name, reason in failed.items()]
+    _print(table, as_json, "\n".join(lines))
+
+
+@main.command()
+@_place
+@_as_json
+def stats(place: Path, as_json: bool) -> None:
+    """Statistics of a run or a published version; a run keeps them as stats.json."""
+    from analysis import report
+    from builder.commit import write_atomically
+
+    result = report.stats(place)
+    if (place / "select").is_dir():
+        write_atomically(place / "stats.json", report.to_json(result))
+    _print(result, as_json, stats_table(result))
+
+
+@main.command()
+@_place
+@click.argument("query", required=False)
+@_as_json
+def sql(place: Path, query: str | None, as_json: bool) -> None:
+    """Run QUERY, or standard input, in DuckDB with the views `published` and `ledger`."""
+    import duckdb
+
+    from analysis import report
+
+    with report.connect(place) as con:
+        try:
+            found = con.sql(query or sys.stdin.read())
+            if found is None:
+                return
+            if as_json:
+                click.echo(json.dumps(found.to_arrow_table().to_pylist(), ensure_ascii=False, default=str))
+            else:
+                found.show(max_width=200)
+        except duckdb.Error as error:
+            raise UserError(str(error).strip(), "the views are published and ledger: recap sql RUN 'describe published'") from error
+
+
+@main.command()
+@_run
+def card(run: Path) -> None:
+    """Write the card and its plots into RUN/card, as `publish` would."""
+    from builder.publish import preview_card
+
+    click.echo(preview_card(run))
+
+
+@main.command()
+@_run
+@click.argument("target", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
+@click.option("--dry-run", is_flag=True, help="Put it together and verify it, but do not publish.")
+@_as_json
+def publish(run: Path, target: Path, version: str, dry_run: bool, as_json: bool) -> None:
+    """Publish a finished run as TARGET/v<version>."""
+    from builder.publish import publish as publish_run
+
+    if "://" in str(target):
+        raise UserError(f"{target}: only folders can be targets so far", "name a folder: recap publish RUN FOLDER --version 0.1.0")
+    result = publish_run(run, target, version, dry_run=dry_run)
+    said = "would be published" if dry_run else "published" if result.new else "is there already, byte for byte; nothing to do"
+    _print({"folder": str(result.folder), "rows": result.rows, "new": result.new}, as_json, f"{result.folder}: {result.rows} rows, {said}")
+
+
+@main.command()
+@click.option("--rows", default=2000, show_default=True, type=click.IntRange(min=1))
+@click.option("--port", default=8642, show_default=True, help="Of the small web on 127.0.0.1.")
+@click.option("--run", "run", default="runs/demo", show_default=True, type=click.Path(path_type=Path, file_okay=False))
+def demo(rows: int, port: int, run: Path) -> None:
+    """The whole line on the embedded default: serve, build, measure, publish, load back."""
+    from recipes.demo.demo import demo as run_demo
+
+    with shown_progress() as progress:
+        code = run_demo(run, rows=rows, port=port, progress=progress)
+    sys.exit(code)
+
+
+def _print(data: Any, as_json: bool, text: str) -> None:
+    click.echo(json.dumps(data, indent=1, ensure_ascii=False, default=str) if as_json else text)
+
+
+def _columns(table: list[dict[str, Any]]) -> str:
+    lines = [list(table[0]), *([str(value) for value in row.values()] for row in table)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def stats_table(report: dict[str, Any]) -> str:
+    from analysis.report import table
+
+    return _columns([{"": label, "original": original, "recaption": new} for label, original, new in table(report)])
+
+
+class shown_progress:
+    """One bar on a terminal, one line per finished shard in a log."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[None] | None = None
+        self.stage = ""
+
+    def __enter__(self) -> Callable[[runs.StagePlan, Outcome], None]:
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, plan: runs.StagePlan, outcome: Outcome) -> None:
+        name = plan.stage.name
+        if sys.stderr.isatty():
+            if self.bar is None or self.stage != name:
+                self.__exit__()
+                total = len(plan.done) + len(plan.todo) + plan.waiting
+                self.bar, self.stage = tqdm(total=total, initial=len(plan.done), desc=name, unit="shard"), name
+            self.bar.update(1)
+        elif outcome.record:
+            rows = ", ".join(f"{number} {status}" for status, number in outcome.record.rows.items())
+            click.echo(f"{name} {outcome.task.name}: {rows} ({outcome.record.seconds:.1f} s)", err=True)
+        else:
+            click.echo(f"{name} {outcome.task.name}: failed: {outcome.error}", err=True)
+
+
+if __name__ == "__main__":
+    main()

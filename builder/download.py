@@ -1,0 +1,298 @@
+"""download: URLs -> images in `<shard>.tar`, and one row for every URL with what became of it.
+
+Reads   source.
+Writes  `<shard>.tar` in img2dataset's webdataset layout (jpg, txt, json per sample, in row order);
+        `<shard>.parquet` with the columns of `SCHEMA`.
+Survey  no uid may occur twice in the whole run.
+
+Resizing, face blurring, X-Robots-Tag and the tar layout are img2dataset's. Ours is the fetching: one deadline for a URL
+that a dripping server cannot stretch, retries with back-off, no connection to an address that is not public, limits on
+bytes and pixels before decoding, and a status with a reason for every URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import ipaddress
+import json
+import os
+import random
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import aiohttp
+import duckdb
+import pyarrow as pa
+import yarl
+from PIL import Image
+
+from builder.core import Json, Stage, Status, Task, Work, read_rows, write_parquet
+from builder.errors import InputError
+
+SCHEMA = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("url", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("key", pa.string()),  # img2dataset's: a position in this download, not an identity
+        ("image_sha256", pa.string()),  # measured, of the bytes as served
+        ("image_width", pa.int32()),  # of the image as served
+        ("image_height", pa.int32()),
+        ("width", pa.int32()),  # of the image in the tar
+        ("height", pa.int32()),
+    ]
+)
+USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1; +https://pypi.org/project/recapkit)"
+NOT_PUBLIC = "not a public address"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download(Stage):
+    """How URLs become images. `timeout_s` covers everything about one URL: DNS, redirects, retries and the body."""
+
+    name: ClassVar[str] = "download"
+    reads: ClassVar[tuple[str, ...]] = ("source",)
+    surveys: ClassVar[tuple[str, ...]] = ("source",)
+    libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "img2dataset", "aiohttp", "webdataset", "opencv-python-headless")
+
+    image_px: int = 512
+    resize_mode: str = "keep_ratio_largest"  # img2dataset's names
+    resize_only_if_bigger: bool = True
+    encode_quality: int = 95
+    blur_faces: bool = True  # where the metadata has face_bboxes
+    verify_sha256: bool = True  # another image than the metadata's is hash_mismatch; off: kept under its measured hash
+    timeout_s: float = 20.0
+    retries: int = 2
+    max_bytes: int = 50_000_000
+    max_pixels: int = 100_000_000
+    allow_private: tuple[str, ...] = ()  # networks that may be connected to though they are not public, for example 127.0.0.1/32
+    disallowed_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    user_agent_token: str = "recapkit"
+    concurrency: int = 64  # URLs in flight per worker
+    workers: int | None = None  # processes; one per core unless given
+
+    def settings(self) -> dict[str, Json]:
+        settings = super().settings()
+        del settings["concurrency"]
+        return settings
+
+    def num_workers(self) -> int:
+        return self.workers or os.cpu_count() or 1
+
+    def survey(self, task: Task) -> Mapping[str, int]:
+        files = [str(path) for path in task.all_inputs("source")]
+        with duckdb.connect(config={"temp_directory": str(task.folder)}) as con:
+            ((rows,),) = con.sql("select count(*) from read_parquet(?)", params=[files]).fetchall()
+            twice = con.sql(
+                "select uid, min((shard, row)), max((shard, row)) from read_parquet(?) group by uid having count(*) > 1 limit 1", params=[files]
+            ).fetchall()
+        for uid, first, last in twice:
+            raise InputError(
+                f"uid {uid} occurs twice: shard {first[0]} row {first[1]} and shard {last[0]} row {last[1]}; it must identify one row",
+                "remove the repeated rows: duckdb -c \"copy (select distinct on (uid) * from 'in.parquet') to 'out.parquet'\"",
+            )
+        return {"rows": rows}
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        Image.MAX_IMAGE_PIXELS = None  # ours is the limit
+        fetcher = _Fetcher(self)
+        with asyncio.Runner() as runner, ThreadPoolExecutor(1) as decoder, ThreadPoolExecutor(self.concurrency) as resolver:
+            runner.get_loop().set_default_executor(resolver)  # asyncio resolves names there
+
+            def work(task: Task) -> Mapping[str, int]:
+                rows = list(read_rows(task.input("source")))
+                with tempfile.TemporaryFile(dir=task.folder) as spool:  # images in the order of arrival
+                    done = runner.run(fetcher.fetch_all(rows, spool, decoder))
+                    return _write(task, rows, done, spool)
+
+            yield work
+
+
+@dataclass
+class _Image:
+    """What became of one URL."""
+
+    status: Status
+    error: str | None = None
+    sha256: str | None = None
+    served_size: tuple[int | None, int | None] = (None, None)
+    size: tuple[int | None, int | None] = (None, None)
+    span: tuple[int, int] = (0, 0)  # place in the spool
+
+
+class _Fetcher:
+    def __init__(self, settings: Download) -> None:
+        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's blurring would ask the network for news
+        from img2dataset.blurrer import BoundingBoxBlurrer
+        from img2dataset.downloader import is_disallowed
+        from img2dataset.resizer import Resizer
+
+        self.settings, self.is_disallowed = settings, is_disallowed
+        self.allowed = [ipaddress.ip_network(network) for network in settings.allow_private]
+        self.directives = {d.lower() for d in settings.disallowed_directives}
+        self.resizer = Resizer(
+            settings.image_px, settings.resize_mode, settings.resize_only_if_bigger,
+            encode_quality=settings.encode_quality, blurrer=BoundingBoxBlurrer(),
+        )  # fmt: skip
+
+    async def fetch_all(self, rows: list[dict[str, Any]], spool: Any, decoder: ThreadPoolExecutor) -> list[_Image]:
+        """One result per row; `concurrency` URLs at a time."""
+        results: list[_Image | None] = [None] * len(rows)
+        queue = iter(enumerate(rows))
+        loop = asyncio.get_running_loop()
+        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, socket_factory=self.connect_to)
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*,*/*;q=0.8"}
+        async with aiohttp.ClientSession(connector=connector, headers=headers, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()) as session:
+
+            async def worker() -> None:
+                for index, row in queue:
+                    body, result = await self.fetch(session, row)
+                    if body is not None:
+                        result, jpg = await loop.run_in_executor(decoder, self.decode, row, body)
+                        if jpg is not None:
+                            result.span = (spool.tell(), len(jpg))
+                            spool.write(jpg)
+                    results[index] = result
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.settings.concurrency, len(rows))):
+                    group.create_task(worker())
+        return [result for result in results if result is not None]
+
+    def connect_to(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        """A socket for the very address that will be connected to; redirects and DNS answers all come through here."""
+        family, kind, proto, _, sockaddr = address
+        if not self.may_connect(ipaddress.ip_address(sockaddr[0])):
+            raise PermissionError(f"{sockaddr[0]} is {NOT_PUBLIC}")
+        return socket.socket(family, kind, proto)
+
+    def may_connect(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+        if isinstance(ip, ipaddress.IPv6Address):  # an IPv4 address in IPv6 clothes counts as what it leads to
+            inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+            if ip in ipaddress.ip_network("64:ff9b::/96"):
+                inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+            if inner:
+                return self.may_connect(inner)
+        return (ip.is_global and not ip.is_multicast) or any(ip.version == net.version and ip in net for net in self.allowed)
+
+    async def fetch(self, session: aiohttp.ClientSession, row: Mapping[str, Any]) -> tuple[bytes | None, _Image]:
+        """The body of a row's URL, or what stands in its way."""
+        try:
+            url = yarl.URL(row["url"])
+            if url.scheme not in ("http", "https") or not url.host or any(c in row["url"] for c in "\x00\r\n"):
+                raise ValueError("not an http or https URL")
+            url.host.encode("idna")
+        except ValueError as error:
+            return None, _Image(Status.INVALID_URL, str(error))
+        deadline = time.monotonic() + self.settings.timeout_s
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                for attempt in range(self.settings.retries + 1):
+                    body, failure, wait_s = await self.attempt(session, url)
+                    if wait_s is None or attempt == self.settings.retries:
+                        break
+                    wait_s = max(wait_s, 0.25 * 2**attempt * random.uniform(0.75, 1.25))
+                    if time.monotonic() + wait_s > deadline:
+                        break
+                    await asyncio.sleep(wait_s)
+                return body, failure
+        except TimeoutError:
+            return None, _Image(Status.TIMEOUT, f"nothing complete within {self.settings.timeout_s:g} s")
+
+    async def attempt(self, session: aiohttp.ClientSession, url: yarl.URL) -> tuple[bytes | None, _Image, float | None]:
+        """Body, failure, and how long to wait at least before trying again; None where trying again is no use."""
+        body = bytearray()
+        try:
+            async with session.get(url, timeout=aiohttp.ClientTimeout(total=None)) as response:
+                status = response.status
+                if status == 429 or status >= 500:
+                    after = response.headers.get("Retry-After", "")
+                    return None, _Image(Status.UNAVAILABLE, f"HTTP {status}"), float(after) if after.isdigit() else 0.0
+                if status != 200:
+                    return None, _Image(Status.DEAD_LINK, f"HTTP {status}"), None
+                if self.directives and self.is_disallowed(_Headers(response.headers), self.settings.user_agent_token, self.directives):
+                    return None, _Image(Status.OPTED_OUT, f"X-Robots-Tag: {response.headers['X-Robots-Tag']}"), None
+                limit = self.settings.max_bytes
+                if (response.content_length or 0) > limit:
+                    return None, _Image(Status.TOO_LARGE, f"{response.content_length} bytes, over {limit}"), None
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        return None, _Image(Status.TOO_LARGE, f"over {limit} bytes"), None
+                return bytes(body), _Image(Status.OK), None
+        except aiohttp.ClientPayloadError:
+            return None, _Image(Status.UNDECODABLE, f"the body ended early, after {len(body)} bytes"), 0.0
+        except aiohttp.NonHttpUrlClientError as error:
+            return None, _Image(Status.BLOCKED, f"leads to {str(error)[:100]}"), None
+        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects, ValueError) as error:
+            return None, _Image(Status.DEAD_LINK, f"{type(error).__name__}: {str(error)[:100]}"), None
+        except aiohttp.ClientConnectorDNSError:
+            return None, _Image(Status.DEAD_LINK, "the host name does not resolve"), 0.0
+        except (aiohttp.ClientError, OSError) as error:
+            if NOT_PUBLIC in str(error):
+                return None, _Image(Status.BLOCKED, NOT_PUBLIC), None
+            return None, _Image(Status.UNAVAILABLE, f"{type(error).__name__}: {str(error)[:100]}"), 0.0
+
+    def decode(self, row: Mapping[str, Any], body: bytes) -> tuple[_Image, bytes | None]:
+        """Check the hash, then the pixels, then decode, resize, blur and encode."""
+        sha256 = hashlib.sha256(body).hexdigest()
+        if self.settings.verify_sha256 and row["sha256"] and row["sha256"] != sha256:
+            return _Image(Status.HASH_MISMATCH, "not the image of the metadata", sha256), None
+        try:
+            with Image.open(io.BytesIO(body)) as header:  # reads no pixels
+                width, height = header.size
+        except (OSError, ValueError, SyntaxError, MemoryError) as error:  # Pillow's ways to say no
+            return _Image(Status.UNDECODABLE, "empty body" if not body else type(error).__name__, sha256), None
+        if width * height > self.settings.max_pixels:
+            return _Image(Status.TOO_LARGE, f"{width}x{height} pixels, over {self.settings.max_pixels}", sha256, (width, height)), None
+        boxes = row["face_bboxes"] if self.settings.blur_faces else None
+        jpg, new_width, new_height, _, _, trouble = self.resizer(io.BytesIO(body), boxes or None)
+        if jpg is None:
+            return _Image(Status.UNDECODABLE, str(trouble)[:100], sha256, (width, height)), None
+        return _Image(Status.OK, None, sha256, (width, height), (new_width, new_height)), jpg
+
+
+class _Headers:
+    """What `is_disallowed` expects of headers, over aiohttp's."""
+
+    def __init__(self, headers: Any) -> None:
+        self.headers = headers
+
+    def get_all(self, name: str, default: list[str]) -> list[str]:
+        return list(self.headers.getall(name, default))
+
+
+def _write(task: Task, rows: list[dict[str, Any]], images: list[_Image], spool: Any) -> Mapping[str, int]:
+    """Tar and parquet in row order, the same bytes for the same images."""
+    import webdataset
+    from img2dataset.downloader import compute_key
+
+    digits = max(4, len(str(len(rows) - 1)))
+    table = []
+    with open(task.output(".tar"), "wb") as file, webdataset.TarWriter(file, mtime=0.0, encoder=False) as tar:
+        for index, (row, image) in enumerate(zip(rows, images, strict=True)):
+            key = compute_key(index, int(task.name), digits, 5)
+            result = {
+                "uid": row["uid"], "url": row["url"], "status": str(image.status), "error": image.error, "key": key,
+                "image_sha256": image.sha256, "image_width": image.served_size[0], "image_height": image.served_size[1],
+                "width": image.size[0], "height": image.size[1],
+            }  # fmt: skip
+            table.append(result)
+            if image.status is Status.OK:
+                spool.seek(image.span[0])
+                about = {name: row[name] for name in ("uid", "url", "org_caption")} | {name: result[name] for name in result if name != "error"}
+                jpg = spool.read(image.span[1])
+                tar.write({"__key__": key, "jpg": jpg, "txt": row["org_caption"].encode(), "json": json.dumps(about, indent=4).encode()})
+    write_parquet(pa.Table.from_pylist(table, SCHEMA), task.output())
+    return Counter(str(image.status) for image in images)

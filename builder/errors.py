@@ -1,0 +1,36 @@
+"""What can go wrong, as types.
+
+RecapError
+└── UserError         the user must change something: one line, and the next command to type (exit 2)
+    ├── RecipeError   an unknown recipe, parameter or setting, or a value of the wrong type
+    ├── InputError    metadata, a model folder or a run directory that cannot be used as it is
+    └── VersionError  a version that exists with other bytes, or a run that is not ready to be published
+
+A failed row is none of these: it is a `Status` in the data. A failed shard is recorded and named at the end (exit 1).
+"""
+
+from __future__ import annotations
+
+
+class RecapError(Exception):
+    """Base of everything that recapkit raises on purpose."""
+
+
+class UserError(RecapError):
+    """The user must change something. `hint` is what to type next."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message, self.hint = message, hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class RecipeError(UserError): ...
+
+
+class InputError(UserError): ...
+
+
+class VersionError(UserError): ...

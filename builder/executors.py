@@ -1,0 +1,142 @@
+"""Where tasks run. An executor takes a stage and its tasks and yields an outcome for each, in any order.
+
+`local` is a pool of worker processes on this machine, each opening the stage once. A worker that dies, by the kernel's
+hand or by its library's, costs its tasks an attempt and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.commit import commit, damaged_input
+from builder.core import Record, Stage, Task, Work
+from builder.errors import InputError, UserError
+
+ATTEMPTS = 3
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended: a record, or the last line of what went wrong."""
+
+    task: Task
+    record: Record | None = None
+    error: str = ""
+    damaged: bool = False  # an input was damaged and has to be made again first
+
+
+Executor = Callable[[Stage, Iterable[Task]], Iterator[Outcome]]
+
+
+def local(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
+    """Run tasks in `stage.num_workers()` processes.
+
+    Raises:
+        UserError: from a worker, for what no other shard could survive either (a model that cannot be loaded, a full disk).
+    """
+    todo = deque((task, 1) for task in tasks)
+    running: dict[Future[Outcome], tuple[Task, int]] = {}
+    num_workers = min(stage.num_workers(), len(todo))
+    log_file = todo[0][0].folder / "worker.log"
+    pool = _pool(stage, num_workers, log_file)
+    try:
+        while todo or running:
+            while todo and len(running) < num_workers:
+                task, attempt = todo.popleft()
+                running[pool.submit(_run, task)] = (task, attempt)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            broken = any(isinstance(future.exception(), BrokenProcessPool) for future in done)
+            for future in list(running) if broken else done:
+                task, attempt = running.pop(future)
+                outcome = Outcome(task, error="a worker process died (out of memory?)") if broken else future.result()
+                if outcome.error and not outcome.damaged and attempt < ATTEMPTS:
+                    log.info("%s %s: %s; attempt %d of %d follows", stage.name, task.name, outcome.error, attempt + 1, ATTEMPTS)
+                    todo.append((task, attempt + 1))
+                else:
+                    yield outcome
+            if broken:
+                _kill(pool)
+                pool = _pool(stage, num_workers, log_file)
+    finally:
+        _kill(pool)
+
+
+def _pool(stage: Stage, num_workers: int, log_file: Path) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_workers, context, _start, (stage, os.getpid(), log_file, log.getEffectiveLevel()))
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End the workers: politely when they are idle, at once when they are not."""
+    processes = list((pool._processes or {}).values())
+    idle = not pool._pending_work_items
+    pool.shutdown(wait=idle, cancel_futures=True)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+
+
+# --- in the worker ----------------------------------------------------------------------------------------------------
+
+_stage: Stage
+_work: Work | None = None
+_stack = ExitStack()
+
+
+def _start(stage: Stage, parent: int, log_file: Path, level: int) -> None:
+    global _stage
+    _stage = stage
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    with open(log_file, "ab") as file:  # what libraries print belongs there, not between the lines of the progress
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("builder").setLevel(level)
+
+
+def _run(task: Task) -> Outcome:
+    global _work
+    start = time.monotonic()
+    for leftover in task.folder.glob(f".{task.name}.*.part"):
+        leftover.unlink()
+    try:
+        if task.name == "survey":
+            rows = _stage.survey(task)
+        else:
+            if _work is None:
+                _work = _stack.enter_context(_stage.open())
+                start = time.monotonic()  # loading a model is not the shard's doing
+            rows = _work(task)
+        return Outcome(task, commit(_stage, task, rows, time.monotonic() - start))
+    except UserError:
+        raise
+    except Exception as error:  # the one shard boundary: whatever it was, the other shards go on
+        if "No space left on device" in str(error):
+            raise InputError(
+                f"the disk of {task.run} is full ({_stage.name} {task.name})", "free some space, then type the same command again"
+            ) from error
+        log.warning("%s %s: %s", _stage.name, task.name, traceback.format_exc())
+        damaged = damaged_input(task)
+        return Outcome(task, error=damaged or f"{type(error).__name__}: {error}".splitlines()[0], damaged=bool(damaged))
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies: a build killed with -9 leaves no writer behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)

@@ -1,0 +1,110 @@
+"""From what the user typed to a recipe: a name, `my_file.py:function` or a recipe.json, and key=value pairs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from builder.core import Recipe, parse
+from builder.errors import RecipeError
+
+RecipeFunction = Callable[..., Recipe]
+
+
+def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
+    """The recipe that `text` names. `settings` are parameters of its function, `rows=500`, or of a stage, `download.timeout_s=5`.
+
+    Raises:
+        RecipeError: an unknown name, parameter or setting, or a value of the wrong type.
+    """
+    pairs = dict(_pair(setting) for setting in settings)
+    of_stages = {key: pairs.pop(key) for key in list(pairs) if "." in key}
+    if text.endswith(".json"):
+        if pairs:
+            raise RecipeError(f"a recipe.json has no parameter '{next(iter(pairs))}'", "name the stage: download.timeout_s=5")
+        try:
+            recipe = Recipe.from_json(Path(text).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{text} cannot be read: {error.strerror}") from error
+    else:
+        recipe = _call(*_find(text), pairs)
+    return _with_stage_settings(recipe, of_stages)
+
+
+def recipe_functions(module: ModuleType) -> dict[str, RecipeFunction]:
+    """Public functions of a module that return a Recipe."""
+    functions = inspect.getmembers(module, inspect.isfunction)
+    return {n: f for n, f in functions if not n.startswith("_") and f.__module__ == module.__name__ and get_type_hints(f).get("return") is Recipe}
+
+
+def _find(text: str) -> tuple[str, RecipeFunction]:
+    path, _, name = text.rpartition(":")
+    module = _load(Path(path)) if path else importlib.import_module("recipes.datasets")
+    functions = recipe_functions(module)
+    if name not in functions:
+        raise RecipeError(f"there is no recipe '{name}'", f"there are: {', '.join(functions)}; or my_file.py:function, or a recipe.json")
+    return name, functions[name]
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a user's file under its own name, so that worker processes can import it too."""
+    if not path.is_file():
+        raise RecipeError(f"there is no file {path}", "name it as my_file.py:function")
+    sys.path.insert(0, str(path.resolve().parent))
+    return importlib.import_module(path.stem)
+
+
+def _pair(setting: str) -> tuple[str, str]:
+    key, equals, value = setting.partition("=")
+    if not equals:
+        raise RecipeError(f"'{setting}' is not key=value", "for example: rows_per_shard=1000")
+    return key, value
+
+
+def _call(name: str, function: RecipeFunction, pairs: Mapping[str, str]) -> Recipe:
+    parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
+    for key in pairs:
+        if key not in parameters:
+            raise _unknown(f"recipe {name}", "parameter", key, parameters)
+    missing = [key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in pairs]
+    if missing:
+        raise RecipeError(f"recipe {name} needs {', '.join(missing)}", f"recap build {name} " + " ".join(f"{key}=..." for key in missing))
+    return function(**{key: _value(hints[key], value, key) for key, value in pairs.items()})
+
+
+def _with_stage_settings(recipe: Recipe, pairs: Mapping[str, str]) -> Recipe:
+    stages = {stage.name: stage for stage in recipe.stages}
+    for key, value in pairs.items():
+        name, _, setting = key.partition(".")
+        stage = recipe.stage(name)
+        known = {field.name for field in fields(stage)}
+        if setting not in known:
+            raise _unknown(f"stage {name}", "setting", setting, known)
+        hint = get_type_hints(type(stage))[setting]
+        stages[name] = replace(stages[name], **{setting: _value(hint, value, key)})
+    return replace(recipe, stages=tuple(stages.values()))
+
+
+def _value(hint: Any, text: str, key: str) -> Any:
+    """A command line's string as a value: tuples are separated by commas, `none` is None."""
+    if is_dataclass(hint):
+        raise RecipeError(f"{key} has parts and cannot be given as key=value", "write a recipe function: my_file.py:function")
+    if text.lower() == "none" and type(None) in getattr(hint, "__args__", ()):
+        return None
+    if getattr(hint, "__origin__", None) is tuple:
+        return parse(hint, tuple(part for part in text.split(",") if part), what=key)
+    return parse(hint, text, what=key)
+
+
+def _unknown(owner: str, kind: str, key: str, known: Iterable[str]) -> RecipeError:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, 1)
+    return RecipeError(f"{owner} has no {kind} '{key}'", f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}")

@@ -1,0 +1,227 @@
+"""A run directory: what is done in it, what is to do, and doing it.
+
+    runs/demo/
+      recipe.json                the resolved recipe
+      <stage>/<shard>.json       commit records: the only state there is
+      <stage>/<shard>.parquet    one row per source row, in the source's order
+      <stage>/<shard>.failed     why a shard failed, until it succeeds
+
+Planning compares each task's key with its record's. That one comparison is resuming, redoing after a changed setting,
+and the status.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builder.commit import lock, write_atomically
+from builder.core import Recipe, Record, Stage, Task, task_key
+from builder.errors import InputError
+from builder.executors import Executor, Outcome, local
+
+
+@dataclass
+class StagePlan:
+    """One stage's tasks. `waiting` counts those whose inputs are not there yet."""
+
+    stage: Stage
+    done: dict[str, Record] = field(default_factory=dict)
+    todo: list[Task] = field(default_factory=list)
+    waiting: int = 0
+
+    def sort(self, task: Task) -> Record | None:
+        """Put the task where it belongs; its record if it is done."""
+        record = Record.read(task.record)
+        if record and record.key == task.key and _intact(task.run, record):
+            self.done[task.name] = record
+            return record
+        self.todo.append(task)
+        return None
+
+    def shards(self) -> list[Record]:
+        """Records of the shards that are done, in order."""
+        return [record for name, record in sorted(self.done.items()) if name != "survey"]
+
+    def files(self, run: Path, suffix: str = ".parquet") -> list[Path]:
+        """Outputs of the shards that are done, in order, whose name after the shard's number is `suffix`."""
+        names = (name for record in self.shards() for name in record.outputs)
+        return [run / name for name in names if name.partition(".")[2] == suffix.lstrip(".")]
+
+
+Plans = dict[str, StagePlan]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a build did. `failed` holds the last reason of each shard that could not be done."""
+
+    done: int
+    failed: dict[str, str]
+
+
+def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Callable[[StagePlan, Outcome], None] | None = None) -> Result:
+    """Do all that is not done yet.
+
+    Raises:
+        InputError: the directory holds the run of another recipe, another build is at work in it, or the input cannot be used.
+    """
+    adopt(recipe, run)
+    with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: recap status {run}"):
+        write_atomically(run / "recipe.json", recipe.to_json())
+        done, failed = 0, dict[str, str]()
+        for _ in range(2):  # a second pass makes again what turned out to be damaged in the first
+            damaged = False
+            plans: Plans = {}
+            for stage in recipe.stages:
+                (run / stage.name).mkdir(exist_ok=True)
+                plans[stage.name] = plan_stage(stage, run, plans)
+                while (todo := plans[stage.name]).todo:
+                    for outcome in executor(stage, todo.todo):
+                        name = f"{stage.name}/{outcome.task.name}"
+                        damaged |= outcome.damaged
+                        if outcome.record:
+                            done += 1
+                            failed.pop(name, None)
+                        else:
+                            failed[name] = outcome.error
+                            write_atomically(outcome.task.failure, outcome.error + "\n")
+                        if progress:
+                            progress(todo, outcome)
+                    plans[stage.name] = plan_stage(stage, run, plans)
+                    if todo.todo[0].name != "survey" or f"{stage.name}/survey" in failed:
+                        break  # only a survey is followed by more tasks of its stage
+            if not damaged:
+                break
+        return Result(done, failed)
+
+
+def adopt(recipe: Recipe, run: Path) -> None:
+    """Check that the directory is new or holds a run of a recipe of this name.
+
+    Raises:
+        InputError: it is something else's.
+    """
+    try:
+        old = Recipe.from_json((run / "recipe.json").read_text()).name
+    except FileNotFoundError:
+        if run.exists() and any(run.iterdir()):
+            raise InputError(f"{run} is not empty and holds no run", "name another directory with --run") from None
+        run.mkdir(parents=True, exist_ok=True)
+        return
+    if old != recipe.name:
+        raise InputError(f"{run} holds a run of recipe '{old}', not of '{recipe.name}'", f"name another directory: --run runs/{recipe.name}")
+
+
+def load_recipe(run: Path) -> Recipe:
+    """The recipe of a run directory."""
+    try:
+        return Recipe.from_json((run / "recipe.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"{run} holds no run (no recipe.json)", "build one: recap build demo --run runs/demo") from None
+
+
+def plan(recipe: Recipe, run: Path) -> Plans:
+    """Every stage's plan, as far as it can be known before the earlier stages are done."""
+    plans: Plans = {}
+    for stage in recipe.stages:
+        plans[stage.name] = plan_stage(stage, run, plans)
+    return plans
+
+
+def plan_stage(stage: Stage, run: Path, plans: Plans) -> StagePlan:
+    """Compare each task of a stage with its record, given the plans of the stages before it."""
+    plan = StagePlan(stage)
+    survey: dict[str, str] = {}
+    if stage.has_survey():
+        inputs = stage.survey_inputs(run)
+        for name in stage.surveys:
+            for record in plans[name].shards():
+                inputs |= {path: sha256 for path, sha256 in record.outputs.items() if path.endswith(".parquet")}
+        if not inputs:
+            plan.waiting = _num_tasks(stage, plans)
+            return plan
+        found = plan.sort(Task(run, stage.name, "survey", task_key(stage, inputs, "survey"), inputs))
+        if not found:
+            plan.waiting = _num_tasks(stage, plans)
+            return plan
+        survey = dict(found.outputs)
+    for index in range(_num_tasks(stage, plans | {stage.name: plan})):
+        inputs = stage.shard_inputs(run, index) or survey | _outputs_read(stage, index, plans)
+        if not inputs:
+            plan.waiting += 1
+            continue
+        name = f"{index:05d}"
+        plan.sort(Task(run, stage.name, name, task_key(stage, inputs, name), inputs))
+    return plan
+
+
+def num_shards(plans: Plans) -> int:
+    """Source shards of a run; 0 until its source has been surveyed."""
+    survey = plans["source"].done.get("survey") if "source" in plans else None
+    return survey.rows["shards"] if survey else 0
+
+
+def _num_tasks(stage: Stage, plans: Plans) -> int:
+    return -(-num_shards(plans) // stage.shards_per_task)
+
+
+def _outputs_read(stage: Stage, index: int, plans: Plans) -> dict[str, str]:
+    """Outputs of earlier stages that a task reads; empty while one of them is missing."""
+    inputs: dict[str, str] = {}
+    first, last = index * stage.shards_per_task, min((index + 1) * stage.shards_per_task, num_shards(plans))
+    for name in stage.reads:
+        for shard in range(first, last):
+            record = plans[name].done.get(f"{shard:05d}")
+            if record is None:
+                return {}
+            inputs |= record.outputs
+    return inputs
+
+
+def _intact(run: Path, record: Record) -> bool:
+    """Do the outputs exist with the sizes of the record? Hashes are compared when a stage cannot read them."""
+    try:
+        return all((run / name).stat().st_size == size for name, size in record.bytes.items())
+    except FileNotFoundError:
+        return False
+
+
+def status(run: Path) -> list[dict[str, object]]:
+    """Per stage: shards done, to do, waiting and failed; rows by status; rows per second; seconds left at that rate."""
+    table: list[dict[str, object]] = []
+    for name, plan_ in plan(load_recipe(run), run).items():
+        records = plan_.shards()
+        rows = sum((Counter(record.rows) for record in records), Counter[str]())
+        seconds = sum(record.seconds for record in records)
+        left = len(plan_.todo) + plan_.waiting
+        table.append(
+            {
+                "stage": name,
+                "shards_done": len(records),
+                "shards_left": left,
+                "rows": dict(rows),
+                "rows_per_s": round(rows.total() / seconds, 1) if seconds else None,
+                "eta_s": round(left * seconds / len(records)) if records else None,
+                "failed": {path.stem: path.read_text().strip() for path in sorted((run / name).glob("*.failed"))},
+            }
+        )
+    return table
+
+
+def finished(run: Path) -> Plans:
+    """The plans of a run in which everything is done.
+
+    Raises:
+        InputError: something is left to do.
+    """
+    plans = plan(load_recipe(run), run)
+    left = {name: len(p.todo) + p.waiting for name, p in plans.items() if p.todo or p.waiting}
+    if left or not num_shards(plans):
+        raise InputError(
+            f"{run} is not complete: {', '.join(f'{n} {name} shards' for name, n in left.items())} left",
+            f"finish it: recap build {run}/recipe.json --run {run}",
+        )
+    return plans

@@ -1,0 +1,102 @@
+"""select: the rows and columns that are published, coalesced into large shards, and a ledger of all the others.
+
+Reads   source, download, caption, score, of `shards_per_file` shards at a time.
+Writes  `<file>.parquet` with the columns of `SCHEMA`, rows that are ok;
+        `<file>.ledger.parquet` with the columns of `LEDGER`, every source row.
+
+The schema is pinned: all columns of Recap-DataComp-1B with its types, and ours. A later append never rewrites a file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from builder.core import Stage, Task, Work, write_parquet
+
+COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
+    ("uid", pa.string(), "DataComp's id of the row: join on this"),
+    ("url", pa.string(), "where the image was found"),
+    ("re_caption", pa.string(), "the new caption"),
+    ("org_caption", pa.string(), "the alt text, as found"),
+    ("sha256", pa.string(), "of the image that was captioned, as served"),
+    ("key", pa.string(), "img2dataset's: a position in one download, no identity"),
+    ("re_clip_score", pa.float64(), "cosine of image and new caption"),
+    ("org_clip_score", pa.float64(), "cosine of image and alt text; null where there is none"),
+    ("re_length", pa.int64(), "words between white space"),
+    ("org_length", pa.int64(), "words between white space"),
+    ("re_gpt4v_score", pa.int64(), "a judge's 1-5; null where nobody judged"),
+    ("org_gpt4v_score", pa.int64(), "a judge's 1-5; null where nobody judged"),
+    ("re_caption_condition_diverse_topk", pa.string(), "alt-text-conditioned caption; null where the recipe makes none"),
+    ("re_condition_length", pa.int64(), "its words between white space"),
+    ("re_finish_reason", pa.string(), "`stop`, or `length`: cut off at the token limit"),
+    ("re_num_tokens", pa.int32(), "tokens of the new caption, the captioner's tokenizer"),
+    ("re_clip_cut", pa.bool_(), "the scoring model's context cut the new caption"),
+    ("org_clip_cut", pa.bool_(), "the scoring model's context cut the alt text"),
+    ("width", pa.int32(), "pixels of the image that was captioned"),
+    ("height", pa.int32(), "pixels of the image that was captioned"),
+    ("clip_b32_similarity_score", pa.float32(), "from the metadata: cosine by OpenAI's ViT-B/32"),
+    ("clip_l14_similarity_score", pa.float32(), "from the metadata: cosine by OpenAI's ViT-L/14"),
+)
+SCHEMA = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
+LEDGER = pa.schema([("uid", pa.string()), ("url", pa.string()), ("status", pa.string()), ("error", pa.string())])
+
+_JOIN = """
+select source.uid, source.url, re_caption, org_caption, image_sha256 as sha256, key,
+       re_caption_cosine as re_clip_score, org_caption_cosine as org_clip_score,
+       len(regexp_extract_all(re_caption, '\\S+')) as re_length, len(regexp_extract_all(org_caption, '\\S+')) as org_length,
+       re_caption_finish_reason as re_finish_reason, re_caption_num_tokens as re_num_tokens,
+       re_caption_cut as re_clip_cut, org_caption_cut as org_clip_cut, width, height,
+       clip_b32_similarity_score, clip_l14_similarity_score, score.status as status, score.error as error
+from source positional join download positional join caption positional join score
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Stage):
+    """`shards_per_file` source shards become one published file: aim at 200,000 rows, 220-430 MB."""
+
+    name: ClassVar[str] = "select"
+    reads: ClassVar[tuple[str, ...]] = ("source", "download", "caption", "score")
+    libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
+
+    shards_per_file: int = 20
+
+    @property
+    def shards_per_task(self) -> int:
+        return self.shards_per_file
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        with duckdb.connect(config={"threads": 1}) as con:
+
+            def work(task: Task) -> Mapping[str, int]:
+                parts = []
+                for files in zip(*(task.all_inputs(stage) for stage in self.reads), strict=True):
+                    for stage, file in zip(self.reads, files, strict=True):
+                        con.execute(f"create or replace temp view {stage} as from read_parquet('{str(file).replace(chr(39), chr(39) * 2)}')")
+                    ((same, rows),) = con.sql(
+                        "select count(*) filter (source.uid is not distinct from download.uid and source.uid is not distinct from caption.uid "
+                        "and source.uid is not distinct from score.uid), count(*) from source positional join download "
+                        "positional join caption positional join score"
+                    ).fetchall()
+                    if same != rows:
+                        raise ValueError(f"the stages of shard {files[0].stem} do not hold the same rows: {same} of {rows} agree")
+                    parts.append(con.sql(_JOIN).to_arrow_table())
+                table = pa.concat_tables(parts)
+                write_parquet(table.select(LEDGER.names).cast(LEDGER), task.output(".ledger.parquet"))
+                published = table.filter(pc.equal(table["status"], "ok"))
+                for field in SCHEMA:
+                    if field.name not in published.column_names:
+                        published = published.append_column(field, pa.nulls(len(published), field.type))
+                write_parquet(published.select(SCHEMA.names).cast(SCHEMA), task.output())
+                return Counter(table["status"].to_pylist())
+
+            yield work

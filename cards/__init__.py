@@ -1,0 +1,1 @@
+"""Data set cards: pure functions of recipe, manifest and statistics."""

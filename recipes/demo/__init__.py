@@ -1,0 +1,1 @@
+"""The embedded default: a procedural world, its loopback web, and the tiny models trained on it."""

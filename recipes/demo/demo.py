@@ -1,0 +1,66 @@
+"""`recap demo`: the whole line once, with what came out of it printed at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from analysis import report
+from builder import run as runs
+from builder.executors import Outcome
+from builder.publish import publish
+from recipes import datasets as recipes
+from recipes.demo import web
+
+Progress = Callable[[runs.StagePlan, Outcome], None]
+
+
+def demo(run: Path, *, rows: int, port: int, progress: Progress) -> int:
+    """Serve a small web, build, publish version 0.1.0 next to the run, load it back. Returns the exit status."""
+    import datasets
+
+    start = time.monotonic()
+    site = run.with_name(f"{run.name}-web-{rows}-{port}")
+    if not (site / "truth.json").exists():
+        click.echo(f"drawing {rows} pictures for a small web on {web.HOST}:{port}", err=True)
+        web.make(site, rows=rows, port=port)
+    with web.serve(site, port):
+        result = runs.build(recipes.demo(web=str(site)), run, progress=progress)
+    if result.failed:
+        for name, reason in result.failed.items():
+            click.echo(f"failed: {name}: {reason}", err=True)
+        return 1
+    version = publish(run, run.with_name(f"{run.name}-published"), "0.1.0")
+    train = datasets.load_dataset(str(version.folder), split="train")
+    statistics = json.loads((version.folder / "stats.json").read_text(encoding="utf-8"))
+
+    row = next((r for r in train if r["org_length"] and r["re_clip_score"] > r["org_clip_score"]), train[0])
+    click.echo("\nOne row that came out:\n")
+    for name in ("url", "org_caption", "re_caption", "org_clip_score", "re_clip_score"):
+        click.echo(f"  {name:<15} {row[name] if isinstance(row[name], str) else format(row[name], '.3f')}")
+    click.echo(f"\nAll {len(train)} of them, original against recaption:\n")
+    for label, original, new in [("", "original", "recaption"), *report.table(statistics)]:
+        click.echo(f"  {label:<34} {original:>9} {new:>9}")
+    click.echo("\nWhat became of every URL:\n")
+    for r in statistics["rows_by_status"]["rows"]:
+        click.echo(f"  {r['status']:<16} {r['rows']:>6} {r['percent']:>6} %")
+    click.echo(
+        f"""
+Done in {time.monotonic() - start:.0f} s. Where it lies:
+
+  {site}/metadata   URL parquet, as DataComp's
+  {run}             the run: recap status {run}
+  {version.folder}  the published version: README.md is its card
+
+What to type next:
+
+  recap sql {version.folder} "select org_caption, re_caption from published limit 5"
+  python -c "import datasets; print(datasets.load_dataset('{version.folder}', split='train')[0])"
+  recap build recap_datacomp_1b metadata='your/*.parquet' captioner=FOLDER_OR_HUB_ID@REVISION clip=FOLDER_OR_HUB_ID@REVISION --limit 1000
+"""
+    )
+    return 0

@@ -1,0 +1,61 @@
+"""What all tests share: no network but loopback, the real data if it is there, and one finished demo run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GUARD = Path(__file__).parent / "guard"
+SHARED = ROOT.parent / "shared"
+CAPTIONER = ROOT / "recipes" / "demo" / "weights" / "captioner"
+CLIP = ROOT / "recipes" / "demo" / "weights" / "clip"
+
+_connections = Path(tempfile.mkstemp(prefix="recap-connections-")[1])
+os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT)])
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+_spec = importlib.util.spec_from_file_location("guard", GUARD / "sitecustomize.py")
+assert _spec is not None and _spec.loader is not None  # noqa: PT018
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    tried = _connections.read_text()
+    _connections.unlink()
+    if tried:
+        print(f"\nsomebody tried to leave this machine:\n{tried}")
+        session.exitstatus = 1
+
+
+def recap(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would; `check` is the exit status that is expected."""
+    done = subprocess.run(
+        [sys.executable, "-m", "builder.cli", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real photos, captions and alt text; not part of the project."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the real data of ../shared/data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`recap demo` with 240 rows, once: a finished run, and next to it the published version."""
+    run = tmp_path_factory.mktemp("demo") / "demo"
+    done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
+    (run.parent / "stdout.txt").write_text(done.stdout)
+    yield run
