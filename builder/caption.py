@@ -74,13 +74,13 @@ class Caption(Stage):
 
     @contextmanager
     def open(self) -> Iterator[Work]:
-        engine = _Engine(self)
+        engine = Engine(self)
         try:
             yield lambda task: self.caption(engine, task)
         finally:
             engine.close()
 
-    def caption(self, engine: _Engine, task: Task) -> Mapping[str, int]:
+    def caption(self, engine: Engine, task: Task) -> Mapping[str, int]:
         with _Journal(task.folder / f"{task.name}.journal", task.key) as journal:
             for key, captions in engine.captions(self._requests(task, journal.known)):
                 journal.add(key, captions)
@@ -117,7 +117,7 @@ class Caption(Stage):
         return pa.Table.from_pylist(table, pa.schema(fields))
 
 
-class _Engine:
+class Engine:
     """vLLM with a steady number of requests in flight."""
 
     def __init__(self, settings: Caption) -> None:

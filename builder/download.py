@@ -13,6 +13,7 @@ bytes and pixels before decoding, and a status with a reason for every URL.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import io
 import ipaddress
@@ -174,7 +175,7 @@ class _Fetcher:
         """A socket for the very address that will be connected to; redirects and DNS answers all come through here."""
         family, kind, proto, _, sockaddr = address
         if not self.may_connect(ipaddress.ip_address(sockaddr[0])):
-            raise PermissionError(f"{sockaddr[0]} is {NOT_PUBLIC}")
+            raise PermissionError(errno.EACCES, f"{sockaddr[0]} is {NOT_PUBLIC}")
         return socket.socket(family, kind, proto)
 
     def may_connect(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -240,7 +241,7 @@ class _Fetcher:
         except aiohttp.ClientConnectorDNSError:
             return None, _Image(Status.DEAD_LINK, "the host name does not resolve"), 0.0
         except (aiohttp.ClientError, OSError) as error:
-            if NOT_PUBLIC in str(error):
+            if NOT_PUBLIC in f"{error} {error.__cause__}":
                 return None, _Image(Status.BLOCKED, NOT_PUBLIC), None
             return None, _Image(Status.UNAVAILABLE, f"{type(error).__name__}: {str(error)[:100]}"), 0.0
 

@@ -49,11 +49,11 @@ class Score(Stage):
 
     @contextmanager
     def open(self) -> Iterator[Work]:
-        clip = _Clip(self)
+        clip = Clip(self)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             yield lambda task: self.score(clip, pool, task)
 
-    def score(self, clip: _Clip, pool: ThreadPoolExecutor, task: Task) -> Mapping[str, int]:
+    def score(self, clip: Clip, pool: ThreadPoolExecutor, task: Task) -> Mapping[str, int]:
         source = read_rows(task.input("source"), ["uid", "org_caption"])
         texts = [name for name in self.captions if name != "org_caption"]
         captioned = read_rows(task.input("caption"), ["uid", "status", "error", *texts])
@@ -85,7 +85,7 @@ def _ahead(pool: ThreadPoolExecutor, function: Any, items: Iterator[Any], number
         waiting += [pool.submit(function, item) for item in itertools.islice(items, 1)]
 
 
-class _Clip:
+class Clip:
     """An open_clip model for inference: unit vectors of images and texts."""
 
     def __init__(self, settings: Score) -> None:

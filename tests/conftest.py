@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,9 +52,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`recap demo` with 240 rows, once: a finished run, and next to it the published version."""
     run = tmp_path_factory.mktemp("demo") / "demo"
     done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
     (run.parent / "stdout.txt").write_text(done.stdout)
-    yield run
+    return run
