@@ -32,7 +32,7 @@ def plain(engine: Engine, tars: list[Path]) -> int:
     for tar in tars:
         for _, image in images(tar):
             picture = Image.open(io.BytesIO(image)).convert("RGB")
-            prompts.append({"prompt": engine.prompts["re_caption"], "multi_modal_data": {"image": picture}})
+            prompts.append(engine.prompt(engine.specs[0], picture, {}))
     return len(engine.llm.generate(prompts, engine.sampling["re_caption"], use_tqdm=False))
 
 

@@ -146,6 +146,7 @@ class Engine:
             enable_prefix_caching=False, disable_log_stats=True, seed=0, enforce_eager=not on_gpu,
         )  # fmt: skip
         template = AutoProcessor.from_pretrained(name, revision=revision)
+        self.tokenizer = template.tokenizer
         self.in_flight, self.specs = settings.in_flight, settings.specs
         self.prompts, self.sampling = {}, {}
         for spec in self.specs:
@@ -154,6 +155,11 @@ class Engine:
             self.sampling[spec.name] = SamplingParams(
                 temperature=spec.temperature, top_k=spec.top_k, max_tokens=spec.max_tokens, min_tokens=spec.min_tokens
             )
+
+    def prompt(self, spec: CaptionSpec, picture: Image.Image, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What vLLM takes; as tokens, for the chat template has put the special ones in their places already."""
+        ids = self.tokenizer.encode(_fill(self.prompts[spec.name], row), add_special_tokens=False)
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}
 
     def captions(self, requests: Iterator[tuple[str, bytes, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Json]]]:
         """(uid, {spec: caption}) in the order in which the images are done."""
@@ -169,7 +175,7 @@ class Engine:
                     continue
                 parts[uid] = {}
                 for spec in self.specs:
-                    prompt = {"prompt": _fill(self.prompts[spec.name], row), "multi_modal_data": {"image": picture}}
+                    (prompt,) = engine.renderer.render_cmpl([self.prompt(spec, picture, row)])
                     engine.add_request(f"{spec.name} {uid}", prompt, self.sampling[spec.name])
                     owner[f"{spec.name} {uid}"] = (uid, spec.name)
             if not owner:

@@ -92,13 +92,13 @@ def build(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int |
 @_limit
 @_as_json
 def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | None, as_json: bool) -> None:
-    """What a build would do, and what is done already. Does nothing."""
+    """What a build would do, and what is done already. Does nothing.
+
+    Bytes and hours are measured on shards that are done: build a few first, with --limit.
+    """
     resolved = _resolve(recipe, settings, limit)
     run = run or Path("runs", resolved.name)
-    table = [
-        {"stage": name, "shards_done": len(p.shards()), "shards_to_do": sum(t.name != "survey" for t in p.todo), "shards_not_known_yet": p.waiting}
-        for name, p in runs.plan(resolved, run).items()
-    ]
+    table = runs.estimate(resolved, run)
     _print(table, as_json, _columns(table))
 
 

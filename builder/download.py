@@ -21,6 +21,7 @@ import json
 import os
 import random
 import socket
+import struct
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ from typing import Any, ClassVar
 
 import aiohttp
 import duckdb
+import numpy as np
 import pyarrow as pa
 import yarl
 from PIL import Image
@@ -55,6 +57,8 @@ SCHEMA = pa.schema(
 )
 USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1; +https://pypi.org/project/recapkit)"
 NOT_PUBLIC = "not a public address"
+MAX_URL_CHARACTERS = 8192
+_PILLOW_SAYS_NO = (OSError, ValueError, SyntaxError, MemoryError, RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, struct.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +76,10 @@ class Download(Stage):
     encode_quality: int = 95
     blur_faces: bool = True  # where the metadata has face_bboxes
     verify_sha256: bool = True  # another image than the metadata's is hash_mismatch; off: kept under its measured hash
-    timeout_s: float = 20.0
+    timeout_s: float = 10.0
     retries: int = 2
     max_bytes: int = 50_000_000
-    max_pixels: int = 100_000_000
+    max_pixels: int = 64_000_000  # an image with alpha counts fourfold
     allow_private: tuple[str, ...] = ()  # networks that may be connected to though they are not public, for example 127.0.0.1/32
     disallowed_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     user_agent_token: str = "recapkit"
@@ -179,19 +183,23 @@ class _Fetcher:
         return socket.socket(family, kind, proto)
 
     def may_connect(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+        public = ip.is_global and not ip.is_multicast
         if isinstance(ip, ipaddress.IPv6Address):  # an IPv4 address in IPv6 clothes counts as what it leads to
             inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
             if ip in ipaddress.ip_network("64:ff9b::/96"):
                 inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
             if inner:
                 return self.may_connect(inner)
-        return (ip.is_global and not ip.is_multicast) or any(ip.version == net.version and ip in net for net in self.allowed)
+            public = public and ip in ipaddress.ip_network("2000::/3")  # all that is global unicast; Python's table lacks some that is not
+        return public or any(ip.version == net.version and ip in net for net in self.allowed)
 
     async def fetch(self, session: aiohttp.ClientSession, row: Mapping[str, Any]) -> tuple[bytes | None, _Image]:
         """The body of a row's URL, or what stands in its way."""
         try:
+            if len(row["url"]) > MAX_URL_CHARACTERS:
+                raise ValueError(f"over {MAX_URL_CHARACTERS} characters")
             url = yarl.URL(row["url"])
-            if url.scheme not in ("http", "https") or not url.host or any(c in row["url"] for c in "\x00\r\n"):
+            if url.scheme not in ("http", "https") or not url.host or any(c in row["url"] for c in "\x00\r\n") or " " in url.host:
                 raise ValueError("not an http or https URL")
             url.host.encode("idna")
         except ValueError as error:
@@ -219,11 +227,11 @@ class _Fetcher:
                 status = response.status
                 if status == 429 or status >= 500:
                     after = response.headers.get("Retry-After", "")
-                    return None, _Image(Status.UNAVAILABLE, f"HTTP {status}"), float(after) if after.isdigit() else 0.0
+                    return None, _Image(Status.UNAVAILABLE, f"HTTP {status}"), float(after) if after.isdecimal() else 0.0
                 if status != 200:
                     return None, _Image(Status.DEAD_LINK, f"HTTP {status}"), None
-                if self.directives and self.is_disallowed(_Headers(response.headers), self.settings.user_agent_token, self.directives):
-                    return None, _Image(Status.OPTED_OUT, f"X-Robots-Tag: {response.headers['X-Robots-Tag']}"), None
+                if self.directives and self.is_disallowed(_Headers(response.headers), self.settings.user_agent_token.lower(), self.directives):
+                    return None, _Image(Status.OPTED_OUT, f"X-Robots-Tag: {', '.join(response.headers.getall('X-Robots-Tag'))}"), None
                 limit = self.settings.max_bytes
                 if (response.content_length or 0) > limit:
                     return None, _Image(Status.TOO_LARGE, f"{response.content_length} bytes, over {limit}"), None
@@ -253,10 +261,16 @@ class _Fetcher:
         try:
             with Image.open(io.BytesIO(body)) as header:  # reads no pixels
                 width, height = header.size
-        except (OSError, ValueError, SyntaxError, MemoryError) as error:  # Pillow's ways to say no
+                if not all(isinstance(side, int) and 0 < side < 2**31 for side in (width, height)):
+                    raise ValueError("impossible size")
+                alpha = header.has_transparency_data
+                if width * height * (4 if alpha else 1) > self.settings.max_pixels:  # img2dataset flattens alpha in float64
+                    reason = f"{width}x{height} pixels{' with alpha' if alpha else ''}, over {self.settings.max_pixels}"
+                    return _Image(Status.TOO_LARGE, reason, sha256, (width, height)), None
+                if ";16" in f"{header.mode} {header.tile}":
+                    body = _eight_bits(header)
+        except _PILLOW_SAYS_NO as error:
             return _Image(Status.UNDECODABLE, "empty body" if not body else type(error).__name__, sha256), None
-        if width * height > self.settings.max_pixels:
-            return _Image(Status.TOO_LARGE, f"{width}x{height} pixels, over {self.settings.max_pixels}", sha256, (width, height)), None
         boxes = row["face_bboxes"] if self.settings.blur_faces else None
         jpg, new_width, new_height, _, _, trouble = self.resizer(io.BytesIO(body), boxes or None)
         if jpg is None:
@@ -274,6 +288,20 @@ class _Headers:
         return list(self.headers.getall(name, default))
 
 
+def _eight_bits(image: Image.Image) -> bytes:
+    """A picture of 16 bits a channel as an 8-bit PNG; the resizer would saturate it to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _printable(reason: str | None) -> str | None:
+    """A reason quotes what a server sent: cut, and valid Unicode."""
+    return reason and reason[:100].encode("utf-8", "replace").decode()
+
+
 def _write(task: Task, rows: list[dict[str, Any]], images: list[_Image], spool: Any) -> Mapping[str, int]:
     """Tar and parquet in row order, the same bytes for the same images."""
     import webdataset
@@ -285,7 +313,7 @@ def _write(task: Task, rows: list[dict[str, Any]], images: list[_Image], spool: 
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
             key = compute_key(index, int(task.name), digits, 5)
             result = {
-                "uid": row["uid"], "url": row["url"], "status": str(image.status), "error": image.error, "key": key,
+                "uid": row["uid"], "url": row["url"], "status": str(image.status), "error": _printable(image.error), "key": key,
                 "image_sha256": image.sha256, "image_width": image.served_size[0], "image_height": image.served_size[1],
                 "width": image.size[0], "height": image.size[1],
             }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import time
@@ -101,6 +102,7 @@ def _start(stage: Stage, parent: int, log_file: Path, level: int) -> None:
     global _stage
     _stage = stage
     die_with(parent)
+    multiprocessing.util.Finalize(None, _stack.close, exitpriority=10)  # models are unloaded when the worker ends by itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     with open(log_file, "ab") as file:  # what libraries print belongs there, not between the lines of the progress
         os.dup2(file.fileno(), 1)

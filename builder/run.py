@@ -21,6 +21,7 @@ from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, Stage, Task, task_key
 from builder.errors import InputError
 from builder.executors import Executor, Outcome, local
+from builder.source import Source
 
 
 @dataclass
@@ -187,6 +188,37 @@ def _intact(run: Path, record: Record) -> bool:
         return all((run / name).stat().st_size == size for name, size in record.bytes.items())
     except FileNotFoundError:
         return False
+
+
+def estimate(recipe: Recipe, run: Path) -> list[dict[str, object]]:
+    """Per stage: shards done and left, and rows, bytes on disk and hours that are left, as measured on the shards that are done.
+
+    Nothing is guessed: where no shard of a stage is done, bytes and hours are None.
+    """
+    plans = plan(recipe, run)
+    survey = plans["source"].done.get("survey")
+    source = recipe.stage("source")
+    total = survey.rows["rows"] if survey else source.num_rows() if isinstance(source, Source) else None
+    table: list[dict[str, object]] = []
+    for name, stage_plan in plans.items():
+        records = stage_plan.shards()
+        done = sum(sum(record.rows.values()) for record in records)
+        left = None if total is None else total - done
+        per_row = None if left is None or not done else left / done
+        table.append(
+            {
+                "stage": name,
+                "shards_done": len(records),
+                "shards_left": sum(task.name != "survey" for task in stage_plan.todo) + stage_plan.waiting if survey else None,
+                "rows_done": done,
+                "rows_left": left,
+                "bytes_left": None if per_row is None else round(per_row * sum(sum(record.bytes.values()) for record in records)),
+                "hours_left": None
+                if per_row is None
+                else round(per_row * sum(record.seconds for record in records) / stage_plan.stage.num_workers() / 3600, 3),
+            }
+        )
+    return table
 
 
 def status(run: Path) -> list[dict[str, object]]:

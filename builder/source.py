@@ -81,11 +81,21 @@ class Source(Stage):
 
     def survey_inputs(self, run: Path) -> dict[str, str]:
         if self.rows_per_shard < 1:
-            raise InputError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1")
+            raise InputError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1", "for example rows_per_shard=10000")
         hashes = _Hashes(run / "source" / ".files.json")
         inputs = {name: hashes.of(fs, path) for name, fs, path in self.find()}
         hashes.save()
         return inputs | {"rows_per_shard": str(self.rows_per_shard), "limit": str(self.limit)}
+
+    def num_rows(self) -> int | None:
+        """Rows of all files by their footers, at most `limit`; None where a file is no parquet and would have to be read."""
+        total = 0
+        for name, fs, path in self.find():
+            if _ending(path) != "parquet":
+                return None
+            with _open_parquet(name, fs, path) as file:
+                total += file.metadata.num_rows
+        return total if self.limit is None else min(total, self.limit)
 
     def find(self) -> list[tuple[str, fsspec.AbstractFileSystem, str]]:
         """Name below the folder, file system and path of each file, in the order of the names."""

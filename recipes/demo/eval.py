@@ -31,9 +31,7 @@ def captioner_quality(num_scenes: int = 500) -> tuple[dict[str, Any], list[str]]
     assert isinstance(settings, Caption)
     engine = Engine(settings)
     scenes = [world.scene(FIRST_SEED + n) for n in range(num_scenes)]
-    requests: Iterator[tuple[str, bytes, dict[str, Any]]] = (
-        (str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes)
-    )
+    requests: Iterator[tuple[str, bytes, dict[str, Any]]] = ((str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes))
     found = {int(n): captions["re_caption"] for n, captions in engine.captions(requests)}
     engine.close()
     there = named = right = whole = stopped = 0

@@ -35,7 +35,7 @@ CLIP = WEIGHTS / "clip"
 
 IMAGE_PX, PATCH_PX, WIDTH, HEADS = 64, 8, 128, 4
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI CLIP's
-CLIP_CONTEXT = 128  # as in Recap-CLIP
+CLIP_CONTEXT = 80  # the longest description has 72 tokens
 
 # The special tokens, chat template and split pattern of Llama 3; <image> and <pad> as LLaVA adds them. <|end_of_text|>
 # has the highest id: open_clip's argmax pooling finds it.

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
 from builder.caption import RECAPTION_V1_PROMPT
@@ -41,9 +42,9 @@ class Phase:
     first_seed: int
 
 
-STAGE_1 = Phase("captioner stage 1", steps=2600, batch=64, lr=1.5e-3, first_seed=1_000_000)
-STAGE_2 = Phase("captioner stage 2", steps=1200, batch=64, lr=1.0e-3, first_seed=2_000_000)
-CONTRASTIVE = Phase("clip", steps=500, batch=256, lr=1.0e-3, first_seed=3_000_000)
+STAGE_1 = Phase("captioner stage 1", steps=3000, batch=64, lr=1.5e-3, first_seed=1_000_000)
+STAGE_2 = Phase("captioner stage 2", steps=800, batch=64, lr=1.0e-3, first_seed=2_000_000)
+CONTRASTIVE = Phase("clip", steps=300, batch=256, lr=1.0e-3, first_seed=3_000_000)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -115,7 +116,7 @@ def optimise(phase: Phase, module: torch.nn.Module, tokenizer: Tokenizer, loss_o
     start, seen = time.monotonic(), 0
     for step, batch in enumerate(DataLoader(Batches(phase, tokenizer), batch_size=None, num_workers=1, prefetch_factor=4), 1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # on CPUs the fused kernel's backward is slower
             loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -132,7 +133,16 @@ def train_captioner(device: str) -> None:
     torch.manual_seed(0)
     tokenizer = models.train_tokenizer()
     model = models.captioner(tokenizer).to(device)
-    loss = lambda batch: model(**batch, attention_mask=batch["input_ids"] != tokenizer.token_to_id("<pad>")).loss  # noqa: E731
+    model.set_attn_implementation("eager")
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels_BT = batch["labels"]
+        first = int((labels_BT != -100).any(0).nonzero()[0])  # nothing before is predicted: images and prompt
+        mask_BT = batch["input_ids"] != tokenizer.token_to_id("<pad>")
+        keep = labels_BT.shape[1] - first + 1
+        logits_BTV = model(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], attention_mask=mask_BT, logits_to_keep=keep).logits
+        return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, first:].flatten())
+
     optimise(STAGE_1, model, tokenizer, loss, device)
     models.save_captioner(model, tokenizer, models.CAPTIONER)
     model.model.vision_tower.requires_grad_(False)

@@ -31,7 +31,7 @@ COLOURS = {
     "purple": (135, 50, 170),
     "black": (25, 25, 25),
 }
-SIZES = {"small": 0.12, "large": 0.165}  # radius as a share of the picture's side
+SIZES = {"small": 0.13, "large": 0.175}  # radius as a share of the picture's side
 PATTERNS = ("plain", "striped", "dotted")
 PLACES = (
     "at the top left", "at the top", "at the top right",
@@ -98,8 +98,8 @@ def scene(seed: int) -> Scene:
             rng.choice(list(SIZES)),
             rng.choice(PATTERNS),
             place,
-            rng.uniform(-0.025, 0.025),
-            rng.uniform(-0.025, 0.025),
+            rng.uniform(-0.015, 0.015),
+            rng.uniform(-0.015, 0.015),
         )
         for (colour, shape), place in zip(names, places, strict=True)
     )
@@ -118,7 +118,7 @@ def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
     if shape == "triangle":
         return [(x, y - r), (x + 0.95 * r, y + 0.75 * r), (x - 0.95 * r, y + 0.75 * r)]
     if shape == "cross":
-        k = 0.32 * r
+        k = 0.36 * r
         return [(x - k, y - r), (x + k, y - r), (x + k, y - k), (x + r, y - k), (x + r, y + k), (x + k, y + k),
                 (x + k, y + r), (x - k, y + r), (x - k, y + k), (x - r, y + k), (x - r, y - k), (x - k, y - k)]  # fmt: skip
     radii = [1.08 * r if k % 2 == 0 else 0.45 * r for k in range(10)]  # star
@@ -170,11 +170,11 @@ def _draw_thing(image: Image.Image, thing: Thing, px: int) -> None:
     step = px * 0.06
     if thing.pattern == "striped":
         for k in range(-4, 5):
-            pen.rectangle([x + k * step, y - r, x + (k + 0.45) * step, y + r], fill=_lighter(rgb, 0.6))
+            pen.rectangle([x + k * step, y - r, x + (k + 0.45) * step, y + r], fill=_lighter(rgb, 0.45))
     elif thing.pattern == "dotted":
         for k in range(49):
             cx, cy = x + (k % 7 - 3) * step, y + (k // 7 - 3) * step
-            pen.ellipse([cx - 0.3 * step, cy - 0.3 * step, cx + 0.3 * step, cy + 0.3 * step], fill=_lighter(rgb, 0.6))
+            pen.ellipse([cx - 0.3 * step, cy - 0.3 * step, cx + 0.3 * step, cy + 0.3 * step], fill=_lighter(rgb, 0.45))
     image.paste(paint, mask=mask)
 
 

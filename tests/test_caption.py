@@ -1,0 +1,152 @@
+"""Captioning with a real vLLM engine and the demo's captioner."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CAPTIONER
+from transformers import AutoProcessor
+
+from builder.caption import RECAPTION_V1, Caption, CaptionSpec, Engine, _fill
+from builder.core import Task
+from builder.errors import InputError
+from builder.model import identity
+from recipes.demo import world
+
+SETTINGS = Caption(model=str(CAPTIONER), dtype="float32", max_model_len=512, kv_cache_gib=1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(SETTINGS)
+    yield engine
+    engine.close()
+
+
+def held_out(number: int, start: int = 5_000_000) -> list[world.Scene]:
+    return [world.scene(world.HELD_OUT + start + n) for n in range(number)]
+
+
+def requests(scenes: list[world.Scene]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    return ((str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes))
+
+
+def test_recaption_v1_is_the_published_prompt_and_decoding(engine: Engine) -> None:
+    """Prompt and decoding of arXiv 2406.08478, in the chat format of Llama 3."""
+    assert RECAPTION_V1.prompt == "Please generate a detailed caption of this image. Please be as descriptive as possible."
+    assert (RECAPTION_V1.temperature, RECAPTION_V1.max_tokens) == (0.0, 128)
+    assert engine.prompts["re_caption"] == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\n"
+        "Please generate a detailed caption of this image. Please be as descriptive as possible.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_the_prompt_that_is_served_is_the_prompt_that_was_trained() -> None:
+    from recipes.demo.train import PROMPT_V1
+
+    content = [{"type": "image"}, {"type": "text", "text": RECAPTION_V1.prompt}]
+    processor = AutoProcessor.from_pretrained(str(CAPTIONER))
+    assert processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True) == PROMPT_V1
+
+
+def test_captions_name_what_is_there(engine: Engine) -> None:
+    """Held-out scenes; the quality that the README states is measured on 500 by `python -m recipes.demo.eval`."""
+    scenes = held_out(64)
+    found = dict(engine.captions(requests(scenes)))
+    right = named = there = 0
+    for n, scene in enumerate(scenes):
+        caption = found[str(n)]["re_caption"]
+        pairs = world.named_pairs(caption["text"])
+        right, named, there = right + len(pairs & scene.pairs), named + len(pairs), there + len(scene.pairs)
+        assert caption["finish_reason"] == "stop"
+        assert caption["text"].endswith(".")
+        assert 0 < caption["num_tokens"] <= 128
+    assert right / there >= 0.95
+    assert right / named >= 0.95
+
+
+def test_captions_do_not_depend_on_the_batch(engine: Engine) -> None:
+    """float32 on a CPU: alone, in small and in large batches, a picture gets the same caption."""
+    scenes = held_out(24)
+    together = dict(engine.captions(requests(scenes)))
+    engine.in_flight = 3
+    few = dict(engine.captions(requests(scenes)))
+    engine.in_flight = SETTINGS.in_flight
+    assert together == few
+
+
+def test_a_picture_that_cannot_be_decoded_is_a_row_not_an_exception(engine: Engine) -> None:
+    found = dict(engine.captions(iter([("bad", b"no picture", {}), *requests(held_out(1))])))
+    assert "cannot be decoded" in found["bad"]["re_caption"]["error"]
+    assert found["0"]["re_caption"]["text"]
+
+
+def test_a_caption_that_hits_the_limit_says_so(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    kept = engine.sampling["re_caption"]
+    engine.sampling["re_caption"] = SamplingParams(temperature=0, max_tokens=5)
+    ((_, caption),) = engine.captions(requests(held_out(1)))
+    engine.sampling["re_caption"] = kept
+    assert (caption["re_caption"]["finish_reason"], caption["re_caption"]["num_tokens"]) == ("length", 5)
+
+
+def test_a_journaled_caption_is_never_generated_again(engine: Engine, demo_run: Path, tmp_path: Path) -> None:
+    """A journal cut off by a crash in its last line: the whole lines count, the rest is generated."""
+    record = json.loads((demo_run / "caption" / "00000.json").read_text())
+    for name in record["inputs"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(demo_run / name, tmp_path / name)
+    task = Task(tmp_path, "caption", "00000", "some-key", record["inputs"])
+    task.folder.mkdir()
+    uids = [uid for uid, _, _ in SETTINGS._requests(task, {})]
+    known = {"re_caption": {"text": "Journaled.", "finish_reason": "stop", "num_tokens": 2}}
+    lines = [task.key, json.dumps([uids[0], known]), json.dumps([uids[1], known])[:-9]]
+    (task.folder / "00000.journal").write_text("\n".join(lines))
+    SETTINGS.caption(engine, task)
+    import pyarrow.parquet as pq
+
+    texts = {row["uid"]: row["re_caption"] for row in pq.read_table(task.output()).to_pylist()}
+    before = {row["uid"]: row["re_caption"] for row in pq.read_table(demo_run / "caption" / "00000.parquet").to_pylist()}
+    assert texts[uids[0]] == "Journaled."
+    assert texts == before | {uids[0]: "Journaled."}
+    assert not (task.folder / "00000.journal").exists()
+
+    (task.folder / "00000.journal").write_text("\n".join(["another-key", *lines[1:]]))  # other settings: not the same captions
+    SETTINGS.caption(engine, task)
+    assert "Journaled." not in pq.read_table(task.output())["re_caption"].to_pylist()
+
+
+def test_a_model_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(CAPTIONER, broken)
+    (broken / "processor_config.json").unlink()
+    with pytest.raises(InputError, match=r"has no preprocessor_config.json or processor_config.json"):
+        Engine(replace(SETTINGS, model=str(broken)))
+
+
+def test_a_model_enters_the_key_by_its_content(tmp_path: Path) -> None:
+    shutil.copytree(CAPTIONER, tmp_path / "elsewhere")
+    assert identity(str(tmp_path / "elsewhere")) == identity(str(CAPTIONER))
+    shutil.copytree(CAPTIONER, tmp_path / "changed")
+    (tmp_path / "changed" / "generation_config.json").write_text("{}")
+    assert identity(str(tmp_path / "changed")) != identity(str(CAPTIONER))
+
+
+@pytest.mark.parametrize("model", ["user/name", "user/name@main"])
+def test_a_hub_model_needs_a_pinned_revision(model: str) -> None:
+    with pytest.raises(InputError, match="no pinned revision"):
+        identity(model)
+    assert identity("user/name@0123456789abcdef") == "user/name@0123456789abcdef"
+
+
+def test_only_the_prompts_own_braces_count() -> None:
+    assert _fill("Alt text: {org_caption}.", {"org_caption": "a {url} {0}", "url": "http://x"}) == "Alt text: a {url} {0}."
+    assert CaptionSpec(prompt="no braces").prompt == _fill("no braces", {})

@@ -1,0 +1,842 @@
+"""download: every URL gets a right status, in bounded time and memory, and never leads to where it must not."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import ipaddress
+import json
+import re
+import socket
+import struct
+import tarfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faulty import Page, Visit, Web, redirect, response
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from builder import source
+from builder.core import Status, Task, sha256_file, write_parquet
+from builder.dedup import Dedup
+from builder.download import SCHEMA, Download, _Fetcher
+from builder.errors import InputError
+from recipes.demo import web as demo_web
+
+LOOPBACK = ("127.0.0.1/32",)
+Row = dict[str, Any]
+
+
+@dataclass
+class Done:
+    """What the stage made of one shard."""
+
+    rows: list[Row]
+    counts: Counter[str]
+    parquet: Path
+    tar: Path
+    seconds: float  # without loading
+
+    @property
+    def statuses(self) -> list[str]:
+        return [row["status"] for row in self.rows]
+
+    @property
+    def images(self) -> dict[str, bytes]:
+        """The pictures in the tar by uid."""
+        with tarfile.open(self.tar) as tar:
+            jpgs = {name.removesuffix(".jpg"): tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".jpg")}  # type: ignore[union-attr]
+        return {row["uid"]: jpgs[row["key"]] for row in self.rows if row["key"] in jpgs}
+
+    def pixels(self, uid: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        with Image.open(io.BytesIO(self.images[uid])) as image:
+            return np.asarray(image.convert("RGB")).astype(np.int64)
+
+
+def download(run: Path, rows: Sequence[str | Row], *, shard: int = 0, **settings: Any) -> Done:
+    """Run the stage over one shard of source rows, given as URLs or as more columns; uids are their numbers."""
+    table = [{"uid": str(n), "org_caption": f"caption {n}"} | ({"url": row} if isinstance(row, str) else row) for n, row in enumerate(rows)]
+    for folder in ("source", "download"):
+        (run / folder).mkdir(parents=True)
+    name = f"source/{shard:05d}.parquet"
+    write_parquet(pa.Table.from_pylist(table, source.SCHEMA), run / name)
+    task = Task(run, "download", f"{shard:05d}", "", {name: sha256_file(run / name)})
+    with Download(**{"allow_private": LOOPBACK, **settings}).open() as work:
+        start = time.monotonic()
+        counts = Counter({str(status): n for status, n in work(task).items()})
+        seconds = time.monotonic() - start
+    done = Done(pq.read_table(task.output()).to_pylist(), counts, task.output(), task.output(".tar"), seconds)
+    assert [(row["uid"], row["url"]) for row in done.rows] == [(row["uid"], row["url"]) for row in table]  # one row per source row, in order
+    assert done.counts == Counter(done.statuses)
+    assert set(done.statuses) <= set(Status)
+    assert all((row["error"] is None) == (row["status"] == "ok") for row in done.rows)  # a reason wherever there is no image
+    assert list(done.images) == [row["uid"] for row in done.rows if row["status"] == "ok"]
+    return done
+
+
+def statuses(run: Path, urls: dict[str, str], **settings: Any) -> dict[str, str]:
+    """Status by name, all of them in one shard."""
+    return dict(zip(urls, download(run, list(urls.values()), **settings).statuses, strict=True))
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with Web() as web:
+        yield web
+
+
+def picture(
+    width: int = 64, height: int = 48, colour: str | tuple[int, ...] = "teal", mode: str = "RGB", kind: str = "JPEG", **options: Any
+) -> bytes:
+    return encoded(Image.new(mode, (width, height), colour), kind, **options)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, lines: Iterable[bytes]) -> bytes:
+    """A PNG put together by hand, line by line: in kinds that Pillow does not write, and in sizes that must not be held in memory."""
+    packer = zlib.compressobj(1)
+    data = b"".join(packer.compress(b"\0" + line) for line in lines) + packer.flush()
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0), b"IDAT": data, b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks.items())
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+JPG = picture()
+
+
+# --- the faults of the demo web -----------------------------------------------------------------------------------------
+
+EXPECT = {  # fault -> status with sha256 verified, status without
+    "ok": ("ok", "ok"),
+    "flaky": ("ok", "ok"),
+    "redirect": ("ok", "ok"),
+    "gone": ("dead_link", "dead_link"),
+    "slow": ("timeout", "timeout"),
+    "private": ("blocked", "blocked"),
+    "noai": ("opted_out", "opted_out"),
+    "placeholder": ("hash_mismatch", "duplicate_image"),
+    "changed": ("hash_mismatch", "ok"),
+    "html": ("hash_mismatch", "undecodable"),
+    "empty": ("hash_mismatch", "undecodable"),
+    "truncated": ("undecodable", "undecodable"),
+    "bomb": ("hash_mismatch", "too_large"),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_every_fault_of_the_demo_web_gets_its_status(tmp_path: Path, verify: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert set(EXPECT) == set(demo_web.FAULTS)
+    demo_web.bomb()  # drawn before the clock runs
+    folder, run = tmp_path / "web", tmp_path / "run"
+    demo_web.make(folder, rows=20, port=port, num_files=1)
+    (metadata,) = (folder / "metadata").iterdir()
+    faults = [*EXPECT, *["placeholder"] * 6, "ok"]
+    rows = pq.read_table(metadata, columns=["uid", "sha256"]).to_pylist()
+    rows = [row | {"url": f"http://127.0.0.1:{port}/{fault}/{row['uid']}.jpg"} for row, fault in zip(rows, faults, strict=True)]
+    with demo_web.serve(folder, port) as seen:
+        done = download(run, rows, verify_sha256=verify, timeout_s=2.5)
+    (run / "dedup").mkdir()
+    done.parquet.rename(run / "download" / "00000.parquet")
+    survey = Task(run, "dedup", "survey", "", {"download/00000.parquet": ""})
+    Dedup().survey(survey)
+    survey.output().rename(run / "dedup" / "survey.parquet")
+    with Dedup().open() as work:
+        work(task := Task(run, "dedup", "00000", "", {"download/00000.parquet": ""}))
+    after = pq.read_table(task.output())["status"].to_pylist()
+    assert list(zip(faults, after, strict=True)) == [(fault, EXPECT[fault][not verify]) for fault in faults]
+    assert seen[f"/gone/{rows[3]['uid']}.jpg"] == 1
+    assert seen[f"/flaky/{rows[1]['uid']}.jpg"] == 2
+
+
+# --- time -----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_server_holds_a_url_longer_than_its_deadline(tmp_path: Path, web: Web) -> None:
+    """Neither dripping nor silence nor the time of the retries stretches it."""
+    whole = response(JPG)
+
+    def busy_then_silent(visit: Visit) -> None:
+        if visit.number == 1:
+            visit.send(response(status="503 Busy"))
+        else:
+            visit.sleep(60)
+
+    pages: dict[str, Callable[[Visit], Any]] = {
+        "/headers": lambda visit: visit.drip(whole),
+        "/body": lambda visit: (visit.send(whole.partition(JPG)[0]), visit.drip(JPG)),
+        "/silent": lambda visit: visit.sleep(60),
+        "/busy-then-silent": busy_then_silent,
+        "/drips-after-a-redirect": lambda visit: visit.send(redirect("/body")),
+    }
+    done = download(tmp_path, [web.put(path, page) for path, page in pages.items()], timeout_s=2, retries=9)
+    assert done.statuses == ["timeout"] * 5
+    assert {row["error"] for row in done.rows} == {"nothing complete within 2 s"}
+    assert 2 <= done.seconds < 4
+    assert web.requests["/busy-then-silent"] == 2
+    assert web.requests["/silent"] == 1
+
+
+def test_urls_do_not_wait_for_a_slow_neighbour_longer_than_they_must(tmp_path: Path, web: Web) -> None:
+    """With two at a time, one of them stuck, all others are fetched meanwhile."""
+    urls = [web.put("/silent", lambda visit: (visit.sleep(60), None)[1]), *[web.put(f"/{n}", response(JPG)) for n in range(20)]]
+    done = download(tmp_path, urls, timeout_s=1.5, concurrency=2)
+    assert done.statuses == ["timeout"] + ["ok"] * 20
+    assert done.seconds < 3
+
+
+def test_a_server_that_asks_for_more_patience_than_there_is_gets_none(tmp_path: Path, web: Web) -> None:
+    urls = [web.put(f"/{status[:3]}", response(b"", "Retry-After: 3600", status=status)) for status in ("503 Busy", "429 Too Many Requests")]
+    done = download(tmp_path, urls, timeout_s=30, retries=3)
+    assert done.statuses == ["unavailable"] * 2
+    assert [row["error"] for row in done.rows] == ["HTTP 503", "HTTP 429"]
+    assert done.seconds < 5
+    assert web.requests == {"/503": 1, "/429": 1}
+
+
+def test_a_retry_comes_no_earlier_than_the_server_asks(tmp_path: Path, web: Web) -> None:
+    def page(visit: Visit) -> None:
+        visit.send(response(b"", "Retry-After: 1", status="503 Busy") if visit.number == 1 else response(JPG))
+
+    done = download(tmp_path, [web.put("/busy", page)])
+    assert done.statuses == ["ok"]
+    assert done.seconds >= 1
+
+
+# --- retries --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_may_pass_is_asked_again_and_what_will_not_is_not(tmp_path: Path, web: Web) -> None:
+    """With two retries: three requests at most."""
+
+    def busy_once(visit: Visit) -> None:
+        visit.send(response(status="503 Busy") if visit.number == 1 else response(JPG))
+
+    def cut_once(visit: Visit) -> None:
+        visit.send(response(JPG[:200], length=len(JPG)) if visit.number == 1 else response(JPG))
+
+    pages: dict[str, tuple[Page, str, int]] = {  # path -> page, status, requests
+        "/ok": (response(JPG), "ok", 1),
+        "/busy-once": (busy_once, "ok", 2),
+        "/cut-once": (cut_once, "ok", 2),
+        "/429": (response(status="429 Too Many Requests"), "unavailable", 3),
+        "/500": (response(status="500 Oops"), "unavailable", 3),
+        "/503": (response(status="503 Busy"), "unavailable", 3),
+        "/always-cut": (response(JPG[:200], length=len(JPG)), "undecodable", 3),
+        "/chunks-cut": (response(b"c8\r\n" + JPG[:200], "Transfer-Encoding: chunked").replace(b"Content-Length", b"X-Length"), "undecodable", 3),
+        "/400": (response(status="400 Bad Request"), "dead_link", 1),
+        "/403": (response(status="403 Forbidden"), "dead_link", 1),
+        "/404": (response(status="404 Not Found"), "dead_link", 1),
+        "/410": (response(JPG, status="410 Gone"), "dead_link", 1),
+        "/204": (b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n", "dead_link", 1),
+        "/html": (response(b"<!doctype html>"), "undecodable", 1),
+        "/empty": (response(b""), "undecodable", 1),
+    }
+    urls = [web.put(path, page) for path, (page, _, _) in pages.items()]
+    done = download(tmp_path, urls, retries=2)
+    got = {path: (status, web.requests[path]) for path, status in zip(pages, done.statuses, strict=True)}
+    assert got == {path: (status, requests) for path, (_, status, requests) in pages.items()}
+
+
+def test_a_server_that_hangs_up_is_unavailable(tmp_path: Path, web: Web) -> None:
+    """aiohttp itself asks a second time each time, since the connection might have been an old one."""
+    assert statuses(tmp_path, {"hangs up": web.put("/", b"")}, retries=1) == {"hangs up": "unavailable"}
+    assert web.requests["/"] <= 4
+
+
+def test_a_connection_that_is_refused_is_unavailable(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    assert statuses(tmp_path, {"refused": f"http://127.0.0.1:{port}/x.jpg"}, retries=1) == {"refused": "unavailable"}
+
+
+def test_a_host_that_does_not_exist_is_a_dead_link(tmp_path: Path) -> None:
+    done = download(tmp_path, ["http://nothing.invalid/x.jpg"], retries=0)
+    assert [(row["status"], row["error"]) for row in done.rows] == [("dead_link", "the host name does not resolve")]
+
+
+RUBBISH = {  # answers that are none
+    "not-http": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "nul": b"\0" * 1000,
+    "no-status": b"HTTP/1.1\r\n\r\n",
+    "endless-header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+    "length-is-a-word": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc",
+    "length-is-negative": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nabc",
+    "chunk-is-a-word": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nmany\r\nabc\r\n",
+    "nonsense-headers": b"HTTP/1.1 200 OK\r\nSet-Cookie: ;;=;\r\nContent-Type: \xff/\xfe\r\nContent-Encoding: none\r\nContent-Length: 3\r\n\r\nabc",
+    "retry-after-is-no-number": b"HTTP/1.1 503 Busy\r\nRetry-After: \xc2\xb2\r\nContent-Length: 0\r\n\r\n",
+    "retry-after-is-a-date": b"HTTP/1.1 503 Busy\r\nRetry-After: Fri, 31 Dec 2100 23:59:59 GMT\r\nContent-Length: 0\r\n\r\n",
+    "to-no-url": redirect("http://["),
+    "to-no-host": redirect("http://"),
+    "to-empty-label": redirect("http://a..b/"),
+    "to-no-port": redirect("http://127.0.0.1:99999/"),
+    "to-nothing": redirect(""),
+    "without-location": response(status="302 Found"),
+}
+
+
+def test_rubbish_costs_its_own_row_only(tmp_path: Path, web: Web) -> None:
+    urls = {name: web.put(f"/{name}", page) for name, page in RUBBISH.items()}
+    got = statuses(tmp_path, urls | {"ok": web.put("/ok", response(JPG))}, retries=0)
+    assert got.pop("ok") == "ok"
+    assert set(got.values()) <= {"unavailable", "dead_link", "undecodable"}
+    assert {name: status for name, status in got.items() if name.startswith("retry-after")} == {
+        "retry-after-is-no-number": "unavailable",
+        "retry-after-is-a-date": "unavailable",
+    }
+    assert {status for name, status in got.items() if name.startswith("to-")} == {"dead_link"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 302 Found\r\nLocation: http://\xff\xfe/\r\nContent-Length: 0\r\n\r\n", "dead_link"),
+        (b"HTTP/1.1 302 Found\r\nLocation: \xff\xfe://x/\r\nContent-Length: 0\r\n\r\n", "dead_link"),
+        (b"HTTP/1.1 200 OK\r\nX-Robots-Tag: noai, \xff\xfe\r\nContent-Length: 0\r\n\r\n", "opted_out"),
+    ],
+    ids=["host", "scheme", "robots"],
+)
+def test_headers_that_are_not_utf_8_cost_their_own_row_only(tmp_path: Path, web: Web, answer: bytes, status: str) -> None:
+    """What a server writes ends up in the reason, and a reason has to be text."""
+    assert statuses(tmp_path, {"bytes": web.put("/bytes", answer), "ok": web.put("/ok", response(JPG))}) == {"bytes": status, "ok": "ok"}
+
+
+def test_a_picture_without_any_header_is_a_picture(tmp_path: Path, web: Web) -> None:
+    assert statuses(tmp_path, {"bare": web.put("/", b"HTTP/1.0 200 OK\r\n\r\n" + JPG)}) == {"bare": "ok"}
+
+
+def test_redirects_are_followed_but_not_for_ever(tmp_path: Path, web: Web) -> None:
+    web.put("/ok", response(JPG))
+    for number in range(100):
+        web.put(f"/deeper{number}", redirect(f"/deeper{number + 1}"))
+    urls = {
+        "moved": web.put("/moved", redirect("/ok", status="301 Moved Permanently")),
+        "found": web.put("/found", redirect(f"{web.base}/ok", status="302 Found")),
+        "see other": web.put("/other", redirect("/ok", status="303 See Other")),
+        "temporary": web.put("/temporary", redirect("ok", status="307 Temporary Redirect")),
+        "permanent": web.put("/permanent", redirect("/ok", status="308 Permanent Redirect")),
+        "itself": web.put("/itself", redirect("/itself")),
+        "deeper": f"{web.base}/deeper0",
+    }
+    got = statuses(tmp_path, urls)
+    assert got == {**dict.fromkeys(("moved", "found", "see other", "temporary", "permanent"), "ok"), "itself": "dead_link", "deeper": "dead_link"}
+    assert web.requests["/itself"] <= 20
+    assert sum(number for path, number in web.requests.items() if path.startswith("/deeper")) <= 20
+
+
+# --- where it may connect to ----------------------------------------------------------------------------------------------
+
+
+def test_no_redirect_and_no_name_leads_to_an_address_that_is_not_public(tmp_path: Path) -> None:
+    """The web is 127.0.0.3, the only address that is allowed; somebody listens on all others and must stay alone."""
+    with ExitStack() as stack:
+        web, other, local, v6 = (stack.enter_context(Web(host)) for host in ("127.0.0.3", "127.0.0.2", "127.0.0.1", "::1"))
+        targets = {
+            "loopback": f"{other.base}/secret",
+            "a name": f"http://localhost:{local.port}/secret",
+            "any address": f"http://0.0.0.0:{local.port}/secret",
+            "v6": f"{v6.base}/secret",
+            "v6 any": f"http://[::]:{v6.port}/secret",
+            "v4 in v6": f"http://[::ffff:127.0.0.2]:{other.port}/secret",
+            "v4 in v6, hexadecimal": f"http://[::ffff:7f00:2]:{other.port}/secret",
+            "private": "http://10.0.0.1/secret",
+            "metadata of a cloud": "http://169.254.169.254/latest/meta-data/",
+            "file": "file:///etc/passwd",
+            "ftp": f"ftp://127.0.0.2:{other.port}/secret",
+            "data": "data:image/png;base64,AAAA",
+        }
+        redirects = {name: web.put(f"/{n}", redirect(url)) for n, (name, url) in enumerate(targets.items())}
+        twice = {"in two steps": web.put("/twice", redirect(redirects["loopback"]))}
+        itself = {"ok": web.put("/ok", response(JPG))}
+        got = statuses(tmp_path / "redirects", redirects | twice | itself, allow_private=("127.0.0.3/32",), retries=2)
+        assert got == dict.fromkeys([*targets, *twice], "blocked") | {"ok": "ok"}
+        assert {web.requests[f"/{n}"] for n in range(1, len(targets))} == {1}  # it will be no better the next time
+
+        direct = {name: url for name, url in targets.items() if url.startswith("http")}
+        got = statuses(tmp_path / "direct", direct, allow_private=("127.0.0.3/32",), retries=2)
+        assert got == dict.fromkeys(direct, "blocked")
+        assert [somebody.connections for somebody in (other, local, v6)] == [0, 0, 0]
+
+
+def test_nothing_private_is_allowed_unless_it_is_named(tmp_path: Path, web: Web) -> None:
+    assert statuses(tmp_path, {"loopback": web.put("/ok", response(JPG))}, allow_private=()) == {"loopback": "blocked"}
+    assert web.connections == 0
+
+
+PUBLIC = ["93.184.216.34", "1.1.1.1", "2606:2800:220:1:248:1893:25c8:1946", "2001:4860:4860::8888", "64:ff9b::5db8:d822", "2002:5db8:d822::1"]
+NOT_PUBLIC = {
+    "private": ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "fc00::1", "fd12:3456::1", "fec0::1"],
+    "carrier-grade NAT": ["100.64.0.1", "100.127.255.255"],
+    "loopback": ["127.0.0.1", "127.255.255.254", "::1"],
+    "link-local": ["169.254.169.254", "fe80::1"],
+    "multicast": ["224.0.0.1", "239.255.255.250", "ff02::1", "ff0e::1"],
+    "unspecified, broadcast, reserved": ["0.0.0.0", "0.1.2.3", "::", "255.255.255.255", "240.0.0.1"],
+    "documentation, benchmarks": ["192.0.2.1", "198.51.100.1", "203.0.113.1", "198.18.0.1", "2001:db8::1"],
+    "mapped": ["::ffff:10.0.0.1", "::ffff:127.0.0.1", "::ffff:169.254.169.254"],
+    "compatible, translated": ["::127.0.0.1", "::10.0.0.1", "::ffff:0:127.0.0.1"],
+    "6to4": ["2002:7f00:1::", "2002:a00:1::1", "2002:a9fe:a9fe::1"],
+    "NAT64": ["64:ff9b::7f00:1", "64:ff9b::a00:1", "64:ff9b:1::7f00:1", "64:ff9b:1::a00:1"],
+    "Teredo": ["2001:0:4136:e378:8000:63bf:f5ff:fffe", "2001:0:4136:e378:8000:63bf:80ff:fffe"],  # the client is ~0a000001, ~7f000001
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PUBLIC)
+def test_addresses_that_are_not_public(kind: str) -> None:
+    may_connect = _Fetcher(Download()).may_connect
+    assert [address for address in NOT_PUBLIC[kind] if may_connect(ipaddress.ip_address(address))] == []
+
+
+def test_addresses_that_are_public() -> None:
+    may_connect = _Fetcher(Download()).may_connect
+    assert [address for address in PUBLIC if not may_connect(ipaddress.ip_address(address))] == []
+
+
+def test_allowed_networks_are_allowed_in_any_clothes_and_no_others() -> None:
+    may_connect = _Fetcher(Download(allow_private=("10.1.0.0/16", "fd00::/64"))).may_connect
+    table = {"10.1.2.3": True, "10.2.0.1": False, "127.0.0.1": False, "::ffff:10.1.2.3": True, "fd00::5": True, "fd00:0:0:1::5": False}
+    assert {address: may_connect(ipaddress.ip_address(address)) for address in table} == table
+
+
+def test_what_is_no_url_is_never_connected_to(tmp_path: Path, web: Web) -> None:
+    no_urls = [
+        "", " ", "not a url", "ftp://x/y", "http://", "https://", "http:///x.jpg", "//127.0.0.1/x.jpg", "/x.jpg", "http://host:99999/",
+        "http://host:port/", "http://[::1", "http://[x]/", "http://a..b/", f"http://{'a' * 64}.com/", "http://" + "x" * 2_000_000,
+        "x" * 2_000_000, "javascript:alert(1)", "data:image/png;base64,AAAA", "file:///etc/passwd", f"{web.base}/nul\x00.jpg",
+        f"{web.base}/x.jpg\n", f"{web.base}/x\r\nHost: other/.jpg", "http://127.0.0.1\x00.example/",
+    ]  # fmt: skip
+    done = download(tmp_path, no_urls)
+    assert [row["url"][:40] for row in done.rows if row["status"] != "invalid_url"] == []
+    assert max(len(row["error"]) for row in done.rows) < 200
+    assert web.connections == 0
+
+
+def test_a_url_that_no_server_would_read_is_never_sent(tmp_path: Path, web: Web) -> None:
+    """Two megabytes of path."""
+    assert statuses(tmp_path, {"long": f"{web.base}/{'x' * 2_000_000}"}) == {"long": "invalid_url"}
+    assert web.connections == 0
+
+
+def test_a_url_arrives_as_the_metadata_writes_it(tmp_path: Path, web: Web) -> None:
+    """Signed URLs break when they are written in another way; letters outside ASCII become UTF-8 in percents."""
+    paths = {path: path for path in ("/a%2Fb.jpg?sig=x%2By%3D&t=1", "/a+b.jpg", "/a,b;c=d/@e.jpg?u=http://x/y?z", "/%E2%82%AC.jpg")}
+    paths |= {"/grün.jpg": "/gr%C3%BCn.jpg", "/a b.jpg": "/a%20b.jpg"}
+    for sent in paths.values():
+        web.put(sent, response(JPG))
+    got = statuses(tmp_path, {path: web.base + path for path in paths})
+    assert got == dict.fromkeys(paths, "ok")
+    assert set(web.requests) == set(paths.values())
+
+
+# --- who may not be used, and who we say we are ---------------------------------------------------------------------------
+
+
+def test_robots_tags_are_obeyed_where_they_are_meant_for_us(tmp_path: Path, web: Web) -> None:
+    tags = {
+        ("noai",): "opted_out",
+        ("noimageai",): "opted_out",
+        ("noindex",): "opted_out",
+        ("NoAI, nofollow",): "opted_out",
+        ("nofollow,noimageindex",): "opted_out",
+        ("recapkit: noai",): "opted_out",
+        ("RecapKit: noai",): "opted_out",
+        ("otherbot: noai", "noai"): "opted_out",
+        ("otherbot: noai", "recapkit: nofollow, noindex"): "opted_out",
+        ("otherbot: noai",): "ok",
+        ("otherbot: noai", "thirdbot: noindex"): "ok",
+        ("nofollow, noarchive",): "ok",
+        ("all",): "ok",
+        ("",): "ok",
+    }
+    urls = {tag: web.put(f"/{n}", response(JPG, *[f"X-Robots-Tag: {line}" for line in tag])) for n, tag in enumerate(tags)}
+    done = download(tmp_path, list(urls.values()))
+    assert dict(zip(tags, done.statuses, strict=True)) == tags
+    assert all("noai" in row["error"].lower() for row, tag in zip(done.rows, tags, strict=True) if tag in [("noai",), ("RecapKit: noai",)])
+
+
+def test_the_reason_names_the_tag_that_was_meant_for_us(tmp_path: Path, web: Web) -> None:
+    done = download(tmp_path, [web.put("/", response(JPG, "X-Robots-Tag: otherbot: nosnippet", "X-Robots-Tag: noimageai"))])
+    assert [(row["status"], "noimageai" in row["error"]) for row in done.rows] == [("opted_out", True)]
+
+
+def test_a_reason_stays_short_however_long_the_tag(tmp_path: Path, web: Web) -> None:
+    done = download(tmp_path, [web.put("/", response(JPG, f"X-Robots-Tag: noai, {'x' * 5000}"))])
+    assert [(row["status"], len(row["error"]) < 200) for row in done.rows] == [("opted_out", True)]
+
+
+def test_one_may_listen_for_another_name_and_other_directives(tmp_path: Path, web: Web) -> None:
+    urls = {line: web.put(f"/{n}", response(JPG, f"X-Robots-Tag: {line}")) for n, line in enumerate(["MyBot: notdm", "recapkit: notdm", "noai"])}
+    got = statuses(tmp_path / "a", urls, user_agent_token="MyBot", disallowed_directives=("NoTDM",))
+    assert got == {"MyBot: notdm": "opted_out", "recapkit: notdm": "ok", "noai": "ok"}
+    assert set(statuses(tmp_path / "b", urls, disallowed_directives=()).values()) == {"ok"}
+
+
+def test_a_request_says_who_asks_and_wants_plain_bytes(tmp_path: Path, web: Web) -> None:
+    download(tmp_path, [web.put("/ok", response(JPG))])
+    headers = dict(line.lower().split(": ", 1) for line in web.headers["/ok"])
+    assert "recapkit" in headers["user-agent"]
+    assert headers["accept-encoding"] == "identity"
+    assert not {"cookie", "authorization", "referer"} & set(headers)
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_max_bytes_is_a_border(tmp_path: Path, web: Web) -> None:
+    size = len(JPG)
+    urls = {str(extra): web.put(f"/{extra}", response(JPG + b"\0" * extra)) for extra in (0, 1)}
+    assert statuses(tmp_path, urls, max_bytes=size) == {"0": "ok", "1": "too_large"}
+
+
+def test_no_more_than_max_bytes_is_read(tmp_path: Path, web: Web) -> None:
+    """Whether the server owns up to the size or not; both of these would send for ever."""
+    sent: Counter[str] = Counter()
+
+    def endless(name: str, *headers: str) -> Callable[[Visit], None]:
+        def page(visit: Visit) -> None:
+            visit.send("\r\n".join(["HTTP/1.1 200 OK", *headers, "", ""]).encode())
+            chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+            while not visit.sleep(0):
+                visit.send(chunk)
+                sent[name] += len(chunk)
+
+        return page
+
+    urls = {
+        "length": web.put("/length", endless("length", "Content-Length: 100000000000")),
+        "chunked": web.put("/chunked", endless("chunked", "Transfer-Encoding: chunked")),
+        "until it ends": web.put("/bare", endless("until it ends")),
+    }
+    assert statuses(tmp_path, urls, max_bytes=1_000_000, timeout_s=10) == dict.fromkeys(urls, "too_large")
+    assert max(sent.values()) < 20_000_000  # a million and what sockets hold
+    assert set(web.requests.values()) == {1}
+
+
+def test_the_hash_is_of_the_bytes_as_served(tmp_path: Path, web: Web) -> None:
+    """Compressed bytes are not unpacked: a hash of anything else could be compared with nobody's."""
+    packed = gzip.compress(JPG)
+    rows = [{"url": web.put("/ok", response(JPG))}, {"url": web.put("/gzip", response(packed, "Content-Encoding: gzip"))}]
+    done = download(tmp_path / "a", [*rows, rows[1] | {"sha256": sha256(JPG)}, rows[0] | {"sha256": sha256(JPG)}])
+    assert done.statuses == ["ok", "undecodable", "hash_mismatch", "ok"]
+    assert [row["image_sha256"] for row in done.rows] == [sha256(JPG), sha256(packed), sha256(packed), sha256(JPG)]
+
+
+def test_another_image_than_the_metadata_s(tmp_path: Path, web: Web) -> None:
+    """Out when hashes are verified, kept under its own hash when not; metadata without a hash cannot be held against it."""
+    url = web.put("/", response(JPG))
+    rows = [{"url": url, "sha256": claimed} for claimed in (sha256(b"another"), sha256(JPG), None, "")]
+    strict = download(tmp_path / "strict", rows)
+    assert strict.statuses == ["hash_mismatch", "ok", "ok", "ok"]
+    lax = download(tmp_path / "lax", rows, verify_sha256=False)
+    assert lax.statuses == ["ok"] * 4
+    assert {row["image_sha256"] for row in strict.rows + lax.rows} == {sha256(JPG)}
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bomb_is_never_unpacked(tmp_path: Path, web: Web) -> None:
+    """20000 x 20000 pixels are 400 MB, in a file of some 200 kB."""
+    bomb = png(20_000, 20_000, 1, 0, (bytes(2500) for _ in range(20_000)))
+    assert len(bomb) < 1_000_000
+    with Download().open():
+        pass  # libraries are loaded
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the highest since now
+    (row,) = download(tmp_path, [web.put("/", response(bomb))]).rows
+    assert (row["status"], row["error"]) == ("too_large", "20000x20000 pixels, over 64000000")
+    assert (row["image_width"], row["image_height"], row["image_sha256"]) == (20_000, 20_000, sha256(bomb))
+    assert _memory("VmHWM") - before < 100_000_000
+
+
+def _memory(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
+
+
+def test_max_pixels_is_a_border(tmp_path: Path, web: Web) -> None:
+    urls = {f"{w}x{h}": web.put(f"/{w}x{h}", response(picture(w, h))) for w, h in ((100, 50), (1, 5001), (5001, 1))}
+    assert statuses(tmp_path, urls, max_pixels=5000) == {"100x50": "ok", "1x5001": "too_large", "5001x1": "too_large"}
+
+
+def test_the_longest_side_becomes_image_px_and_nothing_is_enlarged(tmp_path: Path, web: Web) -> None:
+    sizes = {(1000, 500): (512, 256), (500, 2000): (128, 512), (512, 512): (512, 512), (513, 10): (512, 10), (300, 200): (300, 200), (1, 1): (1, 1)}
+    urls = [web.put(f"/{n}", response(picture(*size, kind="PNG"))) for n, size in enumerate(sizes)]
+    done = download(tmp_path / "512", urls)
+    assert done.statuses == ["ok"] * len(sizes)
+    assert {(row["image_width"], row["image_height"]): (row["width"], row["height"]) for row in done.rows} == sizes
+    for row in done.rows:
+        with Image.open(io.BytesIO(done.images[row["uid"]])) as image:
+            assert (image.format, image.size) == ("JPEG", (row["width"], row["height"]))
+    small = download(tmp_path / "64", urls, image_px=64)
+    assert [(row["width"], row["height"]) for row in small.rows] == [(64, 32), (16, 64), (64, 64), (64, 1), (64, 43), (1, 1)]
+
+
+def test_a_line_of_pixels_keeps_a_width(tmp_path: Path, web: Web) -> None:
+    """1 x 3000 made 512 high would be a sixth of a pixel wide."""
+    done = download(tmp_path, [web.put("/", response(picture(1, 3000, kind="PNG")))])
+    assert [(row["status"], row["width"], row["height"]) for row in done.rows] == [("ok", 1, 512)]
+
+
+GREY = Image.new("RGB", (40, 30), (128, 128, 128))
+KINDS = {  # pictures that are grey in the middle of the scale, in every way the web has for it
+    "jpeg": encoded(GREY, "JPEG"),
+    "progressive jpeg": encoded(GREY, "JPEG", progressive=True),
+    "jpeg, grey": encoded(GREY.convert("L"), "JPEG"),
+    "jpeg, cmyk": encoded(GREY.convert("CMYK"), "JPEG"),
+    "png": encoded(GREY),
+    "png, alpha": encoded(GREY.convert("RGBA")),
+    "png, grey": encoded(GREY.convert("L")),
+    "png, grey, alpha": encoded(GREY.convert("LA")),
+    "png, palette": encoded(GREY.quantize(2)),
+    "png, 16 bit": png(40, 30, 16, 2, [b"\x80\x80" * 3 * 40] * 30),
+    "png, 16 bit, alpha": png(40, 30, 16, 6, [(b"\x80\x80" * 3 + b"\xff\xff") * 40] * 30),
+    "png, 16 bit, grey": png(40, 30, 16, 0, [b"\x80\x80" * 40] * 30),
+    "webp": encoded(GREY, "WEBP"),
+    "webp, alpha": encoded(GREY.convert("RGBA"), "WEBP", lossless=True),
+    "gif, animated": encoded(GREY.quantize(2), "GIF", save_all=True, append_images=[Image.new("P", GREY.size)]),
+    "bmp": encoded(GREY, "BMP"),
+    "tiff": encoded(GREY, "TIFF"),
+    "ico": encoded(GREY, "ICO"),
+    "avif": encoded(GREY, "AVIF"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_of_any_kind_looks_like_itself_or_is_undecodable(tmp_path: Path, web: Web, kind: str) -> None:
+    done = download(tmp_path, [web.put("/kind", response(KINDS[kind])), web.put("/ok", response(JPG))])
+    assert done.statuses[0] in ("ok", "undecodable")
+    assert done.statuses[1] == "ok"
+    if done.statuses[0] == "ok":
+        assert (done.rows[0]["width"], done.rows[0]["height"]) == (40, 30)
+        assert abs(done.pixels("0") - 128).max() <= 4
+    if kind.split(",")[0] in ("jpeg", "png", "webp"):
+        assert done.statuses[0] == "ok" or "16 bit" in kind
+
+
+def test_what_shines_through_is_white(tmp_path: Path, web: Web) -> None:
+    """And not the colour that an editor left behind where nothing is to be seen."""
+    done = download(tmp_path, [web.put("/", response(picture(colour=(200, 0, 0, 0), mode="RGBA", kind="PNG")))])
+    assert done.pixels("0").min() >= 253
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path: Path, web: Web) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green")]
+    done = download(tmp_path, [web.put("/", response(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])))])
+    red, green, blue = done.pixels("0").mean(axis=(0, 1))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_the_size_in_the_row_is_the_size_in_the_tar_however_exif_turns_it(tmp_path: Path, web: Web) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to show it
+    done = download(tmp_path, [web.put("/", response(picture(64, 32, exif=exif)))])
+    with Image.open(io.BytesIO(done.images["0"])) as image:
+        assert image.size == (done.rows[0]["width"], done.rows[0]["height"])
+        assert sorted(image.size) == [32, 64]
+
+
+DDS = encoded(GREY, "DDS")
+BROKEN = {  # each makes Pillow or OpenCV complain in another way
+    "jpeg": JPG[:30],
+    "jpeg, only a header": JPG[: JPG.index(b"\xff\xda")],
+    "png": encoded(GREY)[:20],
+    "png, no pixels": encoded(GREY)[:33],
+    "gif": b"GIF89a" + b"\xff" * 20,
+    "webp": KINDS["webp"][:30],
+    "tiff": b"II*\0" + b"\xff" * 100,
+    "avif": KINDS["avif"].replace(b"iloc", b"xloc"),
+    "dds": DDS[:80] + bytes(4) + DDS[84:],
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n",
+    "text": b"P6 9999999999999999999999 1 255 ",
+    "nul": bytes(1000),
+    "0 pixels": png(0, 0, 8, 2, []),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_broken_picture_costs_its_own_row_only(tmp_path: Path, web: Web, kind: str) -> None:
+    done = download(tmp_path, [web.put("/broken", response(BROKEN[kind])), web.put("/ok", response(JPG))])
+    assert done.statuses == ["undecodable", "ok"]
+    assert done.rows[0]["image_sha256"] == sha256(BROKEN[kind])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        png(3_000_000_000, 1, 8, 2, []),
+        png(1, 3_000_000_000, 8, 2, []),
+        b"Image type: RGB image\r\nImage size (x*y): 1.5*3\r\n".ljust(511, b"\0") + b"\x1a",
+    ],
+    ids=["too wide for an int32", "too high for an int32", "one and a half pixels"],
+)
+def test_a_size_that_is_none_costs_its_own_row_only(tmp_path: Path, web: Web, body: bytes) -> None:
+    """A header can claim anything, also what fits into no column."""
+    done = download(tmp_path, [web.put("/size", response(body)), web.put("/ok", response(JPG))])
+    assert done.statuses[0] in ("too_large", "undecodable")
+    assert done.statuses[1] == "ok"
+
+
+# --- faces ----------------------------------------------------------------------------------------------------------------
+
+
+def noise(px: int) -> bytes:
+    return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (px, px, 3), dtype=np.uint8)))
+
+
+def test_a_face_is_blurred_and_nothing_else(tmp_path: Path, web: Web) -> None:
+    """img2dataset grows a box by a tenth of its longer side and fades over another; JPEG smears over blocks of 16.
+
+    A quarter of 256 px from (64, 64) to (128, 128) becomes 57..134, with the fading 50..141, with the blocks 48..144.
+    """
+    row = {"url": web.put("/", response(noise(256))), "face_bboxes": [[0.25, 0.25, 0.5, 0.5]]}
+    blurred, again, plain = (
+        download(tmp_path / name, [row], blur_faces=blur) for name, blur in (("blurred", True), ("again", True), ("plain", False))
+    )
+    change = abs(blurred.pixels("0") - plain.pixels("0")).max(axis=2)
+    change[48:144, 48:144] = 0
+    assert change.max() <= 4  # rounding
+    assert blurred.pixels("0")[64:128, 64:128].std() < plain.pixels("0")[64:128, 64:128].std() / 4
+    assert blurred.tar.read_bytes() == again.tar.read_bytes()
+
+
+def test_every_face_is_blurred_where_it_is_after_resizing(tmp_path: Path, web: Web) -> None:
+    row = {"url": web.put("/", response(noise(512))), "face_bboxes": [[0.0, 0.0, 0.25, 0.25], [0.75, 0.75, 1.0, 1.0]]}
+    blurred, plain = (download(tmp_path / str(blur), [row], blur_faces=blur, image_px=256).pixels("0") for blur in (True, False))
+    for y, x in ((0, 0), (192, 192)):
+        assert blurred[y : y + 60, x : x + 60].std() < plain[y : y + 60, x : x + 60].std() / 3
+    assert abs(blurred - plain)[96:160].max() <= 4
+
+
+def test_metadata_without_faces_changes_nothing(tmp_path: Path, web: Web) -> None:
+    url = web.put("/", response(noise(64)))
+    done = download(tmp_path, [{"url": url, "face_bboxes": boxes} for boxes in (None, [])])
+    assert done.images["0"] == done.images["1"]
+
+
+def test_boxes_that_are_none_cost_their_own_row_only(tmp_path: Path, web: Web) -> None:
+    url, nan = web.put("/", response(noise(64))), float("nan")
+    boxes = [[[nan] * 4], [[0.1]], [[]], [[0.9, 0.9, 0.1, 0.1]], [[-1, -1, 2, 2]], [[1e300, 0, 1, 1]], [[0.5, 0.5, 0.5, 0.5]]]
+    done = download(tmp_path, [*[{"url": url, "face_bboxes": box} for box in boxes], url])
+    assert done.statuses[-1] == "ok"
+    assert set(done.statuses) <= {"ok", "undecodable"}
+
+
+def test_grey_pictures_have_faces_too(tmp_path: Path, web: Web) -> None:
+    grey = encoded(Image.open(io.BytesIO(noise(256))).convert("L"))
+    row = {"url": web.put("/", response(grey)), "face_bboxes": [[0.25, 0.25, 0.5, 0.5]]}
+    blurred, plain = (download(tmp_path / str(blur), [row], blur_faces=blur).pixels("0") for blur in (True, False))
+    assert blurred[64:128, 64:128].std() < plain[64:128, 64:128].std() / 4
+
+
+# --- the files ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tar_is_what_img2dataset_would_write(tmp_path: Path, web: Web) -> None:
+    """Samples in row order, keys of shard and row in nine digits, holes where there is no image, no clock."""
+    ok, gone = web.put("/ok", response(JPG)), f"{web.base}/gone"
+    done = download(tmp_path, [{"url": ok, "org_caption": "a café"}, gone, {"url": ok, "org_caption": ""}, gone, ok], shard=42)
+    keys = ["000420000", "000420001", "000420002", "000420003", "000420004"]
+    assert [row["key"] for row in done.rows] == keys
+    with tarfile.open(done.tar) as tar:
+        members = tar.getmembers()
+    assert [member.name.partition(".")[0] for member in members] == [key for key in keys[::2] for _ in range(3)]
+    assert [{m.name.partition(".")[2] for m in members[n : n + 3]} for n in (0, 3, 6)] == [{"jpg", "txt", "json"}] * 3
+    assert {member.mtime for member in members} == {0}
+
+    with open(done.tar, "rb") as file:
+        samples = list(group_by_keys(tar_file_expander([{"url": "42", "stream": file}])))
+    assert [sample["__key__"] for sample in samples] == keys[::2]
+    assert [sample["txt"].decode() for sample in samples] == ["a café", "", "caption 4"]
+    about = [json.loads(sample["json"]) for sample in samples]
+    assert [(a["uid"], a["key"], a["url"], a["org_caption"]) for a in about] == [
+        ("0", keys[0], ok, "a café"), ("2", keys[2], ok, ""), ("4", keys[4], ok, "caption 4")
+    ]  # fmt: skip
+    assert all((a["width"], a["height"], a["image_sha256"]) == (64, 48, sha256(JPG)) for a in about)
+
+
+def test_the_same_answers_are_the_same_bytes_in_whatever_order_they_come(tmp_path: Path, web: Web) -> None:
+    late = {"/2"}
+
+    def page(number: int) -> Callable[[Visit], None]:
+        body = picture(32, 32, (30 * number,) * 3)
+
+        def answer(visit: Visit) -> None:
+            visit.sleep(0.6 if f"/{number}" in late else 0)
+            visit.send(response(body))
+
+        return answer
+
+    rows = [{"url": web.put(f"/{n}", page(n)), "face_bboxes": [[0.2, 0.2, 0.7, 0.7]] if n % 2 else []} for n in range(8)]
+    first = download(tmp_path / "first", rows)
+    late = {"/5"}
+    second = download(tmp_path / "second", rows, concurrency=3)
+    assert "/2" not in web.answered[:7]  # it came last the first time
+    assert "/5" not in web.answered[8:15]
+    assert first.statuses == ["ok"] * 8
+    assert all(abs(first.pixels(str(n)) - 30 * n).max() <= 3 for n in range(8))
+    assert first.tar.read_bytes() == second.tar.read_bytes()
+    assert first.parquet.read_bytes() == second.parquet.read_bytes()
+
+
+def test_the_columns(tmp_path: Path, web: Web) -> None:
+    done = download(tmp_path, [web.put("/ok", response(JPG)), f"{web.base}/gone"])
+    assert pq.read_schema(done.parquet).equals(SCHEMA)
+    ok, gone = done.rows
+    assert (ok["image_width"], ok["image_height"], ok["image_sha256"], ok["error"]) == (64, 48, sha256(JPG), None)
+    assert [gone[name] for name in ("status", "error", "image_sha256", "image_width", "width")] == ["dead_link", "HTTP 404", None, None, None]
+
+
+def test_one_worker_does_many_shards(tmp_path: Path, web: Web) -> None:
+    """With an empty one among them; nothing of the one before is in the next."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "download").mkdir()
+    web.put("/ok", response(JPG))
+    with Download(allow_private=LOOPBACK).open() as work:
+        for shard, number in enumerate([3, 0, 2]):
+            name = f"source/{shard:05d}.parquet"
+            rows = [{"uid": f"{shard}-{n}", "url": f"{web.base}/ok", "org_caption": ""} for n in range(number)]
+            write_parquet(pa.Table.from_pylist(rows, source.SCHEMA), tmp_path / name)
+            task = Task(tmp_path, "download", f"{shard:05d}", "", {name: ""})
+            assert work(task) == ({"ok": number} if number else {})
+            assert pq.read_table(task.output())["uid"].to_pylist() == [row["uid"] for row in rows]
+            with tarfile.open(task.output(".tar")) as tar:
+                assert len(tar.getnames()) == 3 * number
+
+
+def test_a_uid_that_occurs_twice_stops_the_run_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "download").mkdir()
+    inputs = {}
+    for shard, uids in enumerate((["a", "b"], ["c", "a"])):
+        name = f"source/{shard:05d}.parquet"
+        write_parquet(pa.Table.from_pylist([{"uid": uid, "shard": shard, "row": n} for n, uid in enumerate(uids)], source.SCHEMA), tmp_path / name)
+        inputs[name] = ""
+    with pytest.raises(InputError, match="uid a occurs twice: shard 0 row 0 and shard 1 row 1"):
+        Download().survey(Task(tmp_path, "download", "survey", "", inputs))
+    del inputs["source/00001.parquet"]
+    assert Download().survey(Task(tmp_path, "download", "survey", "", inputs)) == {"rows": 2}

@@ -1,0 +1,176 @@
+"""A published version: loads everywhere, never changes, is never half there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, recap
+
+from builder.errors import InputError, VersionError
+from builder.publish import publish, verify
+from builder.select import LEDGER, SCHEMA
+
+RECAP_DATACOMP_1B = {  # the published schema
+    "url": "string", "re_caption": "string", "org_caption": "string", "sha256": "string", "key": "string", "re_clip_score": "float64",
+    "org_clip_score": "float64", "re_length": "int64", "org_length": "int64", "re_gpt4v_score": "int64", "org_gpt4v_score": "int64",
+    "re_caption_condition_diverse_topk": "string", "re_condition_length": "int64",
+}  # fmt: skip
+
+
+@pytest.fixture
+def version(demo_run: Path) -> Path:
+    return demo_run.with_name("demo-published") / "v0.1.0"
+
+
+@pytest.fixture
+def copied_run(demo_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo_run, tmp_path / "run"))
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_schema_is_a_superset_of_recap_datacomp_1b() -> None:
+    for name, kind in RECAP_DATACOMP_1B.items():
+        assert str(SCHEMA.field(name).type).replace("double", "float64") == kind
+    assert "uid" in SCHEMA.names
+
+
+def test_every_config_and_split_loads(version: Path, tmp_path: Path) -> None:
+    train = datasets.load_dataset(str(version), split="train", cache_dir=str(tmp_path))
+    preview = datasets.load_dataset(str(version), split="preview", cache_dir=str(tmp_path))
+    ledger = datasets.load_dataset(str(version), "ledger", split="train", cache_dir=str(tmp_path))
+    assert train.column_names == SCHEMA.names
+    assert preview[0] == train[0]
+    assert len(ledger) == 240
+    assert len(train) == sum(status == "ok" for status in ledger["status"])
+    assert len(set(ledger["uid"])) == 240
+    assert train[0]["re_caption"]
+
+
+def test_duckdb_reads_it(version: Path) -> None:
+    assert duckdb.sql(f"select count(*) from '{version}/data/train-*.parquet' where re_clip_score is null").fetchall() == [(0,)]
+
+
+def test_numbers_in_the_rows_follow_from_the_rows(version: Path) -> None:
+    for row in pq.read_table(version / "data").to_pylist():
+        assert row["re_length"] == len(row["re_caption"].split())
+        assert row["org_length"] == len(row["org_caption"].split())
+        assert -1 <= row["re_clip_score"] <= 1
+        assert len(row["sha256"]) == 64
+        assert row["re_finish_reason"] in ("stop", "length")
+
+
+def test_publishing_the_same_bytes_again_does_nothing(copied_run: Path, tmp_path: Path) -> None:
+    first = publish(copied_run, tmp_path / "out", "1.0.0")
+    before = {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")}
+    second = publish(copied_run, tmp_path / "out", "1.0.0")
+    assert (first.new, second.new) == (True, False)
+    assert {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_other_bytes_under_a_version_are_refused(copied_run: Path, tmp_path: Path) -> None:
+    publish(copied_run, tmp_path / "out", "1.0.0")
+    before = tree(tmp_path / "out")
+    recipe = copied_run / "recipe.json"
+    recipe.write_text(recipe.read_text().replace("recapkit demo", "another title"))
+    with pytest.raises(VersionError, match="never changes") as refused:
+        publish(copied_run, tmp_path / "out", "1.0.0")
+    assert refused.value.hint.endswith("--version 1.0.1")
+    assert tree(tmp_path / "out") == before
+    publish(copied_run, tmp_path / "out", "1.0.1")
+    assert (tmp_path / "out" / "latest").resolve().name == "v1.0.1"
+    assert {name: sha for name, sha in tree(tmp_path / "out").items() if name.startswith("v1.0.0/")} == {
+        name: sha for name, sha in before.items() if name.startswith("v1.0.0/")
+    }
+
+
+def test_a_dry_run_publishes_nothing(copied_run: Path, tmp_path: Path) -> None:
+    assert not publish(copied_run, tmp_path / "out", "1.0.0", dry_run=True).new
+    assert list((tmp_path / "out").glob("[!.]*")) == []
+
+
+def test_an_unfinished_run_is_refused(copied_run: Path, tmp_path: Path) -> None:
+    (copied_run / "score" / "00001.json").unlink()
+    with pytest.raises(InputError, match=r"not complete: 1 score shards"):
+        publish(copied_run, tmp_path / "out", "1.0.0")
+
+
+@pytest.mark.parametrize("version_name", ["1.0", "v1.0.0", "1.0.0/../..", ""])
+def test_a_version_is_three_numbers(copied_run: Path, tmp_path: Path, version_name: str) -> None:
+    with pytest.raises(VersionError, match="not a version"):
+        publish(copied_run, tmp_path / "out", version_name)
+
+
+def test_verify_finds_a_changed_byte(version: Path, tmp_path: Path) -> None:
+    shutil.copytree(version, tmp_path / "v")
+    verify(tmp_path / "v")
+    file = next((tmp_path / "v" / "ledger").glob("*.parquet"))
+    file.chmod(0o644)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(VersionError, match="differs from the manifest"):
+        verify(tmp_path / "v")
+
+
+def test_published_files_name_no_place_on_this_machine(version: Path, demo_run: Path) -> None:
+    for path in version.rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".md"):
+            assert str(demo_run.parent) not in path.read_text()
+            assert str(ROOT) not in path.read_text()
+
+
+def test_hostile_captions_cannot_break_the_card(copied_run: Path) -> None:
+    """The first row's caption tries to end its block and start markup."""
+    from builder.publish import preview_card
+
+    file = next((copied_run / "select").glob("00000.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    rows[0]["org_caption"] = "```\n</code>\n# <script>alert(1)</script>\n---\nlicense: mine\n---"
+    import pyarrow as pa
+
+    file.chmod(0o644)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file)
+    record = json.loads((copied_run / "select" / "00000.json").read_text())
+    record["bytes"]["select/00000.parquet"] = file.stat().st_size
+    (copied_run / "select" / "00000.json").write_text(json.dumps(record))
+    text = preview_card(copied_run).read_text()
+    lines = [line for line in text.splitlines() if "<script>" in line or "license: mine" in line]
+    assert lines
+    assert all(line.startswith("    ") for line in lines)
+
+
+def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(copied_run: Path, tmp_path: Path) -> None:
+    """kill -9 at ten moments of a publish: no version, or the whole one."""
+    expected = tree(publish(copied_run, tmp_path / "expected", "1.0.0").folder)
+    command = [sys.executable, "-m", "builder.cli", "publish", str(copied_run), str(tmp_path / "out"), "--version", "1.0.0"]
+    final = tmp_path / "out" / "v1.0.0"
+    start = time.monotonic()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    shutil.rmtree(tmp_path / "out")
+    for k in range(6):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds * (0.4 + 0.1 * k))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if final.exists():
+            assert tree(final) == expected
+    recap(*command[3:])
+    assert tree(final) == expected
+    assert list((tmp_path / "out").glob(".staging*")) == []
+    assert LEDGER.names == pq.read_schema(next((final / "ledger").glob("*.parquet"))).names

@@ -1,0 +1,587 @@
+"""A run directory: what is done stays done, what is damaged is made again, and what goes wrong costs no more than itself.
+
+Three real stages over a small faulty web; most builds run their tasks in this process, those about worker processes do not.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import recap
+
+from builder import executors
+from builder.commit import lock
+from builder.core import Recipe, Record, Stage, Task, sha256_file
+from builder.dedup import Dedup
+from builder.download import Download
+from builder.errors import InputError
+from builder.executors import Executor, Outcome, local
+from builder.resolve import resolve
+from builder.run import Result, build, finished, plan, status
+from builder.source import Source
+from recipes.demo import web
+
+PORT, ROWS, SEED = 8660, 60, 208  # this seed plants eleven faults of seven kinds, four placeholders among them, and none that is slow
+BECOMES = {  # what the download makes of each fault when it does not compare hashes
+    "ok": "ok", "changed": "ok", "redirect": "ok", "flaky": "ok", "placeholder": "ok", "noai": "opted_out", "gone": "dead_link",
+    "truncated": "undecodable", "empty": "undecodable", "html": "undecodable",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    metadata: Path
+    faults: dict[str, str]  # by uid, in the order of the rows
+    seen: Counter[str]  # requests by path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("web")
+    web.make(folder, rows=ROWS, seed=SEED, port=PORT, num_files=2)
+    truth = json.loads((folder / "truth.json").read_text())
+    uids = [uid for path in sorted((folder / "metadata").iterdir()) for uid in pq.read_table(path)["uid"].to_pylist()]
+    with web.serve(folder, PORT) as seen:
+        yield Site(folder / "metadata", {uid: truth[uid]["fault"] for uid in uids}, seen)
+
+
+def recipe(site: Site, *, rows: int = ROWS, max_urls: int = 2) -> Recipe:
+    download = Download(image_px=64, timeout_s=20, retries=1, verify_sha256=False, allow_private=("127.0.0.1/32",), workers=1)
+    return Recipe("three", (Source(files=str(site.metadata), rows_per_shard=20, limit=rows), download, Dedup(max_urls=max_urls)))
+
+
+def here(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
+    """What a worker process does with its tasks, in this one: no start-up, and one attempt."""
+    executors._stage, executors._work = stage, None
+    with executors._stack:
+        for task in tasks:
+            yield executors._run(task)
+
+
+def done_by(recipe: Recipe, run: Path, executor: Executor = here) -> list[str]:
+    """Build, and name the tasks that were done."""
+    names: list[str] = []
+
+    def note(_: object, outcome: Outcome) -> None:
+        if outcome.record:
+            names.append(f"{outcome.task.stage}/{outcome.task.name}")
+
+    result = build(recipe, run, executor=executor, progress=note)
+    assert not result.failed, result.failed
+    assert result.done == len(names)
+    return names
+
+
+def outputs(run: Path) -> dict[str, str]:
+    """sha256 of every file that a record names; the records agree with the files, and there are no others."""
+    records = [record for path in sorted(run.glob("*/*.json")) if (record := Record.read(path)) and not path.name.startswith(".")]
+    found = {name: sha256 for record in records for name, sha256 in record.outputs.items()}
+    assert found == {name: sha256_file(run / name) for name in found}
+    assert {name: size for record in records for name, size in record.bytes.items()} == {name: (run / name).stat().st_size for name in found}
+    assert {str(path.relative_to(run)) for end in ("parquet", "tar", "part") for path in run.rglob(f"*.{end}")} == set(found)
+    return found
+
+
+def times(run: Path) -> dict[str, int]:
+    return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def built(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the first 40 rows: two shards. Only to be looked at."""
+    run = tmp_path_factory.mktemp("built") / "run"
+    done_by(recipe(site, rows=40), run)
+    return run
+
+
+@pytest.fixture
+def run(built: Path, tmp_path: Path) -> Path:
+    """A copy of it, which still is a finished run."""
+    return Path(shutil.copytree(built, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(site: Site, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The outputs of a run of all 60 rows: three shards."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done_by(recipe(site), run)
+    return outputs(run)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_row_has_one_status_at_every_stage(site: Site, built: Path) -> None:
+    faults = list(site.faults.values())[:40]
+    downloaded = Counter(BECOMES[fault] for fault in faults)
+    assert faults.count("placeholder") == 3  # one image behind three URLs, and max_urls is 2
+    kept = Counter(downloaded)
+    kept.update({"duplicate_image": 3, "ok": -3})
+    table = status(built)
+    assert {row["stage"]: row["rows"] for row in table} == {"source": {"ok": 40}, "download": dict(downloaded), "dedup": dict(kept)}
+    assert all((row["shards_done"], row["shards_left"], row["failed"]) == (2, 0, {}) for row in table)
+    for stage in ("source", "download", "dedup"):
+        uids = [uid for shard in ("00000", "00001") for uid in pq.read_table(built / stage / f"{shard}.parquet")["uid"].to_pylist()]
+        assert uids == list(site.faults)[:40], stage
+
+
+def test_a_finished_run_does_nothing_twice(site: Site, run: Path) -> None:
+    before, seen = times(run), Counter(site.seen)
+    assert done_by(recipe(site, rows=40), run, local) == []
+    del before["recipe.json"], before[".lock"]
+    assert times(run) | before == times(run)
+    assert site.seen == seen
+    assert [len(p.done) for p in finished(run).values()] == [3, 3, 3]  # two shards and a survey
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(site: Site, built: Path, tmp_path: Path) -> None:
+    stopped = 4  # source: survey and two shards; download: survey
+
+    def interrupted(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
+        nonlocal stopped
+        for outcome in here(stage, tasks):
+            yield outcome
+            stopped -= 1
+            if not stopped:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe(site, rows=40), tmp_path / "run", executor=interrupted)
+    assert [(row["shards_done"], row["shards_left"]) for row in status(tmp_path / "run")] == [(2, 0), (0, 2), (0, 2)]
+    with pytest.raises(InputError, match=r"is not complete: 2 download shards, 2 dedup shards left\n.*recap build"):
+        finished(tmp_path / "run")
+    assert done_by(recipe(site, rows=40), tmp_path / "run") == ["download/00000", "download/00001", "dedup/survey", "dedup/00000", "dedup/00001"]
+    assert outputs(tmp_path / "run") == outputs(built)
+
+
+def test_a_plan_does_nothing(site: Site, run: Path) -> None:
+    before = times(run)
+    plans = plan(recipe(site, rows=40, max_urls=9), run)
+    assert {name: (len(p.shards()), [task.name for task in p.todo], p.waiting) for name, p in plans.items()} == {
+        "source": (2, [], 0),
+        "download": (2, [], 0),
+        "dedup": (0, ["survey"], 2),
+    }
+    assert times(run) == before
+
+
+def test_metadata_that_moved_is_the_same_metadata(site: Site, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(site.metadata, tmp_path / "elsewhere")
+    moved = recipe(replace(site, metadata=tmp_path / "elsewhere"), rows=40)
+    assert done_by(moved, run) == []
+
+
+def test_a_changed_dedup_setting_redoes_only_dedup(site: Site, built: Path, run: Path) -> None:
+    seen = Counter(site.seen)
+    assert done_by(recipe(site, rows=40, max_urls=3), run) == ["dedup/survey", "dedup/00000", "dedup/00001"]
+    assert site.seen == seen
+    assert "duplicate_image" not in status(run)[2]["rows"]  # type: ignore[operator]
+    assert len(done_by(recipe(site, rows=40), run)) == 3
+    assert outputs(run) == outputs(built)
+
+
+def test_a_larger_limit_keeps_the_shards_that_are_there(site: Site, run: Path, whole: dict[str, str]) -> None:
+    before, seen = times(run), Counter(site.seen)
+    done = done_by(recipe(site), run)
+    assert [name for name in done if not name.startswith("dedup")] == ["source/survey", "source/00002", "download/survey", "download/00002"]
+    kept = [
+        f"{stage}/{shard}{end}"
+        for shard in ("00000", "00001")
+        for stage, end in [("source", ".parquet"), ("download", ".parquet"), ("download", ".tar")]
+    ]
+    assert {name: times(run)[name] for name in kept} == {name: before[name] for name in kept}
+    new = set(list(site.faults)[40:])
+    assert {path.split("/")[-1].removesuffix(".jpg") for path in (site.seen - seen)} == new
+    assert outputs(run) == whole  # as if it had been that large from the start
+
+
+def test_a_smaller_limit_looks_at_fewer_shards(site: Site, run: Path) -> None:
+    assert [name for name in done_by(recipe(site, rows=20), run) if not name.startswith("dedup")] == ["source/survey", "download/survey"]
+    assert [sum(row["rows"].values()) for row in status(run)] == [20, 20, 20]  # type: ignore[attr-defined]
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [
+        ("source/survey.parquet", "source/survey"),
+        ("source/00001.parquet", "source/00001"),
+        ("download/00001.tar", "download/00001"),
+        ("dedup/survey.parquet", "dedup/survey"),
+        ("dedup/00000.parquet", "dedup/00000"),
+        ("dedup/00000.json", "dedup/00000"),
+        ("download/survey.json", "download/survey"),
+    ],
+)
+def test_a_file_that_was_cut_off_is_made_again_and_nothing_else(site: Site, built: Path, run: Path, name: str, again: str) -> None:
+    os.truncate(run / name, (run / name).stat().st_size // 2)
+    assert done_by(recipe(site, rows=40), run) == [again]
+    assert outputs(run) == outputs(built)
+
+
+def test_a_file_that_is_gone_is_made_again(site: Site, built: Path, run: Path) -> None:
+    (run / "dedup" / "00001.parquet").unlink()
+    assert done_by(recipe(site, rows=40), run) == ["dedup/00001"]
+    assert outputs(run) == outputs(built)
+
+
+def flip(path: Path) -> None:
+    """Other bytes, the same size."""
+    path.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("source/00001.parquet", "download/00001.tar"),
+        ("source/00000.parquet", "download/survey.json"),
+        ("download/00001.parquet", "dedup/00001.parquet"),
+        ("download/00000.parquet", "dedup/survey.parquet"),
+        ("dedup/survey.parquet", "dedup/00000.parquet"),
+        ("source/survey.parquet", "source/00001.parquet"),
+    ],
+)
+def test_a_file_with_other_bytes_is_made_again_when_somebody_reads_it(site: Site, built: Path, run: Path, name: str, reader: str) -> None:
+    flip(run / name)
+    (run / reader).unlink()
+    result = build(recipe(site, rows=40), run, executor=here)
+    assert result.failed == {}
+    assert outputs(run) == outputs(built)
+    assert not list(run.rglob("*.failed"))
+
+
+def test_a_text_table_that_was_converted_is_converted_again(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("url,caption\n" + "".join(f"http://h/{n},{n * n:x}\n" for n in range(300)))
+    three = Recipe("r", (Source(files=str(tmp_path / "in.csv"), rows_per_shard=100),))
+    done_by(three, tmp_path / "run")
+    before = outputs(tmp_path / "run")
+    flip(tmp_path / "run" / "source" / "survey.0.parquet")
+    (tmp_path / "run" / "source" / "00001.parquet").unlink()
+    assert build(three, tmp_path / "run", executor=here).failed == {}
+    assert outputs(tmp_path / "run") == before
+
+
+# --- what a build refuses ---------------------------------------------------------------------------------------------
+
+
+def test_a_uid_that_occurs_twice_is_named_with_both_places(tmp_path: Path) -> None:
+    uids = [f"{n:032x}" for n in range(50)]
+    uids[41] = uids[7]
+    pq.write_table(pa.table({"uid": uids, "url": ["http://h/"] * 50, "text": ["a"] * 50}), tmp_path / "in.parquet")
+    twice = Recipe("r", (Source(files=str(tmp_path / "in.parquet"), rows_per_shard=20), Download()))
+    with pytest.raises(InputError, match=f"uid {uids[7]} occurs twice: shard 0 row 7 and shard 2 row 1;.*\n.*duckdb"):
+        build(twice, tmp_path / "run", executor=here)
+
+
+def test_the_run_of_another_recipe_is_left_alone(site: Site, run: Path) -> None:
+    before = times(run)
+    with pytest.raises(InputError, match=r"holds a run of recipe 'three', not of 'four'\n.*--run runs/four"):
+        build(replace(recipe(site, rows=40), name="four"), run, executor=here)
+    assert times(run) == before
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"is not empty and holds no run\n.*--run"):
+        build(recipe(site), tmp_path / "photos", executor=here)
+    assert [path.name for path in (tmp_path / "photos").rglob("*")] == ["cat.jpg"]
+
+
+@pytest.mark.parametrize("left", [(), (".lock",), (".lock", ".recipe.json.part")], ids=["nothing", "a lock", "half a recipe.json"])
+def test_what_a_build_leaves_that_ended_at_once_can_be_gone_on_with(tmp_path: Path, left: Sequence[str]) -> None:
+    for name in left:
+        (tmp_path / name).touch()
+    assert build(Recipe("empty", ()), tmp_path) == Result(0, {})
+
+
+def test_a_second_build_is_refused_while_one_is_at_work(site: Site, run: Path) -> None:
+    before = (run / "recipe.json").read_text()
+    with lock(run / ".lock", "busy", ""), pytest.raises(InputError, match=r"another build is at work in .*\n.*recap status"):
+        build(recipe(site, rows=40, max_urls=9), run, executor=here)
+    assert (run / "recipe.json").read_text() == before
+
+
+def test_a_run_of_an_older_version_is_gone_on_with(site: Site, run: Path) -> None:
+    """Its recipe.json may name settings and stages that are no more; the recipe that is built now is the one that was given."""
+    old = json.loads((run / "recipe.json").read_text())
+    old["stages"][1]["a_setting_of_old"] = 5
+    old["stages"].append({"stage": "builder.gone:Gone"})
+    (run / "recipe.json").write_text(json.dumps(old))
+    assert done_by(recipe(site, rows=40), run) == []
+
+
+def test_the_lock_is_a_builds_from_its_first_task_to_its_last(site: Site, run: Path) -> None:
+    """And goes with the process that held it, however it ends: nobody has to remove a file."""
+    refused = []
+
+    def meanwhile(_: object, outcome: Outcome) -> None:
+        with pytest.raises(InputError, match="another build is at work"):
+            build(recipe(site, rows=40), run, executor=here)
+        refused.append(outcome.task.name)
+
+    build(recipe(site, rows=40, max_urls=9), run, executor=here, progress=meanwhile)
+    assert refused == ["survey", "00000", "00001"]
+    hold = (
+        "import os, sys, signal; from pathlib import Path; from builder.commit import lock\n"
+        "with lock(Path(sys.argv[1]), 'busy', ''): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", hold, str(run / ".lock")], check=False, timeout=60)
+    assert len(done_by(recipe(site, rows=40), run)) == 3
+
+
+# --- shards that fail -------------------------------------------------------------------------------------------------
+
+USERS_FILE = '''
+"""A user's recipe with a stage that does for each shard what `does` says, and notes when it does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+
+from builder.core import Recipe, Stage, Task, Work, write_parquet
+from builder.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragile(Stage):
+    name: ClassVar[str] = "fragile"
+    reads: ClassVar[tuple[str, ...]] = ("source",)
+
+    notes: str
+    does: tuple[str, ...]
+    workers: int = 1
+
+    def num_workers(self) -> int:
+        return self.workers
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            notes, does = Path(self.notes), self.does[int(task.name)]
+            with open(notes / f"{task.name}.attempts", "a") as file:
+                file.write("x")
+            if does.startswith("until ") and not (notes / "repaired").exists():
+                does = does.removeprefix("until ")
+            if does.startswith("wait for "):
+                _, _, other, does = does.split(" ", 3)
+                end = time.monotonic() + 20
+                while not (notes / other).exists() and time.monotonic() < end:
+                    time.sleep(0.01)
+            if does == "take long":
+                time.sleep(2)
+            if does == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if does == "raise":
+                raise ValueError("there is no such colour\\nsecond line")
+            write_parquet(pa.table({"uid": [task.name]}), task.output())
+            return {"ok": 1}
+
+        yield work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surveying(Stage):
+    """Needs the survey of all shards of `fragile`, and its own shard of it."""
+
+    name: ClassVar[str] = "surveying"
+    reads: ClassVar[tuple[str, ...]] = ("fragile",)
+    surveys: ClassVar[tuple[str, ...]] = ("fragile",)
+
+    def survey(self, task: Task) -> Mapping[str, int]:
+        write_parquet(pa.table({"file": [path.name for path in task.all_inputs("fragile")]}), task.output())
+        return {"files": len(task.inputs)}
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            write_parquet(pa.table({"file": [task.input("fragile").name]}), task.output())
+            return {"ok": 1}
+
+        yield work
+
+
+def fragile(*, metadata: str, notes: str, does: tuple[str, ...], workers: int = 1) -> Recipe:
+    return Recipe("fragile", (Source(files=metadata, rows_per_shard=1), Fragile(notes=notes, does=does, workers=workers)))
+
+
+def surveyed(*, metadata: str, notes: str, does: tuple[str, ...], workers: int = 1) -> Recipe:
+    first = fragile(metadata=metadata, notes=notes, does=does, workers=workers)
+    return Recipe("surveyed", (*first.stages, Surveying()))
+'''
+
+
+@pytest.fixture(scope="module")
+def users_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("user") / "fragile_stages.py"
+    path.write_text(USERS_FILE)
+    before = list(sys.path)
+    yield path
+    sys.path[:] = before
+
+
+def settings(folder: Path, *does: str, workers: int = 1) -> list[str]:
+    """Of a recipe of that file; writes its metadata, a row and so a shard for each of `does`."""
+    rows = len(does)
+    table = pa.table({"uid": [f"{n}" for n in range(rows)], "url": ["http://h/"] * rows, "text": ["a"] * rows})
+    pq.write_table(table, folder / "in.parquet")
+    return [f"metadata={folder / 'in.parquet'}", f"notes={folder}", f"does={','.join(does)}", f"workers={workers}"]
+
+
+def fragile(users_file: Path, folder: Path, *does: str, workers: int = 1, name: str = "fragile") -> Recipe:
+    return resolve(f"{users_file}:{name}", settings(folder, *does, workers=workers))
+
+
+def local_after_source(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
+    """Worker processes for the stage that this is about."""
+    return here(stage, tasks) if stage.name == "source" else local(stage, tasks)
+
+
+def attempts(folder: Path) -> dict[str, int]:
+    return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.attempts"))}
+
+
+def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(users_file: Path, tmp_path: Path) -> None:
+    """The command goes on with the others, names both with their reasons, keeps these in the run, and exits with 1."""
+    given = settings(tmp_path, "work", "die", "raise", "work")
+    done = recap("build", f"{users_file}:fragile", *given, "--run", tmp_path / "run", check=1)
+    assert "7 shards done, 2 failed" in done.stdout  # five of the source with its survey, two of this stage
+    assert "Traceback" not in done.stderr
+    reasons = dict(line.removeprefix("failed: ").split(": ", 1) for line in done.stderr.splitlines() if line.startswith("failed: "))
+    assert sorted(reasons) == ["fragile/00001", "fragile/00002"]
+    assert "worker process died" in reasons["fragile/00001"]
+    assert reasons["fragile/00002"] == "ValueError: there is no such colour"
+    folder = tmp_path / "run" / "fragile"
+    assert {f"fragile/{path.stem}": path.read_text().strip() for path in folder.glob("*.failed")} == reasons
+    assert sorted(path.name for path in folder.glob("*.parquet")) == ["00000.parquet", "00003.parquet"]
+    assert attempts(tmp_path) == {"00000": 1, "00001": 3, "00002": 3, "00003": 1}
+    log = (folder / "worker.log").read_text()
+    assert "Traceback" in log
+    assert "second line" in log
+
+
+def test_a_build_with_failed_shards_is_gone_on_with_by_the_same_command(users_file: Path, tmp_path: Path) -> None:
+    mine = fragile(users_file, tmp_path, "work", "until raise", "work")
+    assert list(build(mine, tmp_path / "run", executor=here).failed) == ["fragile/00001"]
+    (tmp_path / "repaired").touch()
+    assert done_by(mine, tmp_path / "run") == ["fragile/00001"]
+    assert not list((tmp_path / "run").rglob("*.failed"))
+    assert attempts(tmp_path) == {"00000": 1, "00001": 2, "00002": 1}
+
+
+def test_the_status_of_a_run_with_a_users_stage_names_failed_shards(users_file: Path, tmp_path: Path) -> None:
+    build(fragile(users_file, tmp_path, "work", "raise"), tmp_path / "run", executor=here)
+    assert [(r["stage"], r["shards_done"], r["shards_left"], r["failed"]) for r in status(tmp_path / "run")] == [
+        ("source", 2, 0, {}),
+        ("fragile", 1, 1, {"00001": "ValueError: there is no such colour"}),
+    ]
+
+
+def test_a_worker_that_dies_does_not_fail_the_shard_next_to_it(users_file: Path, tmp_path: Path) -> None:
+    """Two workers; whenever shard 1 kills its own, shard 0 is at work in the other."""
+    pair = fragile(users_file, tmp_path, "take long", "wait for 00000.attempts die", workers=2)
+    assert list(build(pair, tmp_path / "run", executor=local_after_source).failed) == ["fragile/00001"]
+
+
+def test_a_worker_that_dies_while_nobody_waits_for_it_costs_only_its_shard(users_file: Path, tmp_path: Path) -> None:
+    """The builder is busy writing down shard 0 when shard 1 kills its worker, and then has shard 2 to give away."""
+    three = fragile(users_file, tmp_path, "work", "wait for noted die", "work", workers=2)
+
+    def busy(_: object, outcome: Outcome) -> None:
+        if outcome.task.stage == "fragile" and outcome.task.name == "00000":
+            (tmp_path / "noted").touch()
+            time.sleep(1)
+
+    assert list(build(three, tmp_path / "run", executor=local_after_source, progress=busy).failed) == ["fragile/00001"]
+
+
+def test_a_shard_whose_input_failed_waits_for_it(users_file: Path, tmp_path: Path) -> None:
+    """It is not tried without; what the stage's survey needs is there, what the shard needs is not."""
+    three = fragile(users_file, tmp_path, "work", "raise", "work", name="surveyed")
+    result = build(three, tmp_path / "run", executor=here)
+    assert list(result.failed) == ["fragile/00001"]
+    surveying = plan(three, tmp_path / "run")["surveying"]
+    assert (sorted(surveying.done), surveying.todo, surveying.waiting) == (["00000", "00002", "survey"], [], 1)
+
+
+def test_a_failure_is_forgotten_when_its_shard_is_done_after_all(site: Site, run: Path) -> None:
+    """A setting that fails is taken back: what it failed at is done, and has been all the time."""
+    good = recipe(site, rows=40)
+    bad = replace(good, stages=(good.stages[0], replace(good.stage("download"), resize_mode="nonsense"), good.stages[2]))  # type: ignore[call-arg]
+    assert sorted(name for name in build(bad, run, executor=here).failed if name.startswith("download/")) == ["download/00000", "download/00001"]
+    assert done_by(good, run) == ["download/survey"]
+    assert [row["failed"] for row in status(run)] == [{}, {}, {}]
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, kib_left: int) -> Path:
+    """A file that takes all but `kib_left` of the disk."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as full:
+            if full.errno != errno.ENOSPC:
+                raise
+        file.truncate(max(file.tell() - kib_left * 1024, 0))
+    return ballast
+
+
+@pytest.mark.parametrize("kib_left", [0, 4, 16, 100, 480])
+def test_a_full_disk_is_the_users_to_free_and_then_the_build_goes_on(site: Site, whole: dict[str, str], small_disk: Path, kib_left: int) -> None:
+    """Wherever it happens: at recipe.json, at the source, in the tar, in the last stage."""
+    ballast = fill(small_disk, kib_left)
+    with pytest.raises(InputError, match=r"the disk of .* is full.*\n.*free some space, then type the same command again"):
+        build(recipe(site), small_disk / "run", executor=here)
+    ballast.unlink()
+    done_by(recipe(site), small_disk / "run")
+    assert outputs(small_disk / "run") == whole
+
+
+def test_the_command_says_that_a_disk_is_full_in_two_lines_and_exits_2(site: Site, small_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(recipe(site).to_json())
+    fill(small_disk, 16)
+    done = recap("build", tmp_path / "recipe.json", "--run", small_disk / "run", check=2)
+    first, second = done.stderr.strip().splitlines()[-2:]
+    assert first.startswith("recap: the disk of ")
+    assert second == "  free some space, then type the same command again"
+    assert "Traceback" not in done.stderr

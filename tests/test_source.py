@@ -1,0 +1,383 @@
+"""source: whatever the tables look like, every row comes out once, in order, in one schema, with the text that it had."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from builder.commit import commit
+from builder.core import Recipe, Record, Stage, Task
+from builder.errors import InputError
+from builder.executors import Outcome
+from builder.run import build
+from builder.source import OPTIONAL, SCHEMA, Source
+
+Row = dict[str, Any]
+
+
+def here(stage: Stage, tasks: Sequence[Task]) -> Iterator[Outcome]:
+    """An executor without worker processes; what a task raises comes out."""
+    for task in tasks:
+        if task.name == "survey":
+            rows = stage.survey(task)
+        else:
+            with stage.open() as work:
+                rows = work(task)
+        yield Outcome(task, commit(stage, task, rows, 0))
+
+
+def shards(run: Path, files: object, **settings: Any) -> list[pa.Table]:
+    """The source's shards, as a build makes them."""
+    build(Recipe("r", (Source(files=str(files), **settings),)), run, executor=here)
+    paths = sorted(path for path in (run / "source").glob("*.parquet") if not path.name.startswith("survey"))
+    for number, path in enumerate(paths):
+        record = Record.read(path.with_suffix(".json"))
+        assert record is not None
+        assert path.stem == f"{number:05d}"
+        assert record.rows == {"ok": pq.read_metadata(path).num_rows}
+    return [pq.read_table(path) for path in paths]
+
+
+def rows(run: Path, files: object, **settings: Any) -> list[Row]:
+    return [row for table in shards(run, files, **settings) for row in table.to_pylist()]
+
+
+def datacomp(first: int, number: int) -> pa.Table:
+    """A metadata file as DataComp's, with rows `first`, `first + 1` and so on."""
+    n = range(first, first + number)
+    return pa.table(
+        {
+            "uid": [f"{k:032x}" for k in n],
+            "url": [f"http://h.example/{k}.jpg" for k in n],
+            "text": [f"caption {k}" for k in n],
+            "original_width": pa.array([100 + k for k in n], pa.int64()),
+            "original_height": pa.array([200 + k for k in n], pa.int64()),
+            "clip_b32_similarity_score": pa.array([k / 1024 for k in n], pa.float32()),
+            "clip_l14_similarity_score": pa.array([k / 2048 for k in n], pa.float32()),
+            "face_bboxes": pa.array([[[0.1, 0.2, 0.3, 0.4]] * (k % 3) for k in n], pa.list_(pa.list_(pa.float64()))),
+            "sha256": [f"{k:064x}" for k in n],
+        }
+    )
+
+
+def write(path: Path, columns: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def metadata(tmp_path: Path) -> Path:
+    """Rows 0 to 46 in four files: of 20 rows in groups of 6, of none, of 1 and of 26."""
+    folder = tmp_path / "metadata"
+    (folder / "deeper").mkdir(parents=True)
+    pq.write_table(datacomp(0, 20), folder / "a.parquet", row_group_size=6)
+    pq.write_table(datacomp(20, 0), folder / "b.parquet")
+    pq.write_table(datacomp(20, 1), folder / "c.parquet")
+    pq.write_table(datacomp(21, 26), folder / "deeper" / "d.parquet", row_group_size=10)
+    (folder / "README.md").write_text("not a table")
+    return folder
+
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 7, 20, 47, 48, 10_000])
+def test_shards_in_order_are_the_files_in_order(tmp_path: Path, metadata: Path, rows_per_shard: int) -> None:
+    """Across borders of files and of row groups; all shards but the last are full."""
+    tables = shards(tmp_path / "run", metadata, rows_per_shard=rows_per_shard)
+    assert [len(table) for table in tables[:-1]] == [rows_per_shard] * (47 // rows_per_shard - (47 % rows_per_shard == 0))
+    whole, plain = pa.concat_tables(tables), datacomp(0, 47)
+    assert whole.schema == SCHEMA
+    for ours, theirs in {"uid": "uid", "url": "url", "org_caption": "text", **{name: name for name in OPTIONAL}}.items():
+        assert whole[ours].to_pylist() == plain[theirs].to_pylist(), ours
+    assert whole["shard"].to_pylist() == [n // rows_per_shard for n in range(47)]
+    assert whole["row"].to_pylist() == [n % rows_per_shard for n in range(47)]
+    assert not any(whole["org_caption_repaired"].to_pylist())
+
+
+@pytest.mark.parametrize("limit", [1, 7, 20, 21, 46, 47, 1000])
+def test_a_limit_is_the_first_rows(tmp_path: Path, metadata: Path, limit: int) -> None:
+    found = rows(tmp_path / "run", metadata, rows_per_shard=7, limit=limit)
+    assert [row["org_caption"] for row in found] == [f"caption {n}" for n in range(min(limit, 47))]
+
+
+@pytest.mark.parametrize("setting", ["limit", "rows_per_shard"])
+@pytest.mark.parametrize("value", [0, -1, -20])
+def test_no_rows_at_all_is_a_users_mistake(tmp_path: Path, metadata: Path, setting: str, value: int) -> None:
+    with pytest.raises(InputError, match=setting if setting == "rows_per_shard" else None):
+        shards(tmp_path / "run", metadata, **{setting: value})
+
+
+def test_a_folder_a_glob_and_a_file(tmp_path: Path, metadata: Path) -> None:
+    number = {"folder": metadata, "glob": metadata / "*.parquet", "deep glob": metadata / "**" / "*.parquet", "file": metadata / "a.parquet"}
+    assert {how: len(rows(tmp_path / how, files)) for how, files in number.items()} == {"folder": 47, "glob": 21, "deep glob": 47, "file": 20}
+
+
+def test_a_name_relative_to_where_the_user_is(tmp_path: Path, metadata: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(rows(Path("run"), "metadata/*.parquet")) == 21
+
+
+def test_names_of_files_and_runs_may_hold_any_character(tmp_path: Path) -> None:
+    folder = tmp_path / "it's [1] 100% é"
+    write(folder / "in" / "it's a [1].parquet", {"url": ["http://h/1"], "caption": ["one"]})
+    (folder / "in" / "it's b [2].csv").write_text("url,caption\nhttp://h/2,two\n")
+    assert [row["org_caption"] for row in rows(folder / "run", folder / "in")] == ["one", "two"]
+
+
+def test_the_same_rows_in_other_shards_have_the_same_content(tmp_path: Path, metadata: Path) -> None:
+    few, many = (rows(tmp_path / str(n), metadata, rows_per_shard=n) for n in (5, 40))
+    place = {"shard": 0, "row": 0}
+    assert [row | place for row in few] == [row | place for row in many]
+
+
+def test_a_changed_file_makes_only_its_shards_again(tmp_path: Path, metadata: Path) -> None:
+    shards(tmp_path / "run", metadata, rows_per_shard=10)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "source").glob("0*.parquet")}
+    pq.write_table(datacomp(21, 26), metadata / "deeper" / "d.parquet")  # the same rows in one row group: other bytes
+    shards(tmp_path / "run", metadata, rows_per_shard=10)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "source").glob("0*.parquet")}
+    assert sorted(name for name in after if after[name] != before[name]) == ["00002.parquet", "00003.parquet", "00004.parquet"]
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+URLS, CAPTIONS = ["http://h/0.jpg", "http://h/1.jpg", "http://h/2.jpg"], ["a cat", "zwei Hunde", "三只鸟"]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "laion": {"SAMPLE_ID": [5, 6, 7], "URL": URLS, "TEXT": CAPTIONS, "WIDTH": pa.array([640, None, 10], pa.int32()), "HEIGHT": [480, 5, 20]},
+    "capsfusion": {"image_url": URLS, "laion_2b": CAPTIONS, "laion_coco": ["x"] * 3, "capsfusion": ["y"] * 3},
+    "pixelprose": {"uid": ["u0", "u1", "u2"], "url": URLS, "original_caption": CAPTIONS, "vlm_caption": ["x"] * 3, "sha256": ["a" * 64] * 3},
+    "img2dataset": {"url": URLS, "caption": CAPTIONS},
+    "datacomp": {"uid": ["u0", "u1", "u2"], "url": URLS, "text": CAPTIONS},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("named", [False, True], ids=["found", "named"])
+def test_a_known_layout_is_found_by_its_columns(tmp_path: Path, layout: str, named: bool) -> None:
+    write(tmp_path / "in.parquet", LAYOUTS[layout])
+    found = rows(tmp_path / "run", tmp_path / "in.parquet", **({"layout": layout} if named else {}))
+    assert [(row["url"], row["org_caption"]) for row in found] == list(zip(URLS, CAPTIONS, strict=True))
+    if "uid" in LAYOUTS[layout]:
+        assert [row["uid"] for row in found] == ["u0", "u1", "u2"]
+    if layout == "laion":
+        assert [(row["original_width"], row["original_height"]) for row in found] == [(640, 480), (None, 5), (10, 20)]
+    if layout == "pixelprose":
+        assert found[0]["sha256"] == "a" * 64
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "csv.gz", "tsv.gz"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_text_table_is_the_same_as_its_parquet(tmp_path: Path, layout: str, ending: str) -> None:
+    comma = "," if ending.startswith("csv") else "\t"
+    columns = {name: column.to_pylist() if isinstance(column, pa.Array) else column for name, column in LAYOUTS[layout].items()}
+    lines = [comma.join(columns), *(comma.join("" if v is None else str(v) for v in line) for line in zip(*columns.values(), strict=True))]
+    data = "".join(f"{line}\n" for line in lines).encode()
+    (tmp_path / f"in.{ending}").write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    write(tmp_path / "in.parquet", LAYOUTS[layout])
+    assert rows(tmp_path / "text", tmp_path / f"in.{ending}") == rows(tmp_path / "parquet", tmp_path / "in.parquet")
+
+
+@pytest.mark.parametrize("number", [1, 2, 1000])
+def test_cc3m_is_a_tsv_without_a_header_caption_first(tmp_path: Path, number: int) -> None:
+    """Its first line is a row like any other; quotes and number signs are part of a caption."""
+    captions = ['a "red" car', "# 1 dad", '"unclosed', "it's 5'11\" tall", "1998", "title, with; commas|bars"]
+    lines = [(captions[n % len(captions)], f"https://h/{n}.jpg") for n in range(number)]
+    (tmp_path / "Train_GCC-training.tsv").write_text("".join(f"{caption}\t{url}\n" for caption, url in lines))
+    found = rows(tmp_path / "run", tmp_path / "Train_GCC-training.tsv", rows_per_shard=300)
+    assert [(row["org_caption"], row["url"]) for row in found] == lines
+
+
+def test_a_csv_keeps_quoted_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
+    captions = ["a, b", 'say "hi"', "two\nlines", "", "  spaces  ", "semi;colon|bar\ttab", "a\0b", "NULL", "é☃"]
+    lines = [f'http://h/{n},"{caption.replace(chr(34), chr(34) * 2)}"\n' for n, caption in enumerate(captions)]
+    (tmp_path / "in.csv").write_text("url,caption\n" + "".join(lines), newline="")
+    found = rows(tmp_path / "run", tmp_path / "in.csv", rows_per_shard=2)
+    assert [row["org_caption"] for row in found] == captions
+    assert [row["url"] for row in found] == [f"http://h/{n}" for n in range(len(captions))]
+
+
+def test_text_tables_and_parquet_files_go_together(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", {"url": URLS, "caption": CAPTIONS})
+    (tmp_path / "in" / "b.csv").write_text("url,caption\nhttp://h/3.jpg,four\nhttp://h/4.jpg,five\n")
+    write(tmp_path / "in" / "c.parquet", {"URL": ["http://h/5.jpg"], "TEXT": ["six"]})
+    found = rows(tmp_path / "run", tmp_path / "in", rows_per_shard=4)
+    assert [row["org_caption"] for row in found] == [*CAPTIONS, "four", "five", "six"]
+
+
+def test_named_columns(tmp_path: Path) -> None:
+    table = {"id": [70, 71, 72], "link": URLS, "alt": CAPTIONS, "url": ["x"] * 3, "text": ["y"] * 3, "original_width": [1, 2, 3]}
+    write(tmp_path / "in.parquet", table)
+    found = rows(tmp_path / "run", tmp_path / "in.parquet", url_column="link", caption_column="alt", uid_column="id")
+    assert [(row["uid"], row["url"], row["org_caption"]) for row in found] == list(zip(["70", "71", "72"], URLS, CAPTIONS, strict=True))
+    assert [row["original_width"] for row in found] == [1, 2, 3]
+
+
+def test_one_named_column_of_a_known_layout(tmp_path: Path) -> None:
+    write(tmp_path / "in.parquet", LAYOUTS["capsfusion"])
+    found = rows(tmp_path / "run", tmp_path / "in.parquet", caption_column="capsfusion")
+    assert [row["org_caption"] for row in found] == ["y"] * 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "missing"),
+    [
+        (["uid", "url", "alt"], {}, "text"),
+        (["uid", "text", "x"], {}, "url"),
+        (["url", "caption"], {"url_column": "link", "caption_column": "caption"}, "link"),
+        (["url", "caption"], {"url_column": "url", "caption_column": "alt"}, "alt"),
+        (["url", "caption"], {"uid_column": "id"}, "id"),
+        (["url", "caption"], {"layout": "laion"}, "URL"),
+    ],
+)
+def test_a_missing_column_is_named_and_so_are_those_that_are_there(
+    tmp_path: Path, columns: list[str], settings: dict[str, str], missing: str
+) -> None:
+    write(tmp_path / "in.parquet", {name: ["a"] for name in columns})
+    with pytest.raises(InputError, match=rf"in\.parquet: no column .*'{missing}'.*found: {', '.join(columns)}\n.*url_column="):
+        shards(tmp_path / "run", tmp_path / "in.parquet", **settings)
+
+
+def test_an_unknown_layout_is_a_users_mistake(tmp_path: Path) -> None:
+    write(tmp_path / "in.parquet", {"url": URLS, "caption": CAPTIONS})
+    with pytest.raises(InputError, match=r"(?s)laoin.*laion"):
+        shards(tmp_path / "run", tmp_path / "in.parquet", layout="laoin")
+
+
+# --- files that cannot be used ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing/*.parquet", "empty", "*.md", "other.txt"])
+def test_no_files_is_said_with_what_to_type(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.md").write_text("x")
+    (tmp_path / "other.txt").write_text("x")
+    with pytest.raises(InputError, match=r"(?s)no parquet, csv or tsv file at .*metadata="):
+        shards(tmp_path / "run", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.tsv"])
+def test_tables_without_rows_are_no_input(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        write(tmp_path / name, {"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())})
+    else:
+        (tmp_path / name).write_text("url,caption\n" if name == "a.csv" else "url\tcaption\n")
+    with pytest.raises(InputError, match="has no rows"):
+        shards(tmp_path / "run", tmp_path / name)
+
+
+def whole_parquet(tmp_path: Path) -> bytes:
+    return write(
+        tmp_path / "whole.parquet", {"url": [f"http://h/{n}" for n in range(3000)], "caption": [f"{n * n:x}" for n in range(3000)]}
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "cut off", "footer"])
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, how: str) -> None:
+    whole = whole_parquet(tmp_path)
+    damaged = {"empty": b"", "text": b"<html>not found</html>", "cut off": whole[:-100], "footer": whole[:-40] + b"\xff" * 32 + whole[-8:]}
+    (tmp_path / "bad.parquet").write_bytes(damaged[how])
+    with pytest.raises(InputError, match=r"bad\.parquet is not a parquet file"):
+        shards(tmp_path / "run", tmp_path / "bad.parquet")
+
+
+def test_a_parquet_with_damaged_pages_is_named(tmp_path: Path) -> None:
+    whole = whole_parquet(tmp_path)
+    (tmp_path / "bad.parquet").write_bytes(whole[:4] + b"\xff" * 5000 + whole[5004:])
+    with pytest.raises(InputError, match=r"bad\.parquet cannot be read"):
+        shards(tmp_path / "run", tmp_path / "bad.parquet")
+
+
+def test_a_csv_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_bytes(b"url,caption\nhttp://h/1,caf\xe9\n")
+    with pytest.raises(InputError, match=r"(?s)bad\.csv cannot be read.*parquet"):
+        shards(tmp_path / "run", tmp_path / "bad.csv")
+
+
+def test_numbers_that_are_none_name_their_file_and_column(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("URL,TEXT,WIDTH,HEIGHT\nhttp://h/1,a,wide,5\n")
+    with pytest.raises(InputError, match=r"in\.csv.*original_width|in\.csv.*WIDTH"):
+        shards(tmp_path / "run", tmp_path / "in.csv")
+
+
+def test_whole_numbers_that_pandas_wrote_as_floats(tmp_path: Path) -> None:
+    """A column of integers with a gap becomes `640.0` in pandas' CSV and NaN in its memory."""
+    (tmp_path / "in.csv").write_text("URL,TEXT,WIDTH,HEIGHT\nhttp://h/1,a,640.0,480.0\nhttp://h/2,b,,\n")
+    assert [(r["original_width"], r["original_height"]) for r in rows(tmp_path / "run", tmp_path / "in.csv")] == [(640, 480), (None, None)]
+    write(tmp_path / "in.parquet", {"URL": URLS, "TEXT": CAPTIONS, "WIDTH": [640.0, float("nan"), 1.0], "HEIGHT": [480.0, None, 1.0]})
+    assert [(r["original_width"], r["original_height"]) for r in rows(tmp_path / "run2", tmp_path / "in.parquet")] == [
+        (640, 480),
+        (None, None),
+        (1, 1),
+    ]
+
+
+# --- text as found ----------------------------------------------------------------------------------------------------
+
+
+def test_long_and_odd_captions_survive(tmp_path: Path) -> None:
+    captions = ["a\0b", "x" * 1_000_000, "", " ", "\ufffd", "👩‍👩‍👧", "a\u202eb", "line\r\nbreak", "\\xc2\\xae"]
+    write(tmp_path / "in.parquet", {"url": [f"http://h/{n}" for n in range(len(captions))], "caption": captions})
+    found = rows(tmp_path / "run", tmp_path / "in.parquet")
+    assert [row["org_caption"] for row in found] == captions
+    assert not any(row["org_caption_repaired"] for row in found)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()], ids=str)
+def test_bytes_that_are_no_utf8_are_repaired_and_flagged(tmp_path: Path, kind: pa.DataType) -> None:
+    """Each bad byte becomes U+FFFD: a Latin-1 e acute, a lone surrogate in three bytes, a cut-off character at the end."""
+    raw = [b"fine", b"caf\xe9", b"a\xed\xa0\x80b", b"cut \xe2\x98", None, "already \ufffd".encode()]
+    array = pa.array(raw, pa.large_binary() if str(kind).startswith("large") else pa.binary()).view(kind)
+    write(tmp_path / "in.parquet", {"url": pa.array([f"http://h/{n}" for n in range(6)]), "caption": array})
+    found = rows(tmp_path / "run", tmp_path / "in.parquet")
+    assert [row["org_caption"] for row in found] == ["fine", "caf\ufffd", "a\ufffd\ufffd\ufffdb", "cut \ufffd", "", "already \ufffd"]
+    assert [row["org_caption_repaired"] for row in found] == [False, True, True, True, False, False]
+
+
+def test_urls_that_are_none_stay_rows(tmp_path: Path) -> None:
+    """What becomes of them is the download's to say."""
+    array = pa.array([b"http://h/\xff", None, b"", b"not a url"], pa.binary()).view(pa.string())
+    write(tmp_path / "in.parquet", {"url": array, "caption": ["a", "b", "c", "d"]})
+    assert [row["url"] for row in rows(tmp_path / "run", tmp_path / "in.parquet")] == ["http://h/\ufffd", "", "", "not a url"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.null()], ids=str)
+def test_a_missing_caption_is_an_empty_one(tmp_path: Path, kind: pa.DataType) -> None:
+    write(tmp_path / "in.parquet", {"url": URLS, "caption": pa.array([None] * 3, kind)})
+    assert [(row["org_caption"], row["org_caption_repaired"]) for row in rows(tmp_path / "run", tmp_path / "in.parquet")] == [("", False)] * 3
+
+
+def test_captions_that_are_numbers_or_categories_become_text(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"url": URLS, "caption": [1998, None, 5]})
+    write(tmp_path / "b.parquet", {"url": URLS, "caption": pa.array(["cat", None, "cat"]).dictionary_encode()})
+    assert [row["org_caption"] for row in rows(tmp_path / "run", tmp_path / "*.parquet")] == ["1998", "", "5", "cat", "", "cat"]
+
+
+# --- uids -------------------------------------------------------------------------------------------------------------
+
+
+def test_derived_uids_come_from_url_and_caption_and_nothing_else(tmp_path: Path) -> None:
+    """Not from the file, the place in it, its format or the shards: another crawl of the same pairs has the same uids."""
+    pairs = list(zip(URLS, CAPTIONS, strict=True))
+    expected = {pair: hashlib.sha256("\n".join(pair).encode()).hexdigest()[:32] for pair in pairs}
+    write(tmp_path / "one.parquet", {"url": URLS, "caption": CAPTIONS})
+    write(tmp_path / "other.parquet", {"URL": URLS[::-1], "TEXT": CAPTIONS[::-1], "WIDTH": [1, 2, 3]})
+    (tmp_path / "text.csv").write_text("url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in pairs))
+    for number, name in enumerate(("one.parquet", "other.parquet", "text.csv")):
+        found = rows(tmp_path / f"run{number}", tmp_path / name, rows_per_shard=1 + number)
+        assert {(row["url"], row["org_caption"]): row["uid"] for row in found} == expected
+    assert len(set(expected.values())) == 3
+
+
+def test_rows_without_a_uid_are_a_users_mistake(tmp_path: Path) -> None:
+    write(tmp_path / "in.parquet", {"id": ["a", None, "c"], "url": URLS, "caption": CAPTIONS})
+    with pytest.raises(InputError, match=r"in\.parquet: 1 rows have no uid\n.*uid_column"):
+        shards(tmp_path / "run", tmp_path / "in.parquet", uid_column="id")
