@@ -169,23 +169,23 @@ def card(run: Path) -> None:
 
 @main.command()
 @_run
-@click.argument("target", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("target")
 @click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
 @click.option("--dry-run", is_flag=True, help="Put it together and verify it, but do not publish.")
 @_as_json
-def publish(run: Path, target: Path, version: str, dry_run: bool, as_json: bool) -> None:
+def publish(run: Path, target: str, version: str, dry_run: bool, as_json: bool) -> None:
     """Publish a finished run as TARGET/v<version>."""
     from builder.publish import publish as publish_run
 
-    if "://" in str(target):
+    if "://" in target:
         raise UserError(f"{target}: only folders can be targets so far", "name a folder: recap publish RUN FOLDER --version 0.1.0")
-    result = publish_run(run, target, version, dry_run=dry_run)
+    result = publish_run(run, Path(target), version, dry_run=dry_run)
     said = "would be published" if dry_run else "published" if result.new else "is there already, byte for byte; nothing to do"
     _print({"folder": str(result.folder), "rows": result.rows, "new": result.new}, as_json, f"{result.folder}: {result.rows} rows, {said}")
 
 
 @main.command()
-@click.option("--rows", default=2000, show_default=True, type=click.IntRange(min=1))
+@click.option("--rows", default=2000, show_default=True, type=click.IntRange(min=1), help="URLs of the small web.")
 @click.option("--port", default=8642, show_default=True, help="Of the small web on 127.0.0.1.")
 @click.option("--run", "run", default="runs/demo", show_default=True, type=click.Path(path_type=Path, file_okay=False))
 def demo(rows: int, port: int, run: Path) -> None:

@@ -468,8 +468,10 @@ def attempts(folder: Path) -> dict[str, int]:
 def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(users_file: Path, tmp_path: Path) -> None:
     """The command goes on with the others, names both with their reasons, keeps these in the run, and exits with 1."""
     given = settings(tmp_path, "work", "die", "raise", "work")
+    only_source = replace(resolve(f"{users_file}:fragile", given), stages=(Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1),))
+    build(only_source, tmp_path / "run", executor=here)
     done = recap("build", f"{users_file}:fragile", *given, "--run", tmp_path / "run", check=1)
-    assert "7 shards done, 2 failed" in done.stdout  # five of the source with its survey, two of this stage
+    assert "2 shards done, 2 failed" in done.stdout
     assert "Traceback" not in done.stderr
     reasons = dict(line.removeprefix("failed: ").split(": ", 1) for line in done.stderr.splitlines() if line.startswith("failed: "))
     assert sorted(reasons) == ["fragile/00001", "fragile/00002"]
@@ -507,16 +509,18 @@ def test_a_worker_that_dies_does_not_fail_the_shard_next_to_it(users_file: Path,
     assert list(build(pair, tmp_path / "run", executor=local_after_source).failed) == ["fragile/00001"]
 
 
-def test_a_worker_that_dies_while_nobody_waits_for_it_costs_only_its_shard(users_file: Path, tmp_path: Path) -> None:
-    """The builder is busy writing down shard 0 when shard 1 kills its worker, and then has shard 2 to give away."""
-    three = fragile(users_file, tmp_path, "work", "wait for noted die", "work", workers=2)
+def test_a_worker_that_dies_while_nobody_waits_for_it_costs_an_attempt(users_file: Path, tmp_path: Path) -> None:
+    """The build is busy writing down shard 0 when shard 1 kills its worker, and then has shard 2 to give away."""
+    three = fragile(users_file, tmp_path, "work", "until wait for noted die", "work", workers=2)
 
     def busy(_: object, outcome: Outcome) -> None:
         if outcome.task.stage == "fragile" and outcome.task.name == "00000":
             (tmp_path / "noted").touch()
             time.sleep(1)
+            (tmp_path / "repaired").touch()
 
-    assert list(build(three, tmp_path / "run", executor=local_after_source, progress=busy).failed) == ["fragile/00001"]
+    assert build(three, tmp_path / "run", executor=local_after_source, progress=busy).failed == {}
+    assert attempts(tmp_path) == {"00000": 1, "00001": 2, "00002": 1}
 
 
 def test_a_shard_whose_input_failed_waits_for_it(users_file: Path, tmp_path: Path) -> None:

@@ -133,6 +133,11 @@ def test_names_of_files_and_runs_may_hold_any_character(tmp_path: Path) -> None:
     assert [row["org_caption"] for row in rows(folder / "run", folder / "in")] == ["one", "two"]
 
 
+def test_a_file_may_have_a_name_that_looks_like_a_glob(tmp_path: Path) -> None:
+    write(tmp_path / "in [1].parquet", {"url": ["http://h/1"], "caption": ["one"]})
+    assert [row["org_caption"] for row in rows(tmp_path / "run", tmp_path / "in [1].parquet")] == ["one"]
+
+
 def test_the_same_rows_in_other_shards_have_the_same_content(tmp_path: Path, metadata: Path) -> None:
     few, many = (rows(tmp_path / str(n), metadata, rows_per_shard=n) for n in (5, 40))
     place = {"shard": 0, "row": 0}
@@ -303,9 +308,9 @@ def test_a_csv_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_name_their_file_and_column(tmp_path: Path) -> None:
-    (tmp_path / "in.csv").write_text("URL,TEXT,WIDTH,HEIGHT\nhttp://h/1,a,wide,5\n")
-    with pytest.raises(InputError, match=r"in\.csv.*original_width|in\.csv.*WIDTH"):
-        shards(tmp_path / "run", tmp_path / "in.csv")
+    write(tmp_path / "in.parquet", {"URL": URLS, "TEXT": CAPTIONS, "WIDTH": ["5", "wide", "6"]})
+    with pytest.raises(InputError, match=r"in\.parquet.*WIDTH"):
+        shards(tmp_path / "run", tmp_path / "in.parquet")
 
 
 def test_whole_numbers_that_pandas_wrote_as_floats(tmp_path: Path) -> None:
