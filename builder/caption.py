@@ -72,6 +72,12 @@ class Caption(Stage):
         specs = [vars(spec) for spec in self.specs]
         return {"model": identity(self.model), "specs": specs, "dtype": self.dtype, "max_model_len": self.max_model_len}
 
+    def check(self) -> None:
+        if folder := model_folder(self.model):
+            for needed in (("config.json",), ("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "tokenizer.model")):
+                if not any((folder / name).exists() for name in needed):
+                    raise InputError(f"model folder {folder} has no {' or '.join(needed)}", "copy it from the model that this one was trained from")
+
     @contextmanager
     def open(self) -> Iterator[Work]:
         engine = Engine(self)
@@ -121,13 +127,8 @@ class Engine:
     """vLLM with a steady number of requests in flight."""
 
     def __init__(self, settings: Caption) -> None:
+        settings.check()
         folder = model_folder(settings.model)
-        if folder:
-            for needed in ("config.json", "preprocessor_config.json|processor_config.json", "tokenizer.json|tokenizer.model"):
-                if not any((folder / name).exists() for name in needed.split("|")):
-                    raise InputError(
-                        f"model folder {folder} has no {needed.replace('|', ' or ')}", "copy it from the model that this one was trained from"
-                    )
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,11 @@ def build(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int |
     run = run or Path("runs", resolved.name)
     with shown_progress() as progress:
         result = runs.build(resolved, run, progress=progress)
-    _print({"run": str(run), "done": result.done, "failed": result.failed}, as_json, f"{run}: {result.done} shards done, {len(result.failed)} failed")
+    _print(
+        {"run": str(run), "done": len(result.done), "failed": result.failed},
+        as_json,
+        f"{run}: {len(result.done)} shards done, {len(result.failed)} failed",
+    )
     for name, reason in result.failed.items():
         click.echo(f"failed: {name}: {reason}", err=True)
     if result.failed:
@@ -220,7 +224,7 @@ class shown_progress:
         self.bar: tqdm[None] | None = None
         self.stage = ""
 
-    def __enter__(self) -> Callable[[runs.StagePlan, Outcome], None]:
+    def __enter__(self) -> runs.Progress:
         return self.show
 
     def __exit__(self, *_: object) -> None:

@@ -56,7 +56,7 @@ def sync(path: Path) -> None:
 def damaged_input(task: Task) -> str:
     """Which input of a failed task no longer has the bytes of its record, if any; that record is removed, so a rerun repairs it."""
     for name, sha256 in task.inputs.items():
-        path = task.run / name
+        path = task.run / name.partition("[")[0]  # of a slice: the file
         if path.parent.parent == task.run and path.exists() and sha256_file(path) != sha256:
             (path.parent / (path.name.partition(".")[0] + ".json")).unlink(missing_ok=True)
             return f"{name} no longer has the bytes of its record; it will be made again"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -47,6 +48,11 @@ class Status(StrEnum):
     CAPTION_FAILED = "caption_failed"
 
 
+def by_shard(name: str) -> tuple[int, str]:
+    """Sorts `00042` and `download/00042.tar` by the shard's number, beyond 99999 too."""
+    return len(name.rpartition("/")[2].partition(".")[0]), name
+
+
 @dataclass(frozen=True)
 class Task:
     """One shard's work order: what to read, where to write, and the key that its record will carry.
@@ -67,7 +73,7 @@ class Task:
 
     def all_inputs(self, stage: str, suffix: str = ".parquet") -> list[Path]:
         """Inputs from `stage` in the order of their shards; a stage's survey is not among them."""
-        names = sorted(p for p in self.inputs if p.startswith(f"{stage}/") and not p.startswith(f"{stage}/survey"))
+        names = sorted((p for p in self.inputs if p.startswith(f"{stage}/") and not p.startswith(f"{stage}/survey")), key=by_shard)
         return [self.run / name for name in names if name.partition(".")[2] == suffix.lstrip(".")]
 
     def output(self, suffix: str = ".parquet") -> Path:
@@ -129,6 +135,13 @@ class Stage:
         """What a shard depends on where that is not outputs of earlier stages: name -> sha256."""
         return None
 
+    def check(self) -> None:
+        """Look for what would fail hours later: a file that is not there, a setting that its library does not know.
+
+        Raises:
+            UserError: says what to change.
+        """
+
     def survey(self, task: Task) -> Mapping[str, int]:
         """One pass over the whole run before the shards, committed as a task of its own; its outputs are inputs of every shard."""
         raise NotImplementedError
@@ -185,9 +198,12 @@ class Recipe:
 
 def _stage_from_json(data: dict[str, Json]) -> Stage:
     module, _, name = data.pop("stage").partition(":")
-    if not module.startswith("builder."):
+    if not module.startswith("builder.") and module not in sys.modules:  # a module that the user named is there already
         raise RecipeError(f"recipe.json names a stage of '{module}', which is not part of recapkit", "give the recipe as my_file.py:function")
-    stage_type = getattr(importlib.import_module(module), name, None)
+    try:
+        stage_type = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise RecipeError(f"recipe.json names '{module}:{name}': {error}") from error
     if not (isinstance(stage_type, type) and issubclass(stage_type, Stage)):
         raise RecipeError(f"recipe.json names '{module}:{name}', which is not a stage")
     return parse(stage_type, data, what=f"stage {stage_type.name}")

@@ -58,6 +58,7 @@ SCHEMA = pa.schema(
 USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1; +https://pypi.org/project/recapkit)"
 NOT_PUBLIC = "not a public address"
 MAX_URL_CHARACTERS = 8192
+RESIZE_MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")  # img2dataset's
 _PILLOW_SAYS_NO = (OSError, ValueError, SyntaxError, MemoryError, RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, struct.error)
 
 
@@ -94,6 +95,15 @@ class Download(Stage):
     def num_workers(self) -> int:
         return self.workers or os.cpu_count() or 1
 
+    def check(self) -> None:
+        if self.resize_mode not in RESIZE_MODES:
+            raise InputError(f"there is no resize_mode '{self.resize_mode}'", f"img2dataset has: {', '.join(RESIZE_MODES)}")
+        for network in self.allow_private:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise InputError(f"allow_private: {error}", "for example allow_private=127.0.0.1/32") from error
+
     def survey(self, task: Task) -> Mapping[str, int]:
         files = [str(path) for path in task.all_inputs("source")]
         with duckdb.connect(config={"temp_directory": str(task.folder)}) as con:
@@ -104,7 +114,7 @@ class Download(Stage):
         for uid, first, last in twice:
             raise InputError(
                 f"uid {uid} occurs twice: shard {first[0]} row {first[1]} and shard {last[0]} row {last[1]}; it must identify one row",
-                "remove the repeated rows: duckdb -c \"copy (select distinct on (uid) * from 'in.parquet') to 'out.parquet'\"",
+                "remove them: duckdb -c \"copy (select distinct on (uid) * from 'in.parquet') to 'out.parquet'\" (no uid: URL and caption)",
             )
         return {"rows": rows}
 

@@ -34,3 +34,7 @@ class InputError(UserError): ...
 
 
 class VersionError(UserError): ...
+
+
+def disk_full(run: object) -> InputError:
+    return InputError(f"the disk of {run} is full", "free some space, then type the same command again")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from builder.commit import commit, damaged_input
 from builder.core import Record, Stage, Task, Work
-from builder.errors import InputError, UserError
+from builder.errors import UserError, disk_full
 
 ATTEMPTS = 3
 log = logging.getLogger(__name__)
@@ -49,29 +49,39 @@ def local(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
     Raises:
         UserError: from a worker, for what no other shard could survive either (a model that cannot be loaded, a full disk).
     """
-    todo = deque((task, 1) for task in tasks)
-    running: dict[Future[Outcome], tuple[Task, int]] = {}
+    todo = deque((task, 1, False) for task in tasks)  # attempt, and whether it has to be alone: a worker died that may have been its own
+    running: dict[Future[Outcome], tuple[Task, int, bool]] = {}
     num_workers = min(stage.num_workers(), len(todo))
     log_file = todo[0][0].folder / "worker.log"
     pool = _pool(stage, num_workers, log_file)
     try:
         while todo or running:
-            while todo and len(running) < num_workers:
-                task, attempt = todo.popleft()
-                running[pool.submit(_run, task)] = (task, attempt)
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            broken = any(isinstance(future.exception(), BrokenProcessPool) for future in done)
-            for future in list(running) if broken else done:
-                task, attempt = running.pop(future)
-                outcome = Outcome(task, error="a worker process died (out of memory?)") if broken else future.result()
-                if outcome.error and not outcome.damaged and attempt < ATTEMPTS:
-                    log.info("%s %s: %s; attempt %d of %d follows", stage.name, task.name, outcome.error, attempt + 1, ATTEMPTS)
-                    todo.append((task, attempt + 1))
-                else:
-                    yield outcome
+            broken = False
+            while todo and len(running) < num_workers and not (running and (todo[0][2] or any(alone for _, _, alone in running.values()))):
+                try:
+                    running[pool.submit(_run, todo[0][0])] = todo[0]
+                except BrokenProcessPool:  # a worker died while nobody waited
+                    broken = True
+                    break
+                todo.popleft()
+            done = set() if broken else wait(running, return_when=FIRST_COMPLETED).done
+            broken = broken or any(isinstance(future.exception(), BrokenProcessPool) for future in done)
+            ended = [(future, running.pop(future)) for future in (list(running) if broken else done)]
             if broken:
+                wait(future for future, _ in ended)
                 _kill(pool)
                 pool = _pool(stage, num_workers, log_file)
+            dead = [future for future, _ in ended if isinstance(future.exception(), BrokenProcessPool)]
+            for future, (task, attempt, _) in ended:
+                if future in dead and len(dead) > 1:  # whose doing it was is not known
+                    todo.append((task, attempt, True))
+                    continue
+                outcome = Outcome(task, error="a worker process died (out of memory?)") if future in dead else future.result()
+                if outcome.error and not outcome.damaged and attempt < ATTEMPTS:
+                    log.info("%s %s: %s; attempt %d of %d follows", stage.name, task.name, outcome.error, attempt + 1, ATTEMPTS)
+                    todo.append((task, attempt + 1, future in dead))
+                else:
+                    yield outcome
     finally:
         _kill(pool)
 
@@ -126,12 +136,12 @@ def _run(task: Task) -> Outcome:
             rows = _work(task)
         return Outcome(task, commit(_stage, task, rows, time.monotonic() - start))
     except UserError:
+        if damaged := damaged_input(task):
+            return Outcome(task, error=damaged, damaged=True)
         raise
     except Exception as error:  # the one shard boundary: whatever it was, the other shards go on
         if "No space left on device" in str(error):
-            raise InputError(
-                f"the disk of {task.run} is full ({_stage.name} {task.name})", "free some space, then type the same command again"
-            ) from error
+            raise disk_full(task.run) from error
         log.warning("%s %s: %s", _stage.name, task.name, traceback.format_exc())
         damaged = damaged_input(task)
         return Outcome(task, error=damaged or f"{type(error).__name__}: {error}".splitlines()[0], damaged=bool(damaged))

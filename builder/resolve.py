@@ -32,8 +32,8 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
             raise RecipeError(f"a recipe.json has no parameter '{next(iter(pairs))}'", "name the stage: download.timeout_s=5")
         try:
             recipe = Recipe.from_json(Path(text).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"{text} cannot be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{text} cannot be read: {error}") from error
     else:
         recipe = _call(*_find(text), pairs)
     return _with_stage_settings(recipe, of_stages)
@@ -58,8 +58,13 @@ def _load(path: Path) -> ModuleType:
     """Import a user's file under its own name, so that worker processes can import it too."""
     if not path.is_file():
         raise RecipeError(f"there is no file {path}", "name it as my_file.py:function")
-    sys.path.insert(0, str(path.resolve().parent))
-    return importlib.import_module(path.stem)
+    path = path.resolve()
+    sys.path.insert(0, str(path.parent))
+    module = importlib.import_module(path.stem)
+    if Path(module.__file__ or "").resolve() != path:
+        sys.path.remove(str(path.parent))
+        raise RecipeError(f"{path} has the name of a module that is loaded already", "give the file another name")
+    return module
 
 
 def _pair(setting: str) -> tuple[str, str]:

@@ -12,14 +12,16 @@ and the status.
 
 from __future__ import annotations
 
+import errno
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder.commit import lock, write_atomically
-from builder.core import Recipe, Record, Stage, Task, task_key
-from builder.errors import InputError
+from builder.core import Recipe, Record, Stage, Task, by_shard, sha256_file, task_key
+from builder.errors import InputError, disk_full
 from builder.executors import Executor, Outcome, local
 from builder.source import Source
 
@@ -44,7 +46,7 @@ class StagePlan:
 
     def shards(self) -> list[Record]:
         """Records of the shards that are done, in order."""
-        return [record for name, record in sorted(self.done.items()) if name != "survey"]
+        return [record for name, record in sorted(self.done.items(), key=lambda item: by_shard(item[0])) if name != "survey"]
 
     def files(self, run: Path, suffix: str = ".parquet") -> list[Path]:
         """Outputs of the shards that are done, in order, whose name after the shard's number is `suffix`."""
@@ -53,50 +55,62 @@ class StagePlan:
 
 
 Plans = dict[str, StagePlan]
+Progress = Callable[[StagePlan, Outcome], None]
 
 
 @dataclass(frozen=True)
 class Result:
     """What a build did. `failed` holds the last reason of each shard that could not be done."""
 
-    done: int
+    done: list[str]
     failed: dict[str, str]
 
 
-def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Callable[[StagePlan, Outcome], None] | None = None) -> Result:
+def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Progress | None = None) -> Result:
     """Do all that is not done yet.
 
     Raises:
         InputError: the directory holds the run of another recipe, another build is at work in it, or the input cannot be used.
     """
-    adopt(recipe, run)
-    with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: recap status {run}"):
-        write_atomically(run / "recipe.json", recipe.to_json())
-        done, failed = 0, dict[str, str]()
-        for _ in range(2):  # a second pass makes again what turned out to be damaged in the first
-            damaged = False
-            plans: Plans = {}
+    try:
+        adopt(recipe, run)
+        with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: recap status {run}"):
+            write_atomically(run / "recipe.json", recipe.to_json())
             for stage in recipe.stages:
-                (run / stage.name).mkdir(exist_ok=True)
-                plans[stage.name] = plan_stage(stage, run, plans)
-                while (todo := plans[stage.name]).todo:
-                    for outcome in executor(stage, todo.todo):
-                        name = f"{stage.name}/{outcome.task.name}"
-                        damaged |= outcome.damaged
-                        if outcome.record:
-                            done += 1
-                            failed.pop(name, None)
-                        else:
-                            failed[name] = outcome.error
-                            write_atomically(outcome.task.failure, outcome.error + "\n")
-                        if progress:
-                            progress(todo, outcome)
-                    plans[stage.name] = plan_stage(stage, run, plans)
-                    if todo.todo[0].name != "survey" or f"{stage.name}/survey" in failed:
-                        break  # only a survey is followed by more tasks of its stage
-            if not damaged:
-                break
-        return Result(done, failed)
+                stage.check()
+            result = Result([], {})
+            while _one_pass(recipe, run, executor, progress, result):  # again, for what turned out to be damaged
+                pass
+            return result
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise disk_full(run) from error
+        raise
+
+
+def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress | None, result: Result) -> bool:
+    """Every stage once. Returns whether a damaged file was found whose record is now gone."""
+    damaged = False
+    plans: Plans = {}
+    for stage in recipe.stages:
+        (run / stage.name).mkdir(exist_ok=True)
+        plans[stage.name] = plan_stage(stage, run, plans)
+        while (todo := plans[stage.name]).todo:
+            for outcome in executor(stage, todo.todo):
+                name = f"{stage.name}/{outcome.task.name}"
+                damaged |= outcome.damaged
+                if outcome.record:
+                    result.done.append(name)
+                    result.failed.pop(name, None)
+                else:
+                    result.failed[name] = outcome.error
+                    write_atomically(outcome.task.failure, outcome.error + "\n")
+                if progress:
+                    progress(todo, outcome)
+            plans[stage.name] = plan_stage(stage, run, plans)
+            if todo.todo[0].name != "survey" or f"{stage.name}/survey" in result.failed:
+                break  # only a survey is followed by more tasks of its stage
+    return damaged
 
 
 def adopt(recipe: Recipe, run: Path) -> None:
@@ -106,9 +120,11 @@ def adopt(recipe: Recipe, run: Path) -> None:
         InputError: it is something else's.
     """
     try:
-        old = Recipe.from_json((run / "recipe.json").read_text()).name
+        old = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["name"]  # its stages may be of another version
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{run}/recipe.json is no recipe: {error}", "name another directory with --run") from error
     except FileNotFoundError:
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and {path.name for path in run.iterdir()} - {".lock", ".recipe.json.part"}:
             raise InputError(f"{run} is not empty and holds no run", "name another directory with --run") from None
         run.mkdir(parents=True, exist_ok=True)
         return
@@ -150,8 +166,9 @@ def plan_stage(stage: Stage, run: Path, plans: Plans) -> StagePlan:
             return plan
         survey = dict(found.outputs)
     for index in range(_num_tasks(stage, plans | {stage.name: plan})):
-        inputs = stage.shard_inputs(run, index) or survey | _outputs_read(stage, index, plans)
-        if not inputs:
+        own, read = stage.shard_inputs(run, index), _outputs_read(stage, index, plans)
+        inputs = own or survey | read
+        if not inputs or (stage.reads and not read):
             plan.waiting += 1
             continue
         name = f"{index:05d}"
@@ -185,7 +202,9 @@ def _outputs_read(stage: Stage, index: int, plans: Plans) -> dict[str, str]:
 def _intact(run: Path, record: Record) -> bool:
     """Do the outputs exist with the sizes of the record? Hashes are compared when a stage cannot read them."""
     try:
-        return all((run / name).stat().st_size == size for name, size in record.bytes.items())
+        return all((run / name).stat().st_size == size for name, size in record.bytes.items()) and all(
+            sha256_file(run / name) == sha256 for name, sha256 in record.outputs.items() if name.endswith("/survey.parquet")
+        )  # a survey is small, and planning reads it
     except FileNotFoundError:
         return False
 
@@ -196,9 +215,9 @@ def estimate(recipe: Recipe, run: Path) -> list[dict[str, object]]:
     Nothing is guessed: where no shard of a stage is done, bytes and hours are None.
     """
     plans = plan(recipe, run)
-    survey = plans["source"].done.get("survey")
-    source = recipe.stage("source")
-    total = survey.rows["rows"] if survey else source.num_rows() if isinstance(source, Source) else None
+    survey = plans["source"].done.get("survey") if "source" in plans else None
+    source = next((stage for stage in recipe.stages if isinstance(stage, Source)), None)
+    total = survey.rows["rows"] if survey else source.num_rows() if source else None
     table: list[dict[str, object]] = []
     for name, stage_plan in plans.items():
         records = stage_plan.shards()
@@ -237,7 +256,7 @@ def status(run: Path) -> list[dict[str, object]]:
                 "rows": dict(rows),
                 "rows_per_s": round(rows.total() / seconds, 1) if seconds else None,
                 "eta_s": round(left * seconds / len(records)) if records else None,
-                "failed": {path.stem: path.read_text().strip() for path in sorted((run / name).glob("*.failed"))},
+                "failed": {path.stem: path.read_text().strip() for path in sorted((run / name).glob("*.failed")) if path.stem not in plan_.done},
             }
         )
     return table

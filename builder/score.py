@@ -47,6 +47,11 @@ class Score(Stage):
     def settings(self) -> dict[str, Json]:
         return super().settings() | {"model": identity(self.model)}
 
+    def check(self) -> None:
+        folder = model_folder(self.model)
+        if folder and not (folder / "open_clip_config.json").exists():
+            raise InputError(f"model folder {folder} has no open_clip_config.json", "name a folder in open_clip's local-dir layout")
+
     @contextmanager
     def open(self) -> Iterator[Work]:
         clip = Clip(self)
@@ -92,9 +97,8 @@ class Clip:
         import open_clip
         import torch
 
+        settings.check()
         folder: Path | str | None = model_folder(settings.model)
-        if isinstance(folder, Path) and not (folder / "open_clip_config.json").exists():
-            raise InputError(f"model folder {folder} has no open_clip_config.json", "name a folder in open_clip's local-dir layout")
         if folder is None:
             repository, revision = hub_model(settings.model)
             from huggingface_hub import snapshot_download

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder.core import Json, Stage, Status, Task, Work, sha256_file, write_parquet
+from builder.core import Json, Record, Stage, Status, Task, Work, sha256_file, write_parquet
 from builder.errors import InputError
 
 SCHEMA = pa.schema(
@@ -79,11 +79,24 @@ class Source(Stage):
     def has_survey(self) -> bool:
         return True
 
-    def survey_inputs(self, run: Path) -> dict[str, str]:
+    def check(self) -> None:
         if self.rows_per_shard < 1:
             raise InputError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1", "for example rows_per_shard=10000")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit is {self.limit}; it must be at least 1", "for example --limit 1000")
+        if self.layout not in ("auto", *LAYOUTS):
+            raise InputError(f"there is no layout '{self.layout}'", f"there are: auto, {', '.join(LAYOUTS)}")
+        self.find()
+
+    def survey_inputs(self, run: Path) -> dict[str, str]:
+        try:
+            files = self.find()
+        except InputError:
+            if record := Record.read(run / "source" / "survey.json"):
+                return dict(record.inputs)  # the metadata is gone; a run that needs it no more can still be looked at and published
+            raise
         hashes = _Hashes(run / "source" / ".files.json")
-        inputs = {name: hashes.of(fs, path) for name, fs, path in self.find()}
+        inputs = {name: hashes.of(fs, path) for name, fs, path in files}
         hashes.save()
         return inputs | {"rows_per_shard": str(self.rows_per_shard), "limit": str(self.limit)}
 
@@ -100,7 +113,7 @@ class Source(Stage):
     def find(self) -> list[tuple[str, fsspec.AbstractFileSystem, str]]:
         """Name below the folder, file system and path of each file, in the order of the names."""
         fs, path = fsspec.core.url_to_fs(self.files)
-        found = [p for p in (fs.find(path) if fs.isdir(path) else fs.glob(path)) if _ending(p)]
+        found = [p for p in ([path] if fs.isfile(path) else fs.find(path) if fs.isdir(path) else fs.glob(path)) if _ending(p)]
         if not found:
             raise InputError(f"no parquet, csv or tsv file at {self.files}", "name a folder, a glob in quotes or a file: metadata='path/*.parquet'")
         root = _common_folder(found)
@@ -118,10 +131,11 @@ class Source(Stage):
                 num_rows = file.metadata.num_rows
                 self.columns(name, file.schema_arrow.names)
             stored = name if local == path else f"source/survey.{index}.parquet"
+            sha256 = task.inputs[name] if local == path else sha256_file(Path(local))
             start = 0
             while start < num_rows and left != 0:
                 take = min(num_rows - start, room, num_rows if left is None else left)
-                slices.append({"shard": shard, "file": stored, "sha256": task.inputs[name], "start": start, "stop": start + take})
+                slices.append({"shard": shard, "file": stored, "sha256": sha256, "start": start, "stop": start + take})
                 start, room, left = start + take, room - take, None if left is None else left - take
                 if room == 0:
                     shard, room = shard + 1, self.rows_per_shard
@@ -205,11 +219,16 @@ class Source(Stage):
         for field in SCHEMA:
             if field.name not in arrays and field.name not in ("shard", "row"):
                 arrays[field.name] = pa.nulls(len(table), field.type)
-        return pa.table({n: arrays[n].cast(SCHEMA.field(n).type) for n in SCHEMA.names if n in arrays})
+        try:
+            return pa.table({n: _cast(arrays[n], SCHEMA.field(n).type) for n in SCHEMA.names if n in arrays})
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(f"{name}: {', '.join(columns[n] for n in OPTIONAL if n in columns)}: {error}", "leave that column out") from error
 
 
 def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Valid strings, no nulls, and which of them had to be repaired. Parquet readers do not check this."""
+    if pa.types.is_large_binary(strings.type):
+        strings = strings.cast(pa.binary())
     if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type) or pa.types.is_binary(strings.type)):
         strings = strings.cast(pa.string())
     strings = pc.fill_null(strings, pa.scalar("", strings.type))
@@ -220,6 +239,14 @@ def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
         raw = strings.cast(pa.binary()).to_pylist()
         text = [value.decode("utf-8", "replace") for value in raw]
         return pa.array(text, pa.string()), pa.array([t.encode() != r for t, r in zip(text, raw, strict=True)])
+
+
+def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Whole numbers may come as floats or as their text, missing ones as NaN: pandas does that to a column with a gap."""
+    if pa.types.is_integer(kind) and (pa.types.is_string(values.type) or pa.types.is_floating(values.type)):
+        values = values.cast(pa.float64())
+        values = pc.if_else(pc.is_nan(values), None, values)
+    return values.cast(kind)
 
 
 def _ending(path: str) -> str | None:
@@ -252,9 +279,12 @@ def _to_parquet(path: str, target: str, fs: fsspec.AbstractFileSystem) -> None:
         if not isinstance(fs, fsspec.get_filesystem_class("file")):
             con.register_filesystem(fs)
             path = fs.unstrip_protocol(path)
-        options = "all_varchar=true" + (", delim='\\t', quote=''" if _ending(path) == "tsv" else "")
+        options = "all_varchar=true, comment=''" + (", delim='\\t', quote='', escape=''" if _ending(path) == "tsv" else "")
         try:
-            con.execute(f"copy (select * from read_csv(?, {options})) to '{target}' (format parquet)", [path])
+            first = con.execute(f"select * from read_csv(?, {options}, header=false) limit 1", [path]).fetchone() or ()
+            header = not any("://" in (cell or "") for cell in first)  # a URL is no column's name
+            quoted = target.replace("'", "''")
+            con.execute(f"copy (select * from read_csv(?, {options}, header={header})) to '{quoted}' (format parquet)", [path])
         except duckdb.Error as error:
             raise InputError(f"{Path(path).name} cannot be read: {str(error).splitlines()[0]}", "give it as parquet") from error
 

@@ -81,7 +81,7 @@ def done_by(recipe: Recipe, run: Path, executor: Executor = here) -> list[str]:
 
     result = build(recipe, run, executor=executor, progress=note)
     assert not result.failed, result.failed
-    assert result.done == len(names)
+    assert len(result.done) == len(names)
     return names
 
 
@@ -307,7 +307,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(site: Site, tmp_pat
 def test_what_a_build_leaves_that_ended_at_once_can_be_gone_on_with(tmp_path: Path, left: Sequence[str]) -> None:
     for name in left:
         (tmp_path / name).touch()
-    assert build(Recipe("empty", ()), tmp_path) == Result(0, {})
+    assert build(Recipe("empty", ()), tmp_path) == Result([], {})
 
 
 def test_a_second_build_is_refused_while_one_is_at_work(site: Site, run: Path) -> None:
@@ -535,7 +535,7 @@ def test_a_shard_whose_input_failed_waits_for_it(users_file: Path, tmp_path: Pat
 def test_a_failure_is_forgotten_when_its_shard_is_done_after_all(site: Site, run: Path) -> None:
     """A setting that fails is taken back: what it failed at is done, and has been all the time."""
     good = recipe(site, rows=40)
-    bad = replace(good, stages=(good.stages[0], replace(good.stage("download"), resize_mode="nonsense"), good.stages[2]))  # type: ignore[call-arg]
+    bad = replace(good, stages=(good.stages[0], replace(good.stage("download"), retries=-1), good.stages[2]))  # type: ignore[call-arg]
     assert sorted(name for name in build(bad, run, executor=here).failed if name.startswith("download/")) == ["download/00000", "download/00001"]
     assert done_by(good, run) == ["download/survey"]
     assert [row["failed"] for row in status(run)] == [{}, {}, {}]
@@ -589,3 +589,20 @@ def test_the_command_says_that_a_disk_is_full_in_two_lines_and_exits_2(site: Sit
     assert first.startswith("recap: the disk of ")
     assert second == "  free some space, then type the same command again"
     assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_can_be_looked_at_when_its_metadata_is_gone(site: Site, run: Path, tmp_path: Path) -> None:
+    """But not built any further: what the rows were is not known any more."""
+    gone = recipe(site, rows=40)
+    gone = replace(gone, stages=(replace(gone.stages[0], files=str(tmp_path / "gone")), *gone.stages[1:]))  # type: ignore[call-arg]
+    assert all(not p.todo and not p.waiting for p in plan(gone, run).values())
+    with pytest.raises(InputError, match="no parquet, csv or tsv file"):
+        build(gone, run, executor=here)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_done(site: Site, tmp_path: Path) -> None:
+    whole = recipe(site, rows=40)
+    bad = replace(whole, stages=(whole.stages[0], replace(whole.stage("download"), resize_mode="nonsense"), whole.stages[2]))  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=r"no resize_mode 'nonsense'\n.*keep_ratio_largest"):
+        build(bad, tmp_path / "new", executor=here)
+    assert not (tmp_path / "new" / "source").exists()

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from analysis import report
 from builder import run as runs
-from builder.executors import Outcome
 from builder.publish import publish
 from recipes import datasets as recipes
 from recipes.demo import web
 
-Progress = Callable[[runs.StagePlan, Outcome], None]
 
-
-def demo(run: Path, *, rows: int, port: int, progress: Progress) -> int:
+def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
     """Serve a small web, build, publish version 0.1.0 next to the run, load it back. Returns the exit status."""
     import datasets
 
