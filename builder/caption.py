@@ -10,6 +10,7 @@ journaled; after a crash none of them is generated again.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 from PIL import Image
@@ -29,6 +30,9 @@ from builder.core import Json, Stage, Status, Task, Work, read_rows, write_parqu
 from builder.errors import InputError
 from builder.imagetar import images
 from builder.model import hub_model, identity, model_folder
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 RECAPTION_V1_PROMPT = "Please generate a detailed caption of this image. Please be as descriptive as possible."
 
@@ -162,13 +166,24 @@ class Engine:
         ids = self.tokenizer.encode(_fill(self.prompts[spec.name], row), add_special_tokens=False)
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}
 
+    def params(self, spec: CaptionSpec, uid: str) -> SamplingParams:
+        """How to decode a row's caption; where that is at random, the row's uid is the seed."""
+        params = self.sampling[spec.name]
+        if spec.temperature > 0:
+            params = params.clone()
+            params.seed = int.from_bytes(hashlib.sha256(f"{spec.name} {uid}".encode()).digest()[:4], "big")
+        return params
+
     def captions(self, requests: Iterator[tuple[str, bytes, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Json]]]:
         """(uid, {spec: caption}) in the order in which the images are done."""
         engine = self.llm.llm_engine
         owner: dict[str, tuple[str, str]] = {}  # request -> (uid, spec)
         parts: dict[str, dict[str, Json]] = {}
-        while True:
+        fed = True
+        while owner or fed:
+            fed = False
             for uid, image, row in itertools.islice(requests, max(0, self.in_flight - len(owner))):
+                fed = True
                 try:
                     picture = Image.open(io.BytesIO(image)).convert("RGB")
                 except (OSError, ValueError) as error:
@@ -177,11 +192,9 @@ class Engine:
                 parts[uid] = {}
                 for spec in self.specs:
                     (prompt,) = engine.renderer.render_cmpl([self.prompt(spec, picture, row)])
-                    engine.add_request(f"{spec.name} {uid}", prompt, self.sampling[spec.name])
+                    engine.add_request(f"{spec.name} {uid}", prompt, self.params(spec, uid))
                     owner[f"{spec.name} {uid}"] = (uid, spec.name)
-            if not owner:
-                return
-            for output in engine.step():
+            for output in engine.step() if owner else ():
                 if output.finished:
                     uid, name = owner.pop(output.request_id)
                     first = output.outputs[0]

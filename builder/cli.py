@@ -191,13 +191,15 @@ def publish(run: Path, target: str, version: str, dry_run: bool, as_json: bool) 
 @main.command()
 @click.option("--rows", default=2000, show_default=True, type=click.IntRange(min=1), help="URLs of the small web.")
 @click.option("--port", default=8642, show_default=True, help="Of the small web on 127.0.0.1.")
-@click.option("--run", "run", default="runs/demo", show_default=True, type=click.Path(path_type=Path, file_okay=False))
-def demo(rows: int, port: int, run: Path) -> None:
+@_run_option
+def demo(rows: int, port: int, run: Path | None) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
     from recipes.demo.demo import demo as run_demo
 
     with shown_progress() as progress:
-        code = run_demo(run, rows=rows, port=port, progress=progress)
+        code = run_demo(
+            run or Path("runs", "demo" if (rows, port) == (2000, 8642) else f"demo-{rows}-{port}"), rows=rows, port=port, progress=progress
+        )
     sys.exit(code)
 
 

@@ -55,7 +55,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
-USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1; +https://pypi.org/project/recapkit)"
+USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1)"
 NOT_PUBLIC = "not a public address"
 MAX_URL_CHARACTERS = 8192
 RESIZE_MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")  # img2dataset's

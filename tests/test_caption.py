@@ -83,9 +83,21 @@ def test_captions_do_not_depend_on_the_batch(engine: Engine) -> None:
 
 
 def test_a_picture_that_cannot_be_decoded_is_a_row_not_an_exception(engine: Engine) -> None:
-    found = dict(engine.captions(iter([("bad", b"no picture", {}), *requests(held_out(1))])))
-    assert "cannot be decoded" in found["bad"]["re_caption"]["error"]
+    bad = [(f"bad {k}", b"no picture", {}) for k in range(2 * engine.in_flight)]
+    found = dict(engine.captions(iter([*bad, *requests(held_out(1))])))
+    assert all("cannot be decoded" in found[uid]["re_caption"]["error"] for uid, _, _ in bad)
     assert found["0"]["re_caption"]["text"]
+
+
+def test_random_decoding_is_seeded_by_the_row(engine: Engine) -> None:
+    spec = CaptionSpec(temperature=0.75, top_k=50, max_tokens=40)
+    greedy, engine.specs = engine.specs, (spec,)
+    kept, engine.sampling = engine.sampling, {spec.name: engine.sampling[spec.name].clone()}
+    engine.sampling[spec.name].temperature = 0.75
+    once, again = (dict(engine.captions(requests(held_out(6)))) for _ in range(2))
+    engine.specs, engine.sampling = greedy, kept
+    assert once == again
+    assert engine.params(spec, "a").seed != engine.params(spec, "b").seed
 
 
 def test_a_caption_that_hits_the_limit_says_so(engine: Engine) -> None:

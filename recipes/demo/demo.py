@@ -10,6 +10,7 @@ import click
 
 from analysis import report
 from builder import run as runs
+from builder.errors import VersionError
 from builder.publish import publish
 from recipes import datasets as recipes
 from recipes.demo import web
@@ -30,7 +31,11 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
         for name, reason in result.failed.items():
             click.echo(f"failed: {name}: {reason}", err=True)
         return 1
-    version = publish(run, run.with_name(f"{run.name}-published"), "0.1.0")
+    target = run.with_name(f"{run.name}-published")
+    try:
+        version = publish(run, target, "0.1.0")
+    except VersionError as error:
+        raise VersionError(error.message, f"an older demo lies there; to begin afresh: rm -r {target}") from error
     train = datasets.load_dataset(str(version.folder), split="train")
     statistics = json.loads((version.folder / "stats.json").read_text(encoding="utf-8"))
 
