@@ -40,7 +40,7 @@ def peak(folder: Path, shards: int) -> dict[str, float]:
     start = time.monotonic()
     with web.serve(site, PORT):
         process = subprocess.Popen(
-            [sys.executable, "-m", "builder.cli", "build", f"{folder}/short.py:short", f"web={site}", "--run", str(run), "download.timeout_s=2"],
+            [sys.executable, "-m", "builder.cli", "build", f"{folder}/short.py:short", f"web={site}", "--run", str(run), "download.timeout_s=0.5"],
             cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         tree, parent, worker = psutil.Process(process.pid), 0, 0
