@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 
 def machine() -> str:

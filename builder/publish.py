@@ -97,7 +97,7 @@ def stage(run: Path, folder: Path, version: str) -> dict[str, Any]:
         raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: recap status {run}")
     write_parquet(pa.Table.from_pylist(preview, SCHEMA), folder / "data" / "preview-00000-of-00001.parquet")
     write_atomically(folder / "recipe.json", recipe.to_json())
-    _describe(run, recipe, preview, folder, version)
+    _describe(run, recipe, preview, folder, f"version {version}")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "name": recipe.name,
@@ -114,7 +114,7 @@ def preview_card(run: Path) -> Path:
     folder = run / "card"
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     published, _ = report.files(run)
-    _describe(run, runs.load_recipe(run).portable(), _preview(published), folder, "0.0.0")
+    _describe(run, runs.load_recipe(run).portable(), _preview(published), folder, "not published yet")
     return folder / "README.md"
 
 

@@ -41,7 +41,7 @@ def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *
     ends = report["endings"]["rows"][0]
     parts = [
         f"---\n{front.to_yaml().strip()}\n---",
-        f"# {recipe.title}, version {version}",
+        f"# {recipe.title}, {version}",
         f"{recipe.description} {rows:,} rows.",
         "One row:",
         _code(sample),
