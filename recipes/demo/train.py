@@ -44,6 +44,7 @@ class Phase:
 
 STAGE_1 = Phase("captioner stage 1", steps=3000, batch=64, lr=1.5e-3, first_seed=1_000_000)
 STAGE_2 = Phase("captioner stage 2", steps=800, batch=64, lr=1.0e-3, first_seed=2_000_000)
+STAGE_2_AGAIN = Phase("captioner stage 2, second cycle", steps=700, batch=64, lr=0.8e-3, first_seed=2_500_000)
 CONTRASTIVE = Phase("clip", steps=300, batch=256, lr=1.0e-3, first_seed=3_000_000)
 
 
@@ -144,9 +145,9 @@ def train_captioner(device: str) -> None:
         return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, first:].flatten())
 
     optimise(STAGE_1, model, tokenizer, loss, device)
-    models.save_captioner(model, tokenizer, models.CAPTIONER)
     model.model.vision_tower.requires_grad_(False)
     optimise(STAGE_2, model, tokenizer, loss, device)
+    optimise(STAGE_2_AGAIN, model, tokenizer, loss, device)
     models.save_captioner(model, tokenizer, models.CAPTIONER)
 
 
