@@ -11,6 +11,7 @@ bytes again are recognized; other bytes under an existing version are refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -122,7 +123,9 @@ def _describe(run: Path, recipe: Recipe, preview: list[dict[str, Any]], folder: 
     statistics = report.stats(run)
     write_atomically(folder / "stats.json", report.to_json(statistics))
     names = plots.draw(statistics, folder / "plots")
-    write_atomically(folder / "README.md", card(recipe, statistics, preview[0] if preview else {}, version=version, plots=names))
+    content = hashlib.sha256("".join(sha256_file(file) for files in report.files(run) for file in files).encode()).hexdigest()
+    sample = preview[0] if preview else {}
+    write_atomically(folder / "README.md", card(recipe, statistics, sample, version=version, content=content, plots=names))
 
 
 def _preview(files: list[Path]) -> list[dict[str, Any]]:

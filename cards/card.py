@@ -20,8 +20,8 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))  # fmt: skip
 
 
-def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *, version: str, plots: list[str]) -> str:
-    """README.md of a version."""
+def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *, version: str, content: str, plots: list[str]) -> str:
+    """README.md of a version. `content` is the sha256 of its data: `datasets` tells two local folders of one name apart by it."""
     rows = report["images"]["rows"][0]["rows"]
     front = DatasetCardData(
         license=recipe.license,
@@ -33,9 +33,10 @@ def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *
             {
                 "config_name": "default",
                 "default": True,
+                "description": content,
                 "data_files": [{"split": "preview", "path": "data/preview-*.parquet"}, {"split": "train", "path": "data/train-*.parquet"}],
             },
-            {"config_name": "ledger", "data_files": [{"split": "train", "path": "ledger/train-*.parquet"}]},
+            {"config_name": "ledger", "description": content, "data_files": [{"split": "train", "path": "ledger/train-*.parquet"}]},
         ],
     )
     ends = report["endings"]["rows"][0]

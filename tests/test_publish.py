@@ -61,6 +61,21 @@ def test_every_config_and_split_loads(version: Path, tmp_path: Path) -> None:
     assert train[0]["re_caption"]
 
 
+def test_two_versions_of_one_name_are_told_apart(version: Path, copied_run: Path, tmp_path: Path) -> None:
+    """`datasets` keys its cache by a folder's last name and its card, not by its path: the card must differ where the data do."""
+    for file in (copied_run / "select").glob("0*.parquet"):  # the same rows, fewer of them
+        file.chmod(0o644)
+        pq.write_table(pq.read_table(file).slice(0, 20), file)
+    record = json.loads((copied_run / "select" / "00000.json").read_text())
+    record["bytes"] = {name: (copied_run / name).stat().st_size for name in record["bytes"]}
+    (copied_run / "select" / "00000.json").write_text(json.dumps(record))
+    other = publish(copied_run, tmp_path / "out", "0.1.0").folder
+    assert other.name == version.name
+    sizes = [len(datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))) for folder in (version, other)]
+    assert sizes[0] == sum(pq.read_metadata(file).num_rows for file in (version / "data").glob("train-*"))
+    assert sizes[1] == 20
+
+
 def test_duckdb_reads_it(version: Path) -> None:
     assert duckdb.sql(f"select count(*) from '{version}/data/train-*.parquet' where re_clip_score is null").fetchall() == [(0,)]
 
