@@ -26,7 +26,7 @@ from builder.download import Download
 from recipes import datasets
 from recipes.demo import world
 
-URLS, PICTURES, PORT, THREADS, TURNS = 6000, 200, 8654, 64, 5
+URLS, PICTURES, PORT, THREADS, TURNS = 5000, 200, 8654, 64, 3
 
 
 def pictures() -> list[bytes]:

@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -122,7 +122,8 @@ class Download(Stage):
     def open(self) -> Iterator[Work]:
         Image.MAX_IMAGE_PIXELS = None  # ours is the limit
         fetcher = _Fetcher(self)
-        with asyncio.Runner() as runner, ThreadPoolExecutor(1) as decoder, ThreadPoolExecutor(self.concurrency) as resolver:
+        decoders = max(1, (os.cpu_count() or 1) // self.num_workers())
+        with asyncio.Runner() as runner, ThreadPoolExecutor(decoders) as decoder, ThreadPoolExecutor(self.concurrency) as resolver:
             runner.get_loop().set_default_executor(resolver)  # asyncio resolves names there
 
             def work(task: Task) -> Mapping[str, int]:
@@ -149,14 +150,16 @@ class _Image:
 class _Fetcher:
     def __init__(self, settings: Download) -> None:
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's blurring would ask the network for news
+        from img2dataset import resizer
         from img2dataset.blurrer import BoundingBoxBlurrer
         from img2dataset.downloader import is_disallowed
-        from img2dataset.resizer import Resizer
 
+        # It would redirect the whole process's output around each image, and two threads would undo one another's redirection.
+        resizer.SuppressStdoutStderr = nullcontext
         self.settings, self.is_disallowed = settings, is_disallowed
         self.allowed = [ipaddress.ip_network(network) for network in settings.allow_private]
         self.directives = {d.lower() for d in settings.disallowed_directives}
-        self.resizer = Resizer(
+        self.resizer = resizer.Resizer(
             settings.image_px, settings.resize_mode, settings.resize_only_if_bigger,
             encode_quality=settings.encode_quality, blurrer=BoundingBoxBlurrer(),
         )  # fmt: skip
