@@ -48,7 +48,7 @@ class CaptionSpec:
     max_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
-    min_tokens: int = 0
+    min_tokens: int = 1  # an empty caption is none
 
 
 RECAPTION_V1 = CaptionSpec()
