@@ -41,7 +41,7 @@ def test_kill_minus_nine_at_twenty_random_moments(tmp_path: Path) -> None:
             if k % 4 == 3:
                 _until_something_new(run, process, rng.randint(1, 3), seconds)
             else:
-                time.sleep(rng.uniform(0.01, 0.2) * seconds)
+                time.sleep(rng.uniform(0.01, 0.12) * seconds)
             children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
