@@ -23,13 +23,17 @@ def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     make = [sys.executable, tool, "make", data / "flickr8k/images", folder, "--rows", ROWS, "--bomb", 0.01, "--port", PORT]
     make += ["--captions", data / "flickr8k/captions.json", "--alt-text", data / "alt-text/web_alt_text_10000.parquet"]
     subprocess.run([str(x) for x in make], check=True, capture_output=True)
-    server = subprocess.Popen([sys.executable, str(tool), "serve", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, str(tool), "serve", str(folder), "--port", str(PORT)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(200):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", PORT)) == 0:
                     break
             time.sleep(0.05)
+        else:
+            raise RuntimeError(f"the web of real photos does not answer on port {PORT}")
         yield folder
     finally:
         server.kill()
