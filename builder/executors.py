@@ -86,6 +86,11 @@ def local(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
         _kill(pool)
 
 
+def here(stage: Stage, survey: Task) -> Outcome:
+    """Do a survey in this process: it is a query over a few columns, done sooner than a worker starts."""
+    return _attempt(stage, survey, lambda: stage.survey)
+
+
 def _pool(stage: Stage, num_workers: int, log_file: Path) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(num_workers, context, _start, (stage, os.getpid(), log_file, log.getEffectiveLevel()))
@@ -122,19 +127,23 @@ def _start(stage: Stage, parent: int, log_file: Path, level: int) -> None:
 
 
 def _run(task: Task) -> Outcome:
+    return _attempt(_stage, task, _open)
+
+
+def _open() -> Work:
     global _work
-    start = time.monotonic()
+    _work = _work or _stack.enter_context(_stage.open())
+    return _work
+
+
+def _attempt(stage: Stage, task: Task, open_: Callable[[], Work]) -> Outcome:
     for leftover in task.folder.glob(f".{task.name}.*.part"):
         leftover.unlink()
     try:
-        if task.name == "survey":
-            rows = _stage.survey(task)
-        else:
-            if _work is None:
-                _work = _stack.enter_context(_stage.open())
-                start = time.monotonic()  # loading a model is not the shard's doing
-            rows = _work(task)
-        return Outcome(task, commit(_stage, task, rows, time.monotonic() - start))
+        work = open_()
+        start = time.monotonic()  # loading a model is not the shard's doing
+        rows = work(task)
+        return Outcome(task, commit(stage, task, rows, time.monotonic() - start))
     except UserError:
         if damaged := damaged_input(task):
             return Outcome(task, error=damaged, damaged=True)
@@ -142,7 +151,7 @@ def _run(task: Task) -> Outcome:
     except Exception as error:  # the one shard boundary: whatever it was, the other shards go on
         if "No space left on device" in str(error):
             raise disk_full(task.run) from error
-        log.warning("%s %s: %s", _stage.name, task.name, traceback.format_exc())
+        log.warning("%s %s: %s", stage.name, task.name, traceback.format_exc())
         damaged = damaged_input(task)
         return Outcome(task, error=damaged or f"{type(error).__name__}: {error}".splitlines()[0], damaged=bool(damaged))
 

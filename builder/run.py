@@ -22,7 +22,7 @@ from pathlib import Path
 from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, Stage, Task, by_shard, sha256_file, task_key
 from builder.errors import InputError, disk_full
-from builder.executors import Executor, Outcome, local
+from builder.executors import Executor, Outcome, here, local
 from builder.source import Source
 
 
@@ -96,7 +96,8 @@ def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress 
         (run / stage.name).mkdir(exist_ok=True)
         plans[stage.name] = plan_stage(stage, run, plans)
         while (todo := plans[stage.name]).todo:
-            for outcome in executor(stage, todo.todo):
+            survey = todo.todo[0].name == "survey"
+            for outcome in [here(stage, todo.todo[0])] if survey else executor(stage, todo.todo):
                 name = f"{stage.name}/{outcome.task.name}"
                 damaged |= outcome.damaged
                 if outcome.record:
@@ -108,7 +109,7 @@ def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress 
                 if progress:
                     progress(todo, outcome)
             plans[stage.name] = plan_stage(stage, run, plans)
-            if todo.todo[0].name != "survey" or f"{stage.name}/survey" in result.failed:
+            if not survey or f"{stage.name}/survey" in result.failed:
                 break  # only a survey is followed by more tasks of its stage
     return damaged
 
