@@ -10,47 +10,74 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from builder import run as runs
 from builder.errors import InputError
+from builder.target import version_files
 
 QUERIES = Path(__file__).parent / "queries"
 LANGUAGE_ROWS = 100_000
 CAPTIONS = ("org_caption", "re_caption")
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Parquet files of the published rows and of the ledger, and the file system that they are in."""
+
+    published: list[str]
+    ledger: list[str]
+    filesystem: AbstractFileSystem | None = None
+
+
 @contextmanager
-def connect(place: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB with the views `published` and `ledger` over a run directory or a published folder.
+def connect(place: str | Path | Parts) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB with the views `published` and `ledger` over a run directory or a published version.
 
     Raises:
         InputError: it is neither, or nothing has been selected in it yet.
     """
-    published, ledger = files(place)
+    found = place if isinstance(place, Parts) else parts(place)
     with duckdb.connect(config={"preserve_insertion_order": True}) as con:
-        for name, paths in (("published", published), ("ledger", ledger)):
-            con.from_parquet([str(path) for path in paths]).create_view(name)
+        if found.filesystem is not None:
+            con.register_filesystem(found.filesystem)
+        for name, paths in (("published", found.published), ("ledger", found.ledger)):
+            con.from_parquet(paths).create_view(name)
         yield con
 
 
-def files(place: Path) -> tuple[list[Path], list[Path]]:
-    """Parquet files of the published rows and of the ledger."""
-    if (place / "recipe.json").exists() and (place / "select").is_dir():
-        select = runs.plan(runs.load_recipe(place), place)["select"]
-        published, ledger = select.files(place), select.files(place, ".ledger.parquet")
+def parts(place: str | Path) -> Parts:
+    """What `RUN`, `DIR`, `TARGET` or `TARGET@v1.2.0` holds."""
+    run = Path(place)
+    if (run / "recipe.json").exists() and (run / "select").is_dir():
+        select = runs.plan(runs.load_recipe(run), run)["select"]
+        found = Parts([str(path) for path in select.files(run)], [str(path) for path in select.files(run, ".ledger.parquet")])
     else:
-        published, ledger = sorted(place.glob("data/train-*.parquet")), sorted(place.glob("ledger/*.parquet"))
-    if not published or not ledger:
+        fs, root = version_files(str(place))
+        found = version_parts(fs, root)
+    if not found.published or not found.ledger:
         raise InputError(f"{place} holds neither a run with finished shards nor a published version", "build one: recap build demo --run runs/demo")
-    return published, ledger
+    return found
 
 
-def stats(place: Path) -> dict[str, Any]:
+def version_parts(fs: AbstractFileSystem, root: str) -> Parts:
+    """The parquet files of a version."""
+    local = isinstance(fs, LocalFileSystem)
+    published, ledger = (
+        [path if local else fs.unstrip_protocol(path) for path in sorted(fs.glob(f"{root}/{pattern}"))]
+        for pattern in ("data/train-*.parquet", "ledger/train-*.parquet")
+    )
+    return Parts(published, ledger, None if local else fs)
+
+
+def stats(place: str | Path | Parts) -> dict[str, Any]:
     """Every query's rows, each with the hash of its SQL: `{query: {"sha256": ..., "rows": [...]}}`."""
     report = {}
     with connect(place) as con:

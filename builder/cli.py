@@ -55,7 +55,7 @@ _settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 _limit = click.option("--limit", type=click.IntRange(min=1), help="Only the first N source rows.")
 _run_option = click.option("--run", "run", type=click.Path(path_type=Path, file_okay=False), help="Run directory; runs/<recipe> unless given.")
 _run = click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-_place = click.argument("place", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="RUN|DIR")
+_place = click.argument("place", metavar="RUN|TARGET[@v1.2.0]")
 
 
 def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
@@ -128,14 +128,14 @@ def status(run: Path, as_json: bool) -> None:
 @main.command()
 @_place
 @_as_json
-def stats(place: Path, as_json: bool) -> None:
+def stats(place: str, as_json: bool) -> None:
     """Statistics of a run or a published version; a run keeps them as stats.json."""
     from analysis import report
     from builder.commit import write_atomically
 
     result = report.stats(place)
-    if (place / "select").is_dir():
-        write_atomically(place / "stats.json", report.to_json(result))
+    if Path(place, "select").is_dir():
+        write_atomically(Path(place, "stats.json"), report.to_json(result))
     _print(result, as_json, stats_table(result))
 
 
@@ -143,7 +143,7 @@ def stats(place: Path, as_json: bool) -> None:
 @_place
 @click.argument("query", required=False)
 @_as_json
-def sql(place: Path, query: str | None, as_json: bool) -> None:
+def sql(place: str, query: str | None, as_json: bool) -> None:
     """Run QUERY, or standard input, in DuckDB with the views `published` and `ledger`."""
     import duckdb
 
@@ -171,21 +171,103 @@ def card(run: Path) -> None:
     click.echo(preview_card(run))
 
 
+_version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Put it together, check it and say what publishing would take, but do not publish.")
+_rebase = click.option("--rebase", is_flag=True, help="On top of what somebody else put on main since this upload began.")
+
+
 @main.command()
 @_run
 @click.argument("target")
-@click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
-@click.option("--dry-run", is_flag=True, help="Put it together and verify it, but do not publish.")
+@_version
+@_dry_run
+@_rebase
 @_as_json
-def publish(run: Path, target: str, version: str, dry_run: bool, as_json: bool) -> None:
-    """Publish a finished run as TARGET/v<version>."""
+def publish(run: Path, target: str, version: str, dry_run: bool, rebase: bool, as_json: bool) -> None:
+    """Publish a finished run as a version in TARGET, a folder or hf://datasets/user/name.
+
+    The same command again, after whatever crash, finishes the job or says that it is done.
+    """
     from builder.publish import publish as publish_run
 
-    if "://" in target:
-        raise UserError(f"{target}: only folders can be targets so far", "name a folder: recap publish RUN FOLDER --version 0.1.0")
-    result = publish_run(run, Path(target), version, dry_run=dry_run)
-    said = "would be published" if dry_run else "published" if result.new else "is there already, byte for byte; nothing to do"
-    _print({"folder": str(result.folder), "rows": result.rows, "new": result.new}, as_json, f"{result.folder}: {result.rows} rows, {said}")
+    _say_published(publish_run(run, target, version, dry_run=dry_run, rebase=rebase), target, version, as_json)
+
+
+def _say_published(result: Any, target: str, version: str, as_json: bool) -> None:
+    said = "would be published" if result.plan else "published" if result.new else "is there already, byte for byte; nothing to do"
+    lines = [f"{result.place}: {result.rows} rows, {said}", *(f"  {name:<16} {value}" for name, value in result.plan.items())]
+    if not result.plan:
+        load = f'"{target.removeprefix("hf://datasets/")}", revision="v{version}"' if target.startswith("hf://") else f'"{result.place}"'
+        lines += [f"  at {result.commit}"] if result.commit else []
+        lines += [
+            "load it:",
+            f"  datasets.load_dataset({load})",
+            f"  recap sql {target}@v{version} 'from published limit 5'",
+            f"  recap verify {target}@v{version}",
+        ]
+    _print(vars(result), as_json, "\n".join(lines))
+
+
+@main.command()
+@click.argument("place", metavar="TARGET@v1.2.0")
+@_as_json
+def verify(place: str, as_json: bool) -> None:
+    """Read a published version once, every byte, and hold it against its manifest. Exit status 1: it differs."""
+    from builder.publish import verify as verify_version
+
+    result = verify_version(place)
+    found = [f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(result['problems'])} problems", *result["problems"]]
+    _print(result, as_json, "\n".join(found))
+    sys.exit(1 if result["problems"] else 0)
+
+
+@main.command()
+@click.argument("a", metavar="TARGET@v1.0.0")
+@click.argument("b", metavar="TARGET@v1.1.0")
+@_as_json
+def diff(a: str, b: str, as_json: bool) -> None:
+    """What differs between two versions or runs: rows, columns, values, scores."""
+    from analysis.diff import diff as differences
+
+    result = differences(a, b)
+    lines = [f"rows      {result['rows'][0]:,} -> {result['rows'][1]:,}: {result['added']:,} added, {result['removed']:,} removed"]
+    lines += [f"columns   {sign} {name}" for sign, names in (("+", result["columns_added"]), ("-", result["columns_removed"])) for name in names]
+    lines += [f"changed   {name}: {number:,} rows" for name, number in result["changed"].items()]
+    lines += [f"mean      {name}: {_number(before)} -> {_number(after)}" for name, (before, after) in result["means"].items()]
+    _print(result, as_json, "\n".join(lines))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+@main.command()
+@click.argument("target", metavar="TARGET[@v1.2.0]")
+@click.option("--uids", type=click.File(encoding="utf-8"), help="File of uids, one a line.")
+@click.option("--sha256", type=click.File(encoding="utf-8"), help="File of images' sha256.")
+@click.option("--urls", type=click.File(encoding="utf-8"), help="File of URLs.")
+@click.option("--domains", type=click.File(encoding="utf-8"), help="File of domains; subdomains go with them.")
+@_version
+@_dry_run
+@_rebase
+@_as_json
+def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Any) -> None:
+    """Publish a new version of TARGET without the rows that the files name; later versions cannot bring them back."""
+    from builder.publish import remove as remove_rows
+    from builder.target import by_number, split, target_of
+
+    kinds = {"uids": "uid", "sha256": "sha256", "urls": "url", "domains": "domain"}
+    values = {kinds[name]: [line.strip() for line in file if line.strip()] for name, file in files.items() if file}
+    if not any(values.values()):
+        raise UserError("nothing to remove was named", f"for example: recap remove {target} --uids FILE --version {version}")
+    result, number = remove_rows(target, version, values, dry_run=dry_run, rebase=rebase)
+    _say_published(result, split(target)[0], version, as_json)
+    if not as_json:
+        where = target_of(split(target)[0])
+        click.echo(f"{number} rows removed. Older versions still hold them; to delete those:")
+        for older in where.versions():
+            if by_number(older) < by_number(version):
+                click.echo(f"  {where.how_to_delete(older)}")
 
 
 @main.command()

@@ -45,6 +45,7 @@ class Status(StrEnum):
     HASH_MISMATCH = "hash_mismatch"  # another image than the one in the metadata
     UNDECODABLE = "undecodable"
     DUPLICATE_IMAGE = "duplicate_image"  # one image behind many URLs: a placeholder
+    REMOVED = "removed"  # a tombstone names it: somebody asked for its removal
     CAPTION_FAILED = "caption_failed"
 
 
@@ -117,7 +118,7 @@ class Stage:
 
     def portable(self) -> Stage:
         """The same settings without this machine's directories, as they are published."""
-        names = {name: Path(getattr(self, name)).name for name in self.paths if Path(getattr(self, name)).is_absolute()}
+        names = {name: Path(value).name for name in self.paths if (value := getattr(self, name)) and Path(value).is_absolute()}
         return replace(self, **names)
 
     def num_workers(self) -> int:
@@ -265,9 +266,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """The one way a stage writes rows: zstd, page index, no clock, so that the same rows are the same bytes."""
-    pq.write_table(table, path, compression="zstd", write_page_index=True, row_group_size=10_000)
+def write_parquet(table: pa.Table, path: Path, *, row_group_size: int = 10_000) -> None:
+    """The one way to write rows: zstd, page index, no clock, so that the same rows are the same bytes.
+
+    Pages end where the content says so: a changed row changes the bytes around it, not all that follow.
+    """
+    pq.write_table(table, path, compression="zstd", write_page_index=True, row_group_size=row_group_size, use_content_defined_chunking=True)
 
 
 def read_rows(path: Path, columns: list[str] | None = None, *, batch: int = 1024) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,8 @@ Writes  `<shard>.parquet`: uid, status, error.
 Survey  which sha256 is served under more than `max_urls` distinct URLs in the whole run: "image not available" and its kin.
         All its rows go, for none of them is what its caption speaks of. An image under a few URLs is a photo that was
         shared; its rows stay.
+
+Rows that a tombstone names become `removed` here, too. Only shards whose rows change are captioned again.
 """
 
 from __future__ import annotations
@@ -13,23 +15,33 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import duckdb
 
-from builder.core import Stage, Task, Work, write_parquet
+from builder import tombstones
+from builder.core import Json, Stage, Task, Work, sha256_file, write_parquet
+from builder.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dedup(Stage):
-    """`max_urls` is how many distinct URLs one image may have."""
+    """`max_urls` is how many distinct URLs one image may have; `tombstones` a version's file of that name."""
 
     name: ClassVar[str] = "dedup"
     reads: ClassVar[tuple[str, ...]] = ("download",)
     surveys: ClassVar[tuple[str, ...]] = ("download",)
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
+    paths: ClassVar[tuple[str, ...]] = ("tombstones",)
 
     max_urls: int = 5
+    tombstones: str | None = None
+
+    def settings(self) -> dict[str, Json]:
+        if self.tombstones and not Path(self.tombstones).is_file():
+            raise InputError(f"there is no file of tombstones {self.tombstones}", f"name the {tombstones.FILE} of a published version")
+        return super().settings() | {"tombstones": self.tombstones and sha256_file(Path(self.tombstones))}
 
     def survey(self, task: Task) -> Mapping[str, int]:
         files = [str(path) for path in task.all_inputs("download")]
@@ -45,13 +57,20 @@ class Dedup(Stage):
     @contextmanager
     def open(self) -> Iterator[Work]:
         with duckdb.connect(config={"threads": 1}) as con:
+            con.register("tombstones", tombstones.read(Path(self.tombstones)) if self.tombstones else tombstones.table({}))
+            removed = tombstones.MARKS.format(
+                rows="(select file_row_number as row, uid, url, image_sha256 as image from rows)", tombstones="tombstones"
+            )
 
             def work(task: Task) -> Mapping[str, int]:
                 table = con.sql(
-                    """select uid, if(urls is null, status, 'duplicate_image') as status,
-                              if(urls is null, error, 'one image behind ' || urls || ' URLs') as error
-                       from read_parquet($files, file_row_number = true) as rows left join read_parquet($images) as images
-                            on rows.image_sha256 = images.image_sha256 and status = 'ok'
+                    f"""with rows as (from read_parquet($files, file_row_number = true)), removed as ({removed})
+                       select uid,
+                              case when removed.row is not null then 'removed' when urls is not null then 'duplicate_image' else status end as status,
+                              case when removed.row is not null then 'named by a tombstone'
+                                   when urls is not null then 'one image behind ' || urls || ' URLs' else error end as error
+                       from rows left join read_parquet($images) as images on rows.image_sha256 = images.image_sha256 and status = 'ok'
+                            left join removed on rows.file_row_number = removed.row
                        order by rows.file_row_number""",
                     params={"files": str(task.input("download")), "images": str(task.folder / "survey.parquet")},
                 ).to_arrow_table()

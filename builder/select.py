@@ -2,9 +2,10 @@
 
 Reads   source, download, caption, score, of `shards_per_file` shards at a time.
 Writes  `<file>.parquet` with the columns of `SCHEMA`, rows that are ok;
-        `<file>.ledger.parquet` with the columns of `LEDGER`, every source row.
+        `<file>.ledger.parquet` with the columns of `LEDGER`, every source row; of removed ones only that.
 
-The schema is pinned: all columns of Recap-DataComp-1B with its types, and ours. A later append never rewrites a file.
+The schema is pinned: all columns of Recap-DataComp-1B with its types, and ours; then, for each caption beyond the first
+that the recipe makes, its text and how it ended. A later append never rewrites a file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder.core import Stage, Task, Work, write_parquet
+from builder.core import Stage, Status, Task, Work, write_parquet
+from builder.errors import InputError
 
 COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("uid", pa.string(), "DataComp's id of the row: join on this"),
@@ -46,7 +48,27 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("clip_l14_similarity_score", pa.float32(), "from the metadata: cosine by OpenAI's ViT-L/14"),
 )
 SCHEMA = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
+ROW_GROUP_ROWS = 100_000  # about 100 MB before compression
 LEDGER = pa.schema([("uid", pa.string()), ("url", pa.string()), ("status", pa.string()), ("error", pa.string())])
+
+
+def columns(captions: tuple[str, ...] = ()) -> tuple[tuple[str, pa.DataType, str], ...]:
+    """(name, type, what it is) of the published columns of a recipe that makes these captions beyond `re_caption`."""
+    extra = [name for name in captions if name not in SCHEMA.names]
+    return COLUMNS + tuple(
+        column
+        for name in extra
+        for column in (
+            (name, pa.string(), f"the caption `{name}`"),
+            (f"{name}_finish_reason", pa.string(), "`stop`, or `length`: cut off at the token limit"),
+            (f"{name}_num_tokens", pa.int32(), "its tokens, the captioner's tokenizer"),
+        )
+    )
+
+
+def schema(captions: tuple[str, ...] = ()) -> pa.Schema:
+    return pa.schema([(name, kind) for name, kind, _ in columns(captions)])
+
 
 _JOIN = """
 select source.uid, source.url, re_caption, org_caption, image_sha256 as sha256, key,
@@ -54,27 +76,37 @@ select source.uid, source.url, re_caption, org_caption, image_sha256 as sha256, 
        len(regexp_extract_all(re_caption, '\\S+')) as re_length, len(regexp_extract_all(org_caption, '\\S+')) as org_length,
        re_caption_finish_reason as re_finish_reason, re_caption_num_tokens as re_num_tokens,
        re_caption_cut as re_clip_cut, org_caption_cut as org_clip_cut, width, height,
-       clip_b32_similarity_score, clip_l14_similarity_score, score.status as status, score.error as error
+       clip_b32_similarity_score, clip_l14_similarity_score, score.status as status, score.error as error{captions}
 from source positional join download positional join caption positional join score
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Stage):
-    """`shards_per_file` source shards become one published file: aim at 200,000 rows, 220-430 MB."""
+    """`shards_per_file` source shards become one published file: aim at 200,000 rows, 220-430 MB.
+
+    `captions` are the caption specs that are published besides `re_caption`.
+    """
 
     name: ClassVar[str] = "select"
     reads: ClassVar[tuple[str, ...]] = ("source", "download", "caption", "score")
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
 
     shards_per_file: int = 20
+    captions: tuple[str, ...] = ()
 
     @property
     def shards_per_task(self) -> int:
         return self.shards_per_file
 
+    def check(self) -> None:
+        for name in self.captions:
+            if not name.isidentifier():
+                raise InputError(f"'{name}' cannot be the name of a column", "letters, digits and _")
+
     @contextmanager
     def open(self) -> Iterator[Work]:
+        join, target = _JOIN.format(captions="".join(map(_caption_sql, self.captions))), schema(self.captions)
         with duckdb.connect(config={"threads": 1}) as con:
 
             def work(task: Task) -> Mapping[str, int]:
@@ -89,14 +121,25 @@ class Select(Stage):
                     ).fetchall()
                     if same != rows:
                         raise ValueError(f"the stages of shard {files[0].stem} do not hold the same rows: {same} of {rows} agree")
-                    parts.append(con.sql(_JOIN).to_arrow_table())
+                    parts.append(con.sql(join).to_arrow_table())
                 table = pa.concat_tables(parts)
-                write_parquet(table.select(LEDGER.names).cast(LEDGER), task.output(".ledger.parquet"))
+                ledger = table.select(LEDGER.names)
+                removed = pc.equal(ledger["status"], Status.REMOVED)
+                for index, name in enumerate(("uid", "url")):  # of what was taken down nothing is told
+                    ledger = ledger.set_column(index, name, pc.if_else(removed, None, ledger[name]))
+                write_parquet(ledger.cast(LEDGER), task.output(".ledger.parquet"), row_group_size=ROW_GROUP_ROWS)
                 published = table.filter(pc.equal(table["status"], "ok"))
-                for field in SCHEMA:
+                for field in target:
                     if field.name not in published.column_names:
                         published = published.append_column(field, pa.nulls(len(published), field.type))
-                write_parquet(published.select(SCHEMA.names).cast(SCHEMA), task.output())
+                write_parquet(published.select(target.names).cast(target), task.output(), row_group_size=ROW_GROUP_ROWS)
                 return Counter(table["status"].to_pylist())
 
             yield work
+
+
+def _caption_sql(name: str) -> str:
+    """What a further caption adds to the join. The published alt-text-conditioned one has columns of its own in the schema."""
+    if name == "re_caption_condition_diverse_topk":
+        return f", {name}, len(regexp_extract_all({name}, '\\S+')) as re_condition_length"
+    return f', "{name}", "{name}_finish_reason", "{name}_num_tokens"'

@@ -14,14 +14,14 @@ from huggingface_hub import DatasetCardData
 
 from analysis import report as reports
 from builder.core import Recipe
-from builder.select import COLUMNS
+from builder.select import Select, columns
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))  # fmt: skip
 
 
 def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *, version: str, content: str, plots: list[str]) -> str:
-    """README.md of a version. `content` is the sha256 of its data: `datasets` tells two local folders of one name apart by it."""
+    """README.md of `version`. `content` is the sha256 of its data: `datasets` tells two local folders of one name apart by it."""
     rows = report["images"]["rows"][0]["rows"]
     front = DatasetCardData(
         license=recipe.license,
@@ -39,6 +39,8 @@ def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *
             {"config_name": "ledger", "description": content, "data_files": [{"split": "train", "path": "ledger/train-*.parquet"}]},
         ],
     )
+    select = recipe.stage("select")
+    assert isinstance(select, Select)
     ends = report["endings"]["rows"][0]
     parts = [
         f"---\n{front.to_yaml().strip()}\n---",
@@ -57,7 +59,7 @@ def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *
         "## How it was made",
         "\n\n".join(_stage(stage) for stage in recipe.stages),
         "## Columns",
-        _table(("column", "type", "what"), [(f"`{name}`", str(kind), what) for name, kind, what in COLUMNS]),
+        _table(("column", "type", "what"), [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)]),
         "`preview` repeats the first rows of `train`.",
         "## Known limits",
         f"{ends['stopped_at_limit']:,} recaptions stopped at the token limit and {ends['without_full_stop']:,} end without a full stop "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.caption import Caption
+from builder.caption import RECAPTION_V1, Caption, CaptionSpec
 from builder.core import Recipe
 from builder.dedup import Dedup
 from builder.download import Download
@@ -14,8 +14,12 @@ DEMO_CAPTIONER = "recipes/demo/weights/captioner"
 DEMO_CLIP = "recipes/demo/weights/clip"
 
 
-def demo(*, web: str = "runs/demo-web", rows_per_shard: int = 200) -> Recipe:
-    """The embedded default: 2,000 rows of a procedural world behind a small faulty web, and two tiny models trained on it."""
+def demo(*, web: str = "runs/demo-web", rows_per_shard: int = 200, short: bool = False) -> Recipe:
+    """The embedded default: 2,000 rows of a procedural world behind a small faulty web, and two tiny models trained on it.
+
+    `short` adds a second caption column, cut at 24 tokens.
+    """
+    second = (CaptionSpec(name="short_caption", max_tokens=24),) if short else ()
     return Recipe(
         name="demo",
         title="recapkit demo",
@@ -25,9 +29,9 @@ def demo(*, web: str = "runs/demo-web", rows_per_shard: int = 200) -> Recipe:
             Source(files=f"{web}/metadata", rows_per_shard=rows_per_shard),
             Download(image_px=128, timeout_s=5, allow_private=("127.0.0.1/32",)),
             Dedup(),
-            Caption(model=DEMO_CAPTIONER, dtype="float32", max_model_len=512, kv_cache_gib=1),
+            Caption(model=DEMO_CAPTIONER, specs=(RECAPTION_V1, *second), dtype="float32", max_model_len=512, kv_cache_gib=1),
             Score(model=DEMO_CLIP),
-            Select(),
+            Select(captions=tuple(spec.name for spec in second)),
         ),
     )
 

@@ -51,7 +51,7 @@ def test_no_placeholder_is_left_in_the_documents() -> None:
         (["build", "demo", "download.timeot_s=5"], "did you mean timeout_s?"),
         (["build", "demo", "downlod.timeout_s=5"], "no stage 'downlod'"),
         (["build", "recap_datacomp_1b"], "needs metadata, captioner, clip"),
-        (["publish", "runs", "hf://datasets/me/demo", "--version", "0.1.0"], "only folders"),
+        (["publish", "runs", "ftp://me/demo", "--version", "0.1.0"], "is no target"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_the_next_command(arguments: list[str], expected: str, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -33,11 +33,11 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
         return 1
     target = run.with_name(f"{run.name}-published")
     try:
-        version = publish(run, target, "0.1.0")
+        folder = Path(publish(run, str(target), "0.1.0").place)
     except VersionError as error:
         raise VersionError(error.message, f"an older demo lies there; to begin afresh: rm -r {target}") from error
-    train = datasets.load_dataset(str(version.folder), split="train")
-    statistics = json.loads((version.folder / "stats.json").read_text(encoding="utf-8"))
+    train = datasets.load_dataset(str(folder), split="train")
+    statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
 
     row = next((r for r in train if r["org_length"] and r["re_clip_score"] > r["org_clip_score"]), train[0])
     click.echo("\nOne row that came out:\n")
@@ -55,12 +55,12 @@ Done in {time.monotonic() - start:.0f} s. Where it lies:
 
   {site}/metadata   URL parquet, as DataComp's
   {run}             the run: recap status {run}
-  {version.folder}  the published version: README.md is its card
+  {folder}  the published version: README.md is its card
 
 What to type next:
 
-  recap sql {version.folder} "select org_caption, re_caption from published limit 5"
-  python -c "import datasets; print(datasets.load_dataset('{version.folder}', split='train')[0])"
+  recap sql {folder} "select org_caption, re_caption from published limit 5"
+  python -c "import datasets; print(datasets.load_dataset('{folder}', split='train')[0])"
   recap build recap_datacomp_1b metadata='your/*.parquet' captioner=FOLDER_OR_HUB_ID@REVISION clip=FOLDER_OR_HUB_ID@REVISION --limit 1000
 """
     )

@@ -1,0 +1,323 @@
+"""Versions as tags of a data set repository on the Hub.
+
+A version is uploaded to a pull request, held against its manifest there, merged, so that `main` moves once, and tagged.
+Nothing is remembered on this machine: what is left to do follows from what the Hub holds, so the same command again,
+after whatever crash, finishes the job in the same pull request or says that it is done.
+
+    tag there, same manifest          done
+    pull request merged, no tag       verify, tag
+    pull request open                 send what is missing, verify, merge, verify, tag
+    nothing                           open a pull request
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import httpx2
+from fsspec import AbstractFileSystem
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, DiscussionWithDetails, HfApi, HfFileSystem, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._http import parse_ratelimit_headers
+
+from builder.errors import InputError, VersionError
+from builder.target import HUB, MANIFEST, Published, Staged, by_number, next_version
+
+T = TypeVar("T")
+FILES_PER_COMMIT = 100  # what the Hub recommends
+PLANS = {"free": 1000, "PRO": 2500, "Team": 3000, "Enterprise": 6000}  # calls in five minutes (the Hub's page on rate limits, 2026)
+COMMITS_PER_HOUR = 128
+MAX_FILES, MAX_ENTRIES_PER_FOLDER = 100_000, 10_000
+ATTEMPTS = 6
+OURS = ("data/", "ledger/")  # what the card's configs load: nothing foreign may lie there
+log = logging.getLogger(__name__)
+
+
+class Hub:
+    """`hf://datasets/user/name`. `wait_s` is the first wait of a retry where the server names none."""
+
+    def __init__(self, repo: str, *, wait_s: float = 1.0) -> None:
+        if repo.count("/") != 1:
+            raise InputError(f"{HUB}{repo} is no repository", f"it has a user and a name: {HUB}user/name")
+        self.repo, self.wait_s = repo, wait_s
+        self.api = HfApi()  # endpoint and token from the client's own places
+        self.here: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset"}
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    def versions(self) -> list[str]:
+        try:
+            refs = self._call(lambda: self.api.list_repo_refs(**self.here))
+        except HfHubHTTPError as error:
+            if error.response.status_code == 404:
+                return []
+            raise
+        return sorted((tag.name[1:] for tag in refs.tags if _is_version(tag.name)), key=by_number)
+
+    def files(self, version: str) -> tuple[AbstractFileSystem, str]:
+        return HfFileSystem(skip_instance_cache=True), f"datasets/{self.repo}@v{version}"
+
+    def how_to_delete(self, version: str) -> str:
+        return (
+            f"hf repos tag delete {self.repo} v{version} --repo-type dataset  "
+            f"# then squash main's history and delete its files under Settings, List LFS files: {self.api.endpoint}/datasets/{self.repo}/settings"
+        )
+
+    # --- publishing ---------------------------------------------------------------------------------------------------
+
+    def publish(self, staged: Staged, *, dry_run: bool = False, rebase: bool = False) -> Published:
+        """Raises:
+        VersionError: the version exists with other bytes, main was moved by somebody else, or what the Hub stores differs.
+        InputError: no token, or no right to write.
+        """
+        if not get_token():
+            raise InputError("there is no token for the Hub", "log in: hf auth login")
+        rows, place = staged.manifest["rows"]["train"], f"{HUB}{self.repo}@{staged.tag}"
+        try:
+            if dry_run:
+                return Published(place, rows, False, plan=self._plan(staged))
+            self._call(lambda: self.api.create_repo(**self.here, exist_ok=True))
+            if tagged := self._tag(staged.tag):
+                self._same(staged, tagged)
+                return Published(place, rows, False, tagged)
+            pull = self._pull_request(staged, rebase)
+            if pull.status != "merged":
+                self._send(staged, pull)
+                self._verify(staged, f"refs/pr/{pull.num}")
+                pull = self._merge(staged, pull)
+            assert pull.merge_commit_oid is not None
+            self._verify(staged, pull.merge_commit_oid, where="main was moved by somebody else at the same moment; the version has no tag")
+            self._create_tag(staged, pull.merge_commit_oid)
+            return Published(place, rows, True, pull.merge_commit_oid)
+        except HfHubHTTPError as error:
+            raise _refused(error, self.repo) from error
+
+    def _plan(self, staged: Staged) -> dict[str, Any]:
+        """Files, bytes, commits and calls that publishing takes, and the minutes that the Hub's limits imply."""
+        held = self._tree("main") if self._call(lambda: self.api.repo_exists(**self.here)) else {}
+        operations = list(self._operations(staged, held, "main"))
+        send = {op.path_in_repo: staged.promised()[op.path_in_repo][1] for op in operations if isinstance(op, CommitOperationAdd)}
+        commits = -(-len(operations) // FILES_PER_COMMIT)
+        calls = 20 + 3 * commits + 2 * len(send) + 3 * (len(staged.files) // 1000 + 1)  # preupload, commit, tree; upload and its check; trees
+        minutes = {
+            plan: round(max(commits / COMMITS_PER_HOUR * 60 if commits > COMMITS_PER_HOUR else 0, calls / limit * 5 if calls > limit else 0), 1)
+            for plan, limit in PLANS.items()
+        }
+        return {
+            "files": len(send), "bytes": sum(send.values()), "files_there": len(staged.promised()) - len(send),
+            "commits": commits, "calls": calls, "minutes_by_plan": minutes,
+        }  # fmt: skip
+
+    def _tag(self, tag: str) -> str | None:
+        refs = self._call(lambda: self.api.list_repo_refs(**self.here))
+        return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+
+    def _same(self, staged: Staged, commit: str) -> None:
+        if self._read(MANIFEST, commit) != (staged.folder / MANIFEST).read_bytes():
+            raise VersionError(
+                f"{self.repo} has a {staged.tag} with other bytes; a version never changes",
+                f"publish under a new one: --version {next_version(self.versions())}",
+            )
+
+    def _pull_request(self, staged: Staged, rebase: bool) -> DiscussionWithDetails:
+        """The pull request of this version with these bytes, opened if there is none; of two, the older one."""
+        sha256, _ = staged.promised()[MANIFEST]
+        title = f"{staged.manifest['name']} {staged.tag} ({sha256[:16]})"
+
+        def find() -> DiscussionWithDetails | None:
+            pulls = list(self.api.get_repo_discussions(**self.here, discussion_type="pull_request"))
+            numbers = sorted(pull.num for pull in pulls if pull.title == title and pull.status != "closed")
+            return self.api.get_discussion_details(**self.here, discussion_num=numbers[0]) if numbers else None
+
+        pull = self._call(find)
+        if pull and rebase and pull.status != "merged" and self._base(pull, title) != self._head():
+            stale = pull.num
+            self._call(lambda: self.api.change_discussion_status(**self.here, discussion_num=stale, new_status="closed"))
+            pull = None
+        if pull is None:
+            description = "Uploaded by recapkit, which verifies it and merges it. To give it up, close this pull request."
+            self._call(lambda: self.api.create_pull_request(**self.here, title=title, description=description), done=find)
+            pull = self._call(find)
+        assert pull is not None
+        return pull
+
+    def _send(self, staged: Staged, pull: DiscussionWithDetails) -> None:
+        """Commit to the pull request what it lacks, until it lacks nothing. Content that the repository holds is not sent again."""
+        revision = f"refs/pr/{pull.num}"
+
+        def missing() -> list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete]:
+            return list(self._operations(staged, self._tree(revision), revision))
+
+        while operations := self._call(missing):
+            batch = operations[:FILES_PER_COMMIT]
+            message = f"{pull.title}: {len(batch)} files"
+            # After a failure that may hide a success it looks again, so nothing is committed twice.
+            self._call(
+                partial(self.api.create_commit, **self.here, operations=batch, commit_message=message, revision=revision),
+                done=partial(_none_of, batch, missing),
+            )
+
+    def _operations(self, staged: Staged, held: dict[str, RepoFile], revision: str) -> Iterator[Any]:
+        at = {_content(file): name for name, file in held.items() if file.lfs}
+        promised = staged.promised()
+        for name, content in promised.items():
+            if name in held and _matches(held[name], content, staged):
+                continue
+            if content in at:
+                yield CommitOperationCopy(src_path_in_repo=at[content], path_in_repo=name, src_revision=revision)
+            else:
+                yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged.folder / name)
+        yield from (CommitOperationDelete(path_in_repo=name) for name in held if name.startswith((*OURS, "plots/")) and name not in promised)
+
+    def _verify(self, staged: Staged, revision: str, *, where: str = "main is untouched") -> None:
+        """Hold size and sha256 of every file at a revision against the manifest. Files outside LFS are read for it; they are few and small."""
+        held = self._tree(revision)
+        for name, (sha256, size) in staged.promised().items():
+            file = held.get(name)
+            if file is not None and not file.lfs:
+                stored = self._read(name, revision)
+                found = (hashlib.sha256(stored).hexdigest(), len(stored))
+            else:
+                found = _content(file) if file else ("", -1)
+            if found != (sha256, size):
+                what = "is missing" if found[1] < 0 else f"has {found[1]} bytes and sha256 {found[0][:16]}..., not {size} and {sha256[:16]}..."
+                raise VersionError(f"{self.repo} at {revision}: {name} {what}; {where}", "type the same command again: it sends the file once more")
+        for name in held:
+            if name.startswith(OURS) and name not in staged.files:
+                raise VersionError(f"{self.repo} at {revision}: {name} is not in the manifest; {where}", "type the same command again")
+
+    def _merge(self, staged: Staged, pull: DiscussionWithDetails) -> DiscussionWithDetails:
+        head, base = self._head(), self._base(pull, pull.title)
+        if head != base:
+            raise VersionError(
+                f"main of {self.repo} was moved by somebody else: it is at {head[:8]}, the upload stands on {base[:8]}",
+                f"look at {self.api.endpoint}/datasets/{self.repo}/commits/main, then type the same command with --rebase to publish on top of it",
+            )
+
+        def merged() -> DiscussionWithDetails | None:
+            now = self.api.get_discussion_details(**self.here, discussion_num=pull.num)
+            return now if now.status == "merged" else None
+
+        if pull.status == "draft":
+            self._call(lambda: self.api.change_discussion_status(**self.here, discussion_num=pull.num, new_status="open"), done=merged)
+        try:
+            self._call(lambda: self.api.merge_pull_request(**self.here, discussion_num=pull.num), done=merged)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (400, 409) or self._call(lambda: merged() or False):
+                raise
+            raise VersionError(f"main of {self.repo} was moved by somebody else while this was uploaded: {error.server_message}",
+                               "type the same command with --rebase to publish on top of it") from error  # fmt: skip
+        found = self._call(merged)
+        if found is None:
+            raise VersionError(f"pull request {pull.num} of {self.repo} is not merged though the Hub said so", "type the same command again")
+        return found
+
+    def _create_tag(self, staged: Staged, commit: str) -> None:
+        try:
+            self._call(
+                lambda: self.api.create_tag(**self.here, tag=staged.tag, revision=commit, tag_message=staged.manifest["name"]),
+                done=lambda: self._tag(staged.tag),
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+        tagged = self._tag(staged.tag)
+        if tagged != commit:
+            raise VersionError(f"{self.repo} has a {staged.tag} at {tagged}, not at {commit}: somebody else published it", "choose another version")
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    def _head(self) -> str:
+        refs = self._call(lambda: self.api.list_repo_refs(**self.here))
+        return next(ref.target_commit for ref in refs.branches if ref.name == "main")
+
+    def _base(self, pull: DiscussionWithDetails, title: str) -> str:
+        """The commit of main that a pull request stands on: the newest that is not its own."""
+        commits = self._call(lambda: self.api.list_repo_commits(**self.here, revision=f"refs/pr/{pull.num}"))
+        return next(commit.commit_id for commit in commits if not commit.title.startswith(title))
+
+    def _tree(self, revision: str) -> dict[str, RepoFile]:
+        items = self._call(lambda: list(self.api.list_repo_tree(**self.here, revision=revision, recursive=True)))
+        return {item.path: item for item in items if isinstance(item, RepoFile)}
+
+    def _read(self, name: str, revision: str) -> bytes:
+        fs = HfFileSystem(skip_instance_cache=True)
+        content: bytes = self._call(lambda: fs.cat_file(f"datasets/{self.repo}@{revision.replace('/', '%2F')}/{name}"))
+        return content
+
+    def _call(self, call: Callable[[], T], *, done: Callable[[], object] | None = None) -> T:
+        """`call()`, again after what may pass, as long as the server asks to wait or twice as long each time.
+
+        `done` is asked before the call is repeated: a 504 or a broken connection may hide that it was applied. What `done`
+        returns, if anything, is returned then.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call()
+            except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+                if attempt == ATTEMPTS or not _may_pass(error):
+                    raise
+                wait_s = _asked_to_wait_s(error)
+                wait_s = self.wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25) if wait_s is None else wait_s
+                log.info("the Hub: %s; again in %.1f s", str(error).splitlines()[0][:200] or type(error).__name__, wait_s)
+                time.sleep(wait_s)
+            if done is not None and (found := self._call(done)) is not None:
+                return found  # type: ignore[return-value]
+        raise AssertionError("unreachable")
+
+
+def _none_of(batch: list[Any], missing: Callable[[], list[Any]]) -> bool | None:
+    """True when nothing of a batch is missing any more."""
+    return {operation.path_in_repo for operation in batch}.isdisjoint(operation.path_in_repo for operation in missing()) or None
+
+
+def _is_version(tag: str) -> bool:
+    parts = tag.removeprefix("v").split(".")
+    return tag.startswith("v") and len(parts) == 3 and all(part.isdecimal() for part in parts)
+
+
+def _content(file: RepoFile) -> tuple[str, int]:
+    return (file.lfs.sha256, file.lfs.size) if file.lfs else (f"blob:{file.blob_id}", file.size)
+
+
+def _matches(file: RepoFile, content: tuple[str, int], staged: Staged) -> bool:
+    if file.lfs:
+        return _content(file) == content
+    data = (staged.folder / file.path).read_bytes()
+    return file.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 412, 425, 429) or error.response.status_code >= 500
+    cause = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(cause, HfHubHTTPError):
+        return _may_pass(cause)
+    return not isinstance(error, FileNotFoundError | PermissionError) and getattr(error, "errno", None) != 28  # a full disk
+
+
+def _asked_to_wait_s(error: Exception) -> float | None:
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if response is None or response.status_code < 400:
+        return None
+    limit = parse_ratelimit_headers(response.headers)
+    if limit is not None and response.status_code == 429:
+        return float(limit.reset_in_seconds) + 1
+    after = response.headers.get("retry-after", "")
+    return float(after) if after.isdecimal() else None
+
+
+def _refused(error: HfHubHTTPError, repo: str) -> Exception:
+    status = error.response.status_code
+    if status in (401, 403):
+        return InputError(
+            f"the Hub refuses the token for {repo}: HTTP {status}", "log in with one that may write: hf auth login; then the same command"
+        )
+    return VersionError(f"the Hub, for {repo}: {str(error).splitlines()[0]}", "type the same command again; it goes on where this one stopped")
