@@ -11,6 +11,9 @@ A failed row is none of these: it is a `Status` in the data. A failed shard is r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RecapError(Exception):
     """Base of everything that recapkit raises on purpose."""
@@ -36,5 +39,20 @@ class InputError(UserError): ...
 class VersionError(UserError): ...
 
 
-def disk_full(run: object) -> InputError:
-    return InputError(f"the disk of {run} is full", "free some space, then type the same command again")
+def disk_full(place: object) -> InputError:
+    return InputError(f"the disk of {place} is full", "free some space, then type the same command again")
+
+
+@contextmanager
+def telling_of_a_full_disk(place: object) -> Iterator[None]:
+    """Whatever a library makes of it, a full disk is the user's to free.
+
+    Raises:
+        InputError: the disk of `place` is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "No space left on device" in str(error):
+            raise disk_full(place) from error
+        raise

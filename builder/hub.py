@@ -16,19 +16,30 @@ import hashlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
 import httpx2
 from fsspec import AbstractFileSystem
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, DiscussionWithDetails, HfApi, HfFileSystem, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    DiscussionWithDetails,
+    HfApi,
+    HfFileSystem,
+    get_token,
+    hf_hub_url,
+)
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils._http import parse_ratelimit_headers
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from builder.errors import InputError, VersionError
-from builder.target import HUB, MANIFEST, Published, Staged, by_number, next_version
+from builder.target import HUB, MANIFEST, OURS, Published, Staged, by_number, next_version
 
 T = TypeVar("T")
 FILES_PER_COMMIT = 100  # what the Hub recommends
@@ -36,7 +47,6 @@ PLANS = {"free": 1000, "PRO": 2500, "Team": 3000, "Enterprise": 6000}  # calls i
 COMMITS_PER_HOUR = 128
 MAX_FILES, MAX_ENTRIES_PER_FOLDER = 100_000, 10_000
 ATTEMPTS = 6
-OURS = ("data/", "ledger/")  # what the card's configs load: nothing foreign may lie there
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +72,7 @@ class Hub:
         return sorted((tag.name[1:] for tag in refs.tags if _is_version(tag.name)), key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
-        return HfFileSystem(skip_instance_cache=True), f"datasets/{self.repo}@v{version}"
+        return HfFileSystem(endpoint=self.api.endpoint, skip_instance_cache=True), f"datasets/{self.repo}@v{version}"
 
     def how_to_delete(self, version: str) -> str:
         return (
@@ -127,14 +137,24 @@ class Hub:
             )
 
     def _pull_request(self, staged: Staged, rebase: bool) -> DiscussionWithDetails:
-        """The pull request of this version with these bytes, opened if there is none; of two, the older one."""
+        """The pull request of this version with these bytes, opened if there is none.
+
+        Of two for one version the older one stands, so that of two publishers at once one goes on and the other says so.
+        """
         sha256, _ = staged.promised()[MANIFEST]
-        title = f"{staged.manifest['name']} {staged.tag} ({sha256[:16]})"
+        of_version = f"{staged.manifest['name']} {staged.tag} ("
+        title = f"{of_version}{sha256[:16]})"
 
         def find() -> DiscussionWithDetails | None:
             pulls = list(self.api.get_repo_discussions(**self.here, discussion_type="pull_request"))
-            numbers = sorted(pull.num for pull in pulls if pull.title == title and pull.status != "closed")
-            return self.api.get_discussion_details(**self.here, discussion_num=numbers[0]) if numbers else None
+            first = min((pull for pull in pulls if pull.title.startswith(of_version) and pull.status != "closed"), key=lambda p: p.num, default=None)
+            if first and first.title != title:
+                there = first.status == "merged"
+                raise VersionError(
+                    f"{staged.tag} of {self.repo} with other bytes is {'there' if there else 'on its way'}: pull request {first.num}",
+                    "choose another version" if there else f"wait for it, or give it up: hf discussions close {self.repo} {first.num} --type dataset",
+                )
+            return self.api.get_discussion_details(**self.here, discussion_num=first.num) if first else None
 
         pull = self._call(find)
         if pull and rebase and pull.status != "merged" and self._base(pull, title) != self._head():
@@ -155,8 +175,12 @@ class Hub:
         def missing() -> list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete]:
             return list(self._operations(staged, self._tree(revision), revision))
 
+        times: Counter[str] = Counter()
         while operations := self._call(missing):
             batch = operations[:FILES_PER_COMMIT]
+            times.update(operation.path_in_repo for operation in batch)
+            if max(times.values()) > 2:
+                return  # what is stored is not what was sent: verification will say so
             message = f"{pull.title}: {len(batch)} files"
             # After a failure that may hide a success it looks again, so nothing is committed twice.
             self._call(
@@ -174,7 +198,7 @@ class Hub:
                 yield CommitOperationCopy(src_path_in_repo=at[content], path_in_repo=name, src_revision=revision)
             else:
                 yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged.folder / name)
-        yield from (CommitOperationDelete(path_in_repo=name) for name in held if name.startswith((*OURS, "plots/")) and name not in promised)
+        yield from (CommitOperationDelete(path_in_repo=name) for name in held if name.startswith(OURS) and name not in promised)
 
     def _verify(self, staged: Staged, revision: str, *, where: str = "main is untouched") -> None:
         """Hold size and sha256 of every file at a revision against the manifest. Files outside LFS are read for it; they are few and small."""
@@ -248,9 +272,15 @@ class Hub:
         return {item.path: item for item in items if isinstance(item, RepoFile)}
 
     def _read(self, name: str, revision: str) -> bytes:
-        fs = HfFileSystem(skip_instance_cache=True)
-        content: bytes = self._call(lambda: fs.cat_file(f"datasets/{self.repo}@{revision.replace('/', '%2F')}/{name}"))
-        return content
+        url = hf_hub_url(**self.here, filename=name, revision=revision, endpoint=self.api.endpoint)
+
+        def read() -> bytes:
+            response = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
+            hf_raise_for_status(response)
+            content: bytes = response.content
+            return content
+
+        return self._call(read)
 
     def _call(self, call: Callable[[], T], *, done: Callable[[], object] | None = None) -> T:
         """`call()`, again after what may pass, as long as the server asks to wait or twice as long each time.

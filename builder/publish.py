@@ -32,9 +32,9 @@ from builder import run as runs
 from builder import tombstones
 from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, read_rows, sha256_file, write_parquet
-from builder.errors import InputError, VersionError
+from builder.errors import InputError, VersionError, telling_of_a_full_disk
 from builder.select import LEDGER, ROW_GROUP_ROWS, Select, schema
-from builder.target import MANIFEST, Published, Staged, Target, by_number, link, split, target_of, version_files
+from builder.target import MANIFEST, OURS, Published, Staged, Target, by_number, link, split, target_of, version_files
 from cards.card import card
 
 PREVIEW_ROWS = 1000
@@ -65,7 +65,10 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
     runs.finished(run)
     where = target_of(target)
     (run / "versions").mkdir(exist_ok=True)
-    with lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"):
+    with (
+        telling_of_a_full_disk(run),
+        lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"),
+    ):
         return where.publish(stage(run, version, _tombstones(where)), dry_run=dry_run, rebase=rebase)
 
 
@@ -224,13 +227,12 @@ def verify(place: str) -> dict[str, Any]:
     fs, root = version_files(place)
     manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
     captions = _captions(Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode()))
-    problems, total = [], 0
+    there = {path.removeprefix(f"{root}/") for path in fs.find(root)}
+    problems, total = [f"{name} is missing" for name in manifest["files"] if name not in there], 0
     for name, promised in manifest["files"].items():
-        try:
-            sha256, size, footer = _read_once(fs, f"{root}/{name}", parquet=name.endswith(".parquet"))
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
+        if name not in there:
             continue
+        sha256, size, footer = _read_once(fs, f"{root}/{name}", parquet=name.endswith(".parquet"))
         total += size
         if (sha256, size) != (promised["sha256"], promised["bytes"]):
             problems.append(f"{name} has {size} bytes and sha256 {sha256}, not {promised['bytes']} and {promised['sha256']}")
@@ -240,9 +242,8 @@ def verify(place: str) -> dict[str, Any]:
                 problems.append(f"{name} has another schema than the recipe's")
             if footer.num_rows != promised["rows"]:
                 problems.append(f"{name} has {footer.num_rows} rows, not {promised['rows']}")
-    there = {path.removeprefix(f"{root}/") for path in fs.find(root)}
-    extra = there - set(manifest["files"]) - {MANIFEST, ".gitattributes"}
-    problems += [f"{name} is not in the manifest" for name in sorted(extra)]
+    extra = sorted(name for name in there - set(manifest["files"]) if name.startswith(OURS))
+    problems += [f"{name} is not in the manifest" for name in extra]
     text = fs.cat_file(f"{root}/README.md").decode()
     if f"{manifest['rows']['train']:,} rows" not in text or f"version {manifest['version']}" not in text:
         problems.append(f"README.md speaks of another version or number of rows than {manifest['version']} and {manifest['rows']['train']:,}")
@@ -284,7 +285,7 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
     manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
     recipe = Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode())
     removed = tombstones.merged(_tombstones(where, base), tombstones.table(values))
-    with tempfile.TemporaryDirectory(prefix="recap-remove-") as folder:
+    with tempfile.TemporaryDirectory(prefix="recap-remove-") as folder, telling_of_a_full_disk(folder):
         rewritten, number = _rewrite(fs, root, Path(folder), removed, {"data": schema(_captions(recipe)), "ledger": LEDGER})
         if not number:
             raise InputError(f"no row of {text} {base} matches: nothing to remove", f'look for it: recap sql {text} "select uid, url from published"')
@@ -303,6 +304,8 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
         found = report.Parts(published, ledger, found.filesystem)
         with report.connect(found) as con:
             preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schema(_captions(recipe))).to_pylist()
+        if not preview:
+            raise VersionError(f"no row of {text} {base} would be left: nothing to publish", f"delete its versions: {where.how_to_delete(base)}")
         staged = put_together(Path(folder) / "version", recipe, version, shards, preview, found, removed)
         check(staged, found, removed)
         return where.publish(staged, dry_run=dry_run, rebase=rebase), number

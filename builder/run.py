@@ -12,7 +12,6 @@ and the status.
 
 from __future__ import annotations
 
-import errno
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, Stage, Task, by_shard, sha256_file, task_key
-from builder.errors import InputError, disk_full
+from builder.errors import InputError, telling_of_a_full_disk
 from builder.executors import Executor, Outcome, here, local
 from builder.source import Source
 
@@ -72,7 +71,7 @@ def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Pr
     Raises:
         InputError: the directory holds the run of another recipe, another build is at work in it, or the input cannot be used.
     """
-    try:
+    with telling_of_a_full_disk(run):
         adopt(recipe, run)
         with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: recap status {run}"):
             write_atomically(run / "recipe.json", recipe.to_json())
@@ -82,10 +81,6 @@ def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Pr
             while _one_pass(recipe, run, executor, progress, result):  # again, for what turned out to be damaged
                 pass
             return result
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise disk_full(run) from error
-        raise
 
 
 def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress | None, result: Result) -> bool:

@@ -24,6 +24,7 @@ from builder.errors import InputError, VersionError
 
 HUB = "hf://datasets/"
 MANIFEST = "manifest.json"
+OURS = ("data/", "ledger/", "plots/")  # folders of a version: nothing that is not in its manifest may lie there
 
 
 @dataclass(frozen=True)

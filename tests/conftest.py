@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,9 @@ CLIP = ROOT / "recipes" / "demo" / "weights" / "clip"
 
 _connections = Path(tempfile.mkstemp(prefix="recap-connections-")[1])
 os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
-os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT)])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT), str(ROOT / "tests")])
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 _spec = importlib.util.spec_from_file_location("guard", GUARD / "sitecustomize.py")
 assert _spec is not None and _spec.loader is not None  # noqa: PT018
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
@@ -58,3 +62,30 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
     (run.parent / "stdout.txt").write_text(done.stdout)
     return run
+
+
+@contextmanager
+def mounted(folder: Path, *, mib: int) -> Iterator[Path]:
+    """A file system of `mib` MiB."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, kib_left: int) -> Path:
+    """A file that takes all but `kib_left` of the disk."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as full:
+            if full.errno != errno.ENOSPC:
+                raise
+        file.truncate(max(file.tell() - kib_left * 1024, 0))
+    return ballast

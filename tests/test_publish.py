@@ -15,9 +15,10 @@ from pathlib import Path
 
 import datasets
 import duckdb
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, recap
+from conftest import ROOT, fill, mounted, recap
 
 from builder.errors import InputError, VersionError
 from builder.publish import publish, verify
@@ -64,14 +65,18 @@ def test_every_config_and_split_loads(version: Path, tmp_path: Path) -> None:
 
 def test_two_versions_of_one_name_are_told_apart(version: Path, copied_run: Path, tmp_path: Path) -> None:
     """`datasets` keys its cache by a folder's last name and its card, not by its path: the card must differ where the data do."""
-    for file in (copied_run / "select").glob("0*.parquet"):  # the same rows, fewer of them
-        file.chmod(0o644)
-        pq.write_table(pq.read_table(file).slice(0, 20), file)
+    file = copied_run / "select" / "00000.parquet"
+    rows = pq.read_table(file).slice(0, 20)  # the same rows, fewer of them, and a ledger that says so
+    statuses = pq.read_table(copied_run / "select" / "00000.ledger.parquet")
+    ok = pc.and_(pc.equal(statuses["status"], "ok"), pc.invert(pc.is_in(statuses["uid"], rows["uid"])))
+    ledger = statuses.set_column(2, "status", pc.if_else(ok, "dead_link", statuses["status"]))
+    for path, table in ((file, rows), (copied_run / "select" / "00000.ledger.parquet", ledger)):
+        path.chmod(0o644)
+        pq.write_table(table, path)
     record = json.loads((copied_run / "select" / "00000.json").read_text())
     record["bytes"] = {name: (copied_run / name).stat().st_size for name in record["bytes"]}
     record["outputs"] = {name: hashlib.sha256((copied_run / name).read_bytes()).hexdigest() for name in record["outputs"]}
-    record["rows"]["dead_link"] += record["rows"]["ok"] - 20
-    record["rows"]["ok"] = 20
+    record["rows"] |= {"dead_link": record["rows"]["dead_link"] + record["rows"]["ok"] - 20, "ok": 20}
     (copied_run / "select" / "00000.json").write_text(json.dumps(record))
     other = Path(publish(copied_run, str(tmp_path / "out"), "0.1.0").place)
     assert other.name == version.name
@@ -193,3 +198,17 @@ def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(copie
     assert tree(final) == expected
     assert list((tmp_path / "out").glob(".staging*")) == []
     assert LEDGER.names == pq.read_schema(next((final / "ledger").glob("*.parquet"))).names
+
+
+@pytest.mark.parametrize("kib_left", [0, 8, 60, 100])
+def test_a_full_disk_is_told_and_the_same_command_goes_on(demo_run: Path, tmp_path: Path, kib_left: int) -> None:
+    expected = tree(demo_run.with_name("demo-published") / "v0.1.0")
+    with mounted(tmp_path / "disk", mib=24) as disk:
+        run = Path(shutil.copytree(demo_run, disk / "run", ignore=shutil.ignore_patterns("versions")))
+        (run / "versions").mkdir()
+        ballast = fill(disk, kib_left)
+        with pytest.raises(InputError, match=r"the disk of .* is full\n.*type the same command again"):
+            publish(run, str(disk / "out"), "0.1.0")
+        ballast.unlink()
+        publish(run, str(disk / "out"), "0.1.0")
+        assert tree(disk / "out" / "v0.1.0") == expected

@@ -5,7 +5,6 @@ Three real stages over a small faulty web; most builds run their tasks in this p
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import recap
+from conftest import fill, mounted, recap
 
 from builder import executors
 from builder.commit import lock
@@ -541,28 +540,8 @@ def test_a_failure_is_forgotten_when_its_shard_is_done_after_all(site: Site, run
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(disk: Path, kib_left: int) -> Path:
-    """A file that takes all but `kib_left` of the disk."""
-    ballast = disk / "ballast"
-    with open(ballast, "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError as full:
-            if full.errno != errno.ENOSPC:
-                raise
-        file.truncate(max(file.tell() - kib_left * 1024, 0))
-    return ballast
+    with mounted(tmp_path / "disk", mib=2) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("kib_left", [0, 4, 16, 100, 480])

@@ -98,7 +98,7 @@ class Api:
     # --- contents -----------------------------------------------------------------------------------------------------
 
     def _preupload(self, ask: Ask) -> Answer:
-        files = {} if ask.flag("create_pr") and ask.fields["rev"] == "None" else self._repo(ask).at(ask.fields["rev"]).files
+        files = self._repo(ask).at(ask.fields["rev"]).files
         answers = []
         for file in ask.json()["files"]:
             lfs = LFS.fullmatch(file["path"]) or file["size"] > LFS_BYTES or b"\0" in base64.b64decode(file.get("sample", ""))
@@ -126,16 +126,16 @@ class Api:
         assert ask.upload is not None
         if (ask.sha256, ask.upload.stat().st_size) != (ask.fields["sha"], int(ask.fields["size"])):
             raise Refused(400, f"the bytes that came have sha256 {ask.sha256}, not {ask.fields['sha']}")
-        if ask.wrong:
+        if ask.wrong is not None:
             flip(ask.upload)
-        self.store.add_lfs(ask.upload, ask.sha256, sha256_of(ask.upload) if ask.wrong else ask.sha256)
+        self.store.add_lfs(ask.upload, ask.sha256, sha256_of(ask.upload) if ask.wrong is not None else ask.sha256)
         return Answer(b"", {"etag": f'"{ask.sha256}"'})
 
     def _lfs_part(self, ask: Ask) -> Answer:
         assert ask.upload is not None
         folder = self.folder / "incoming" / f"{ask.fields['sha']}-{ask.fields['id']}"
         folder.mkdir(exist_ok=True)
-        if ask.wrong:
+        if ask.wrong is not None:
             flip(ask.upload)
             (folder / "wrong").touch()
         ask.upload.replace(folder / ask.fields["part"])
@@ -145,6 +145,8 @@ class Api:
     def _lfs_complete(self, ask: Ask) -> Answer:
         sha, size = ask.fields["sha"], int(ask.fields["size"])
         folder, whole = self.folder / "incoming" / f"{sha}-{ask.fields['id']}", self.store.incoming()
+        if not folder.exists() and self.store.has(sha):  # completed before, by a call whose answer was lost
+            return answer({})
         parts = sorted(ask.json()["parts"], key=lambda part: part["partNumber"])
         for part in parts:
             etag = folder / f"{part['partNumber']}.etag"
@@ -154,9 +156,9 @@ class Api:
             for part in parts:
                 with (folder / str(part["partNumber"])).open("rb") as piece:
                     shutil.copyfileobj(piece, file)
-        if ask.wrong:
+        if ask.wrong is not None:
             flip(whole)
-        found, lie = sha256_of(whole), ask.wrong or (folder / "wrong").exists()
+        found, lie = sha256_of(whole), ask.wrong is not None or (folder / "wrong").exists()
         if (found != sha and not lie) or whole.stat().st_size != size:
             whole.unlink()
             raise Refused(400, f"the parts together have sha256 {found}, not {sha}")
@@ -197,7 +199,7 @@ class Api:
             lie = wrong is not None and key in ("file", "lfsFile") and wrong in (path, "")
             wrong = None if lie else wrong
             if key == "file":
-                files[path] = self._regular(base64.b64decode(value["content"]), lie=lie)
+                files[path] = self._regular(ask, base64.b64decode(value["content"]), lie=lie)
             elif key == "lfsFile":
                 files[path] = self._lfs(value, lie=lie)
             elif key == "deletedFile" and path not in files:
@@ -216,8 +218,8 @@ class Api:
         pull_url = f"{url}/discussions/{pull.num}" if pull else None
         return answer({"success": True, "commitOid": commit.oid, "commitUrl": f"{url}/commit/{commit.oid}", "pullRequestUrl": pull_url})
 
-    def _regular(self, data: bytes, *, lie: bool) -> File:
-        self.bytes_in += len(data)
+    def _regular(self, ask: Ask, data: bytes, *, lie: bool) -> File:
+        ask.regular_bytes += len(data)
         if lie and data:
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]

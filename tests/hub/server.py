@@ -15,7 +15,9 @@ There is (names as in `Call.route` and `Fault.route`; data sets and models):
     dataset_viewer                                               always 404: `datasets` asks it for loads of main (see Hub.env)
     unknown                                                      anything else: 501
 
-Xet: a client gets a `local://` store of hf_xet, so contents do not pass through this server and are in no byte count.
+Xet: a client gets a `local://` store of hf_xet, so contents do not pass through this server and are in no byte count. hf_xet lets one
+process at a time open a store and keeps it open to its end: a second process that uploads meanwhile gets a store of its own, whose files are
+served over plain HTTP only.
 """
 
 from __future__ import annotations
@@ -66,7 +68,10 @@ class Fault:
     rate_limit           429 that asks to wait `wait_s`
     second_writer        somebody else commits a change of `path` ("other.txt") to main before the call is handled
     wrong_bytes          one byte of what is uploaded is stored flipped; in a commit that of `path`, or of its first file
-    call, call_after     `function()` in a thread, before or after handling
+    call, call_after     `function()` in a thread, before or after handling. A call whose client dies meanwhile is applied all the same, but
+                         for an upload, whose body is read after `call`; with a "drop" at the same call it is not
+
+    Several may meet at one call. A HEAD of a file counts as a call of "resolve".
     """
 
     route: str
@@ -89,16 +94,17 @@ class Hub(Api):
         self.calls: list[Call] = []
         self.faults: list[Fault] = []
         self.socket = socket.create_server(("127.0.0.1", port), backlog=128)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else every answer takes 40 ms
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.token = self.user("me")
         self._seen: dict[int, tuple[Fault, int]] = {}
-        config = uvicorn.Config(self, loop="asyncio", ws="none", lifespan="off", log_config=None, log_level="critical", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(self, loop="asyncio", ws="none", lifespan="off", log_config=None, log_level="error", timeout_graceful_shutdown=2)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), name="hub")
 
     def __enter__(self) -> Hub:
         self.thread.start()
-        while not self.server.started:
+        while self.thread.is_alive() and not self.server.started:
             time.sleep(0.005)
         return self
 
@@ -150,17 +156,21 @@ class Hub(Api):
             faults = {fault.action: fault for fault in self._due(route)}
         transport = send.__self__.transport  # uvicorn's own: closing a connection without an answer is not in ASGI
         try:
+            if method != "PUT":
+                ask.body = await request.body()
+            if "call" in faults:
+                await asyncio.to_thread(faults["call"].function)
             if "drop" in faults:
                 transport.abort()
                 return
-            await self._read(request, ask, method)
+            if method == "PUT":
+                await self._receive(request, ask)
             if "slow" in faults:
                 end = time.monotonic() + faults["slow"].wait_s
                 while time.monotonic() < end and not self.server.should_exit:
                     await asyncio.sleep(0.02)
-            if "call" in faults:
-                await asyncio.to_thread(faults["call"].function)
             done = await asyncio.to_thread(self._handle, route, ask, faults)
+            self.bytes_in += ask.regular_bytes  # byte counts change in this thread only
             if "call_after" in faults:
                 await asyncio.to_thread(faults["call_after"].function)
             if "drop_after" in faults:
@@ -174,10 +184,7 @@ class Hub(Api):
             if ask.upload:
                 ask.upload.unlink(missing_ok=True)
 
-    async def _read(self, request: Request, ask: Ask, method: str) -> None:
-        if method != "PUT":
-            ask.body = await request.body()
-            return
+    async def _receive(self, request: Request, ask: Ask) -> None:
         ask.upload, digest = self.store.incoming(), hashlib.sha256()
         with ask.upload.open("wb") as file:
             async for chunk in request.stream():
@@ -192,7 +199,8 @@ class Hub(Api):
         await send({"type": "http.response.start", "status": done.status, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]})
         left = length // 2 if truncate else length
         if isinstance(done.body, bytes):
-            return await send({"type": "http.response.body", "body": done.body[:left], "more_body": truncate and not head})
+            await send({"type": "http.response.body", "body": done.body[:left], "more_body": truncate and not head})
+            return
         if not head:
             with done.body.open("rb") as file:
                 file.seek(done.start)
@@ -265,7 +273,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args()
     with Hub(arguments.folder, arguments.port) as hub:
-        print(f"{hub.url}\nexport {' '.join(f'{name}={value}' for name, value in hub.env().items())}", flush=True)
+        print(f"{hub.url}\nexport HF_ENDPOINT={hub.url} HF_TOKEN={hub.token}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
 

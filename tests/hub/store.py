@@ -285,7 +285,7 @@ class Store:
 
     def writable(self, port: int) -> Path:
         """A Xet store for the process at the other end of a connection: the one it got before, or one that no other has open."""
-        pid = next((c.pid for c in psutil.net_connections("tcp4") if c.laddr.port == port and c.status == "ESTABLISHED"), None)
+        pid = next((c.pid for c in psutil.net_connections("tcp4") if c.laddr and c.laddr.port == port and c.status == "ESTABLISHED"), None)
         for cas in [self.folder / "cas", *(self.folder / f"cas-{n}" for n in range(1, 1000))]:
             if self.owners.get(cas) == pid or (not _runs(self.owners[cas]) if cas in self.owners else not _is_open(cas)):
                 self.owners[cas] = pid

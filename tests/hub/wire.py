@@ -47,6 +47,7 @@ class Ask:
     body: bytes = b""
     upload: Path | None = None  # the body of a PUT
     sha256: str = ""  # of the upload
+    regular_bytes: int = 0  # contents that came in a commit
     wrong: str | None = None  # store a flipped byte; in a commit in this path, or "" in the first file
 
     def json(self) -> Any:
