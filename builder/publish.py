@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from analysis import plots, report
+from analysis import plots, report, views
 from builder import run as runs
 from builder import tombstones
 from builder.commit import lock, write_atomically
@@ -62,8 +62,8 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
     """
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         raise VersionError(f"'{version}' is not a version", "for example --version 0.1.0")
-    runs.finished(run)
     where = target_of(target)
+    runs.finished(run)
     (run / "versions").mkdir(exist_ok=True)
     with (
         telling_of_a_full_disk(run),
@@ -86,7 +86,7 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
         for name, sha256 in done.outputs.items():
             kind, rows = ("ledger", sum(done.rows.values())) if name.endswith(".ledger.parquet") else ("data", done.rows.get("ok", 0))
             shards[kind].append(Shard(run / name, sha256, done.bytes[name], rows))
-    found = report.parts(run)
+    found = views.parts(run)
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
         raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: recap status {run}")
@@ -109,7 +109,7 @@ def put_together(
     version: str,
     shards: Mapping[str, list[Shard]],
     preview: list[dict[str, Any]],
-    parts: report.Parts,
+    parts: views.Parts,
     removed: pa.Table,
 ) -> Staged:
     """Write a version into `folder`: links to its shards, and what describes them. `parts` is where its rows can be read."""
@@ -140,14 +140,14 @@ def put_together(
 
 def preview_card(run: Path) -> Path:
     """The card, its plots and statistics of a run as it is, in RUN/card. Returns the path of README.md."""
-    folder, found = run / "card", report.parts(run)
+    folder, found = run / "card", views.parts(run)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     sample = next((row for file in found.published for row in read_rows(Path(file))), {})
     _describe(folder, runs.load_recipe(run).portable(), found, sample, "not published yet", "")
     return folder / "README.md"
 
 
-def _describe(folder: Path, recipe: Recipe, parts: report.Parts, sample: Mapping[str, Any], title: str, content: str) -> None:
+def _describe(folder: Path, recipe: Recipe, parts: views.Parts, sample: Mapping[str, Any], title: str, content: str) -> None:
     statistics = report.stats(parts)
     write_atomically(folder / "stats.json", report.to_json(statistics))
     names = plots.draw(statistics, folder / "plots")
@@ -164,7 +164,7 @@ def _captions(recipe: Recipe) -> tuple[str, ...]:
 # --- before anything is sent ------------------------------------------------------------------------------------------
 
 
-def check(staged: Staged, parts: report.Parts, removed: pa.Table) -> None:
+def check(staged: Staged, parts: views.Parts, removed: pa.Table) -> None:
     """One schema, rows as the records say, no uid twice, nothing that was removed, no secret, a card that loads and agrees.
 
     Raises:
@@ -180,13 +180,13 @@ def check(staged: Staged, parts: report.Parts, removed: pa.Table) -> None:
             if footer.metadata.num_rows != file["rows"]:
                 raise VersionError(f"{folder / name} has {footer.metadata.num_rows} rows, its record says {file['rows']}")
     statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-    counted = (statistics["images"]["rows"][0]["rows"], sum(row["rows"] for row in statistics["rows_by_status"]["rows"]))
+    counted = (report.rows(statistics, "images")[0]["rows"], sum(row["rows"] for row in report.rows(statistics, "rows_by_status")))
     if counted != (promised["train"], promised["ledger"]):
         raise VersionError(f"the card speaks of {counted} rows, the data has {(promised['train'], promised['ledger'])}")
     for path in (path for path in folder.rglob("*") if path.suffix in (".md", ".json")):
         if found := re.search(SECRETS, path.read_text(encoding="utf-8")):
             raise VersionError(f"{path} holds what looks like a secret: {found.group()[:6]}...", "remove it from the recipe or the data")
-    with report.connect(parts) as con:
+    with views.connect(parts) as con:
         for uid, times in con.sql("select uid, count(*) from ledger where uid is not null group by uid having count(*) > 1 limit 1").fetchall():
             raise VersionError(f"uid {uid} occurs {times} times in the ledger")
         con.register("tombstones", removed)
@@ -298,11 +298,11 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
                     if path
                     else Shard(None, file["sha256"], file["bytes"], file["rows"])
                 )
-        found = report.version_parts(fs, root)
+        found = views.version_parts(fs, root)
         here = {f"{root}/{name}": str(path) for name, path in rewritten.items()}
         published, ledger = ([here.get(fs._strip_protocol(path), path) for path in paths] for paths in (found.published, found.ledger))
-        found = report.Parts(published, ledger, found.filesystem)
-        with report.connect(found) as con:
+        found = views.Parts(published, ledger, found.filesystem)
+        with views.connect(found) as con:
             preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schema(_captions(recipe))).to_pylist()
         if not preview:
             raise VersionError(f"no row of {text} {base} would be left: nothing to publish", f"delete its versions: {where.how_to_delete(base)}")
@@ -313,9 +313,9 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
 
 def _rewrite(fs: AbstractFileSystem, root: str, folder: Path, removed: pa.Table, schemas: Mapping[str, pa.Schema]) -> tuple[dict[str, Path], int]:
     """The shards of a version that hold a row to remove, without it; and how many published rows that were."""
-    found = report.version_parts(fs, root)
+    found = views.version_parts(fs, root)
     rewritten: dict[str, Path] = {}
-    with report.connect(found) as con:
+    with views.connect(found) as con:
         con.register("tombstones", removed)
         con.execute(
             f"create temp table gone as with named as ({_named('published')}) "

@@ -49,7 +49,7 @@ def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *
         "One row:",
         _code(sample),
         "## Original against recaption",
-        _table(("statistic", "original", "recaption"), reports.table(report)),
+        _table(*reports.table(report)),
         "\n".join(f"![{name.removesuffix('.png').replace('_', ' ')}](plots/{name})" for name in plots),
         "Lengths in words are runs without white space; the vocabulary is lower case, letters and digits, exact. "
         "Each number's SQL is named in `stats.json` with its hash.",
@@ -85,6 +85,6 @@ def _code(value: Any) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
+def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [tuple(head), ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -44,8 +44,9 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
     for name in ("url", "org_caption", "re_caption", "org_clip_score", "re_clip_score"):
         click.echo(f"  {name:<15} {row[name] if isinstance(row[name], str) else format(row[name], '.3f')}")
     click.echo(f"\nAll {len(train)} of them, original against recaption:\n")
-    for label, original, new in [("", "original", "recaption"), *report.table(statistics)]:
-        click.echo(f"  {label:<34} {original:>9} {new:>9}")
+    head, lines = report.table(statistics)
+    for label, *values in [head, *lines]:
+        click.echo(f"  {label:<34} {' '.join(f'{value:>9}' for value in values)}")
     click.echo("\nWhat became of every URL:\n")
     for r in statistics["rows_by_status"]["rows"]:
         click.echo(f"  {r['status']:<16} {r['rows']:>6} {r['percent']:>6} %")

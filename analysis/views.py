@@ -1,0 +1,168 @@
+"""DuckDB over any caption data set: a run, a version, or tables of somebody else's with caption columns.
+
+What the queries see:
+
+    captions(position, caption, text)     every caption column under another, `caption` naming it; no row where there is none
+    words(caption, word, times)           their words, lower case
+    scores(caption, cosine)               where the rows have cosines
+    published, ledger                     the rows themselves, and every source row with its status
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from builder import run as runs
+from builder.errors import InputError
+from builder.target import version_files
+
+MEMORY = "3GB"  # DuckDB spills to disk beyond
+READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
+KNOWN = (
+    "org_caption", "re_caption", "re_caption_condition_diverse_topk", "short_caption", "caption", "recaption", "text", "TEXT", "original_caption",
+    "vlm_caption", "laion_2b", "laion_coco", "capsfusion", "capsfuion_official", "top_caption", "alt_text",
+)  # fmt: skip
+SCORES = {"org_clip_score": "org_caption", "re_clip_score": "re_caption"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Files of the published rows and of the ledger, the file system that they are in, and the caption columns."""
+
+    published: list[str]
+    ledger: list[str]
+    filesystem: AbstractFileSystem | None = None
+    captions: tuple[str, ...] = ()  # found by their names where none are given
+
+
+def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
+    """What `RUN`, `TARGET`, `TARGET@v1.2.0`, a file, a glob or a folder of tables holds.
+
+    Raises:
+        InputError: none of these.
+    """
+    run, chosen = Path(place), tuple(captions)
+    if (run / "recipe.json").exists() and (run / "select").is_dir():
+        select = runs.plan(runs.load_recipe(run), run)["select"]
+        found = Parts([str(path) for path in select.files(run)], [str(path) for path in select.files(run, ".ledger.parquet")], None, chosen)
+    elif tables := _tables(str(place)):
+        return Parts(tables, [], None, chosen)
+    else:
+        fs, root = version_files(str(place))
+        found = version_parts(fs, root, chosen)
+    if not found.published or not found.ledger:
+        raise InputError(
+            f"{place} holds neither a run with finished shards nor a published version nor tables ({', '.join(READERS)})",
+            "build one: recap build demo --run runs/demo",
+        )
+    return found
+
+
+def version_parts(fs: AbstractFileSystem, root: str, captions: Sequence[str] = ()) -> Parts:
+    """The parquet files of a version."""
+    local = isinstance(fs, LocalFileSystem)
+    published, ledger = (
+        [path if local else fs.unstrip_protocol(path) for path in sorted(fs.glob(f"{root}/{pattern}"))]
+        for pattern in ("data/train-*.parquet", "ledger/train-*.parquet")
+    )
+    return Parts(published, ledger, None if local else fs, tuple(captions))
+
+
+def _tables(place: str) -> list[str]:
+    """Tables that a path, a glob or a folder names; of one kind, the first of `READERS` that is there."""
+    if "://" in place:
+        return []
+    names = sorted(glob(f"{place}/*") if Path(place).is_dir() else glob(place))
+    if (Path(place) / "manifest.json").exists() or any(Path(name, "manifest.json").exists() for name in names):
+        return []
+    by_kind = ([name for name in names if name.lower().endswith(kind)] for kind in READERS)
+    return next((of_kind for of_kind in by_kind if of_kind), [])
+
+
+@contextmanager
+def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB with the views of this module.
+
+    Raises:
+        InputError: the tables differ, are empty, are not UTF-8, or have no caption column.
+    """
+    found = place if isinstance(place, Parts) else parts(place, captions)
+    with duckdb.connect(config={"preserve_insertion_order": True, "memory_limit": MEMORY}) as con:
+        if found.filesystem is not None:
+            con.register_filesystem(found.filesystem)
+        try:
+            for name, paths in (("published", found.published), ("ledger", found.ledger)):
+                if paths:
+                    _view(con, name, paths)
+            _captions_view(con, found)
+            yield con
+        except (duckdb.InvalidInputException, duckdb.ConversionException, UnicodeDecodeError) as error:
+            first = str(error).strip().splitlines()[0]
+            if any(word in first.lower() for word in ("utf-8", "utf8", "unicode", "encoding")):
+                raise InputError(f"{found.published[0]}{' ...' if found.published[1:] else ''}: {first}", "write its text as UTF-8") from error
+            raise
+
+
+def _view(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
+    reader = next(reader for kind, reader in READERS.items() if paths[0].lower().endswith(kind))
+    if reader == "read_parquet" and not paths[0].startswith("hf://"):
+        first, *others = ((path, pq.read_schema(path)) for path in paths)
+        for path, schema in others:
+            if schema.names != first[1].names:
+                differ = sorted(set(schema.names) ^ set(first[1].names)) or ["their order"]
+                raise InputError(f"{path} has other columns than {first[0]}: {', '.join(differ)}", "give tables of one schema")
+    quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+    con.execute(f'create view "{name}" as from {reader}([{quoted}])')
+
+
+def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> list[str]:
+    """Columns of `published` with captions in them, those asked for or those of known names, in the order of `KNOWN`."""
+    columns = {name: kind for name, kind, *_ in con.sql("describe published").fetchall()}
+    texts = [name for name, kind in columns.items() if kind == "VARCHAR"]
+    missing = [name for name in wanted if name not in texts]
+    names = list(wanted) or [name for name in KNOWN if name in texts]
+    names += [name for name in texts if f"{name}_num_tokens" in columns and name not in names] if not wanted else []
+    if missing or not names:
+        raise InputError(
+            f"there is no caption column {missing[0]}" if missing else "none of the columns has a name that captions are known by",
+            f"text columns: {', '.join(texts) or 'none'}; name them: --captions {','.join(texts[:2]) or 'COLUMN'}",
+        )
+    counts = con.sql(f"select {', '.join(f'count({_quoted(name)})' for name in names)}, count(*) from published").fetchall()[0]
+    if not counts[-1]:
+        raise InputError("the tables hold no row", "give tables with rows in them")
+    names = [name for name, number in zip(names, counts[:-1], strict=True) if number]
+    if not names:
+        raise InputError("every caption is null", "name other columns: --captions COLUMN,...")
+    return names
+
+
+def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
+    names = caption_columns(con, found.captions) if _readable(con, found) else list(found.captions) or ["org_caption", "re_caption"]
+    columns = ", ".join(map(_quoted, names))
+    con.execute(
+        f"create view captions as unpivot (select row_number() over () as position, {columns} from published) "
+        f"on {columns} into name caption value text"
+    )
+    there = {name for name, *_ in con.sql("describe published").fetchall()}
+    scored = [f"{_quoted(score)} as {_quoted(caption)}" for score, caption in SCORES.items() if score in there and caption in names]
+    if scored:
+        of = ", ".join(_quoted(caption) for score, caption in SCORES.items() if score in there and caption in names)
+        con.execute(f"create view scores as unpivot (select {', '.join(scored)} from published) on {of} into name caption value cosine")
+
+
+def _readable(con: duckdb.DuckDBPyConnection, found: Parts) -> bool:
+    """A run whose rows all failed has captions of no kind; its views exist all the same."""
+    return bool(not found.ledger or con.sql("select 1 from published limit 1").fetchall())
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
