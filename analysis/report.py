@@ -3,7 +3,7 @@
     {query: {"sha256": of its SQL, "rows": [...]}}       or, instead of rows, "absent": why there is no answer here
 
 A query says what it reads by naming views (`views.py`) or one of the tables that are made in Python, on a stated sample:
-`languages`, `tokens`, `near_duplicates`, `nouns`, `visual_words`, `concreteness`.
+`languages`, `tokens`, `near_duplicates`, `nouns`, `selections`, `visual_words`, `concreteness`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from analysis import select
 from analysis.views import Parts, connect
 from builder.errors import InputError
 
 QUERIES = Path(__file__).parent / "queries"
 VISUAL_WORDS = Path(__file__).parent / "visual_words.txt"
-LANGUAGE_ROWS, TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS = 100_000, 20_000, 20_000, 10_000
+LANGUAGE_ROWS, TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS, SELECTION_ROWS = 100_000, 20_000, 20_000, 10_000, 20_000
+FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 0.9)
 TOKENIZER = "CLIP's (open_clip SimpleTokenizer)"
 
 
@@ -153,6 +155,24 @@ def _nouns(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
     return pa.table(table)
 
 
+def _selections(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+    """(strategy, fraction, position, caption) that each strategy on cosines alone selects from the first rows."""
+    if not {"org_cosine", "re_cosine"} <= select.define_pool(con, SELECTION_ROWS):
+        raise _Absent("no cosines of both captions here")
+    parts = []
+    for strategy in select.names():
+        sql = (select.STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
+        if not re.search(r"english|near_targets|wordlist", sql):
+            for fraction in FRACTIONS if "fraction" in sql else (1.0,):
+                con.execute(f"set variable fraction = {fraction}; set variable threshold = null")
+                parts.append(
+                    con.sql(
+                        f"select '{strategy}' as strategy, {fraction}::double as fraction, uid as position, caption from ({sql})"
+                    ).to_arrow_table()
+                )
+    return pa.concat_tables(parts)
+
+
 def _visual_words(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
     lines = _lines(options.vocabulary or VISUAL_WORDS)
     return pa.table({"word": sorted({line.strip().lower() for line in lines if line.strip() and not line.startswith("#")})})
@@ -180,7 +200,7 @@ def _lines(path: Path) -> list[str]:
 
 _MADE: dict[str, Callable[[duckdb.DuckDBPyConnection, Options], pa.Table]] = {
     "languages": _languages, "tokens": _tokens, "near_duplicates": _near_duplicates, "nouns": _nouns,
-    "visual_words": _visual_words, "concreteness": _concreteness,
+    "selections": _selections, "visual_words": _visual_words, "concreteness": _concreteness,
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
         InputError: the tables differ, are empty, are not UTF-8, or have no caption column.
     """
     found = place if isinstance(place, Parts) else parts(place, captions)
-    with duckdb.connect(config={"preserve_insertion_order": True, "memory_limit": MEMORY}) as con:
+    with duckdb.connect(config={"preserve_insertion_order": True, "memory_limit": MEMORY, "python_enable_replacements": False}) as con:
         if found.filesystem is not None:
             con.register_filesystem(found.filesystem)
         try:

@@ -175,6 +175,29 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
 
 
 @main.command()
+@_place
+@click.argument("strategy")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for subset.npy (DataComp's format) and subset.parquet.")
+@_as_json
+def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Select rows and captions by STRATEGY, or by several joined by '+', which must all agree.
+
+    Settings: fraction=0.3 or threshold=0.28; words=FILE; embeddings=FILE.npz centroids=FILE.npy targets=FILE.npy.
+    """
+    from analysis import select as selection
+    from builder.core import parse
+
+    pairs = dict(setting.partition("=")[::2] for setting in settings)
+    given = parse(selection.Given, pairs, what="recap select")
+    selected = selection.select(place, strategy.split("+"), given)
+    subset, table = selection.write(selected, out)
+    counts = {name: selected["caption"].to_pylist().count(name) for name in sorted(set(selected["caption"].to_pylist()))}
+    lines = [f"{number:>12,} {name}" for name, number in counts.items()] + [f"{subset}  {table}"]
+    _print({"rows": counts, "subset": str(subset), "table": str(table)}, as_json, "\n".join(lines))
+
+
+@main.command()
 @_run
 def card(run: Path) -> None:
     """Write the card and its plots into RUN/card, as `publish` would."""

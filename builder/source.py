@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import duckdb
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -58,12 +59,13 @@ class Source(Stage):
     """Where the rows come from.
 
     `files` is a folder, a glob or one file, local or any fsspec URL. `layout` is found by the columns unless it is named.
-    `url_column`, `caption_column` and `uid_column` name columns in tables of any other layout.
+    `url_column`, `caption_column` and `uid_column` name columns in tables of any other layout. `subset` is a file of uids in
+    DataComp's format (.npy, dtype u8,u8, sorted), as `recap select` writes it: other rows are left out.
     """
 
     name: ClassVar[str] = "source"
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
-    paths: ClassVar[tuple[str, ...]] = ("files",)
+    paths: ClassVar[tuple[str, ...]] = ("files", "subset")
 
     files: str
     layout: str = "auto"
@@ -72,9 +74,13 @@ class Source(Stage):
     uid_column: str | None = None
     rows_per_shard: int = 10_000
     limit: int | None = None
+    subset: str | None = None
 
     def settings(self) -> dict[str, Json]:
-        return {"layout": self.layout, "columns": [self.url_column, self.caption_column, self.uid_column]}
+        settings: dict[str, Json] = {"layout": self.layout, "columns": [self.url_column, self.caption_column, self.uid_column]}
+        if self.subset and not Path(self.subset).is_file():
+            raise InputError(f"there is no subset {self.subset}", "make one: recap select PLACE STRATEGY --out FOLDER")
+        return settings | ({"subset": sha256_file(Path(self.subset))} if self.subset else {})
 
     def has_survey(self) -> bool:
         return True
@@ -151,6 +157,7 @@ class Source(Stage):
     @contextmanager
     def open(self) -> Iterator[Work]:
         files = {name: (fs, path) for name, fs, path in self.find()}
+        subset = np.load(self.subset) if self.subset else None
 
         def work(task: Task) -> Mapping[str, int]:
             parts = []
@@ -160,6 +167,8 @@ class Source(Stage):
                 fs, path = files.get(name) or (fsspec.filesystem("file"), str(task.run / name))
                 parts.append(self.read(name, fs, path, start, stop))
             table = pa.concat_tables(parts)
+            if subset is not None:
+                table = table.filter(_in_subset(table["uid"], subset))
             number = len(table)
             table = table.append_column("shard", pa.array([int(task.name)] * number, pa.int32()))
             table = table.append_column("row", pa.array(range(number), pa.int32()))
@@ -319,3 +328,10 @@ class _Hashes:
             part = self.cache.with_suffix(".part")
             part.write_text(json.dumps(self.seen))
             part.replace(self.cache)
+
+
+def _in_subset(uids: pa.ChunkedArray, subset: np.ndarray[Any, Any]) -> pa.Array:
+    """Which uids are in a sorted subset."""
+    keys = np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids.to_pylist()], subset.dtype)
+    places = np.searchsorted(subset, keys)
+    return pa.array([place < len(subset) and subset[place] == key for place, key in zip(places, keys, strict=True)], pa.bool_())

@@ -24,7 +24,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def test_kill_minus_nine_at_twenty_random_moments(tmp_path: Path) -> None:
-    """Most kills come a random time after the start, every fourth right after a file of the run appeared, to be sure of progress."""
+    """Most kills come a random time after the start, every seventh right after a file of the run appeared, to be sure of progress."""
     rng = random.Random(os.environ.get("RECAP_KILL_SEED", "0"))
     site = tmp_path / "web"
     web.make(site, rows=ROWS, port=PORT)
@@ -38,7 +38,7 @@ def test_kill_minus_nine_at_twenty_random_moments(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "builder.cli", *build, "--run", str(run)]
         for k in range(KILLS):
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            if k % 4 == 3:
+            if k % 7 == 6:
                 _until_something_new(run, process, rng.randint(1, 3), seconds)
             else:
                 time.sleep(rng.uniform(0.01, 0.12) * seconds)

@@ -43,7 +43,7 @@ def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 def command(site: Path, run: Path, verify: bool) -> list[str]:
     return [
         "build", "recap_datacomp_1b", f"metadata={site}/metadata", f"captioner={CAPTIONER}", f"clip={CLIP}", f"verify_sha256={verify}",
-        "rows_per_shard=100", "allow_private=127.0.0.1/32", "download.timeout_s=5", "caption.max_model_len=512", "caption.kv_cache_gib=1",
+        "rows_per_shard=100", "allow_private=127.0.0.1/32", "download.timeout_s=8", "caption.max_model_len=512", "caption.kv_cache_gib=1",
         "--run", str(run),
     ]  # fmt: skip
 
@@ -86,5 +86,5 @@ def test_every_row_agrees_without_verification(shared: Path, site: Path, tmp_pat
         "        rows_per_shard=100, allow_private=('127.0.0.1/32',))\n"
         "    return replace(whole, stages=whole.stages[:3])\n"
     )
-    recap("build", f"{tmp_path}/short.py:short", f"metadata={site}/metadata", "--run", tmp_path / "run", "download.timeout_s=5")
+    recap("build", f"{tmp_path}/short.py:short", f"metadata={site}/metadata", "--run", tmp_path / "run", "download.timeout_s=8")
     check(shared, site, f"{tmp_path}/run/dedup/0*.parquet", "--no-verify")

