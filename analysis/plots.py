@@ -13,14 +13,13 @@ _STYLE = {"org_caption": ("original", "#9a9a9a"), "re_caption": ("recaption", "#
 _MORE = ("#b3541e", "#3d7a3d", "#6d4c9f", "#8a6d1b")  # further captions, in the order of the table
 
 
-def draw(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write one PNG a histogram; the same statistics give the same bytes. Returns their names."""
+def draw(report: Mapping[str, Any], folder: Path) -> None:
+    """Write one PNG a histogram; the same statistics give the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = []
     for query, (column, width, label) in PLOTS.items():
         if not rows(report, query):
             continue
@@ -36,5 +35,3 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[str]:
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(folder / f"{query}.png", dpi=144, metadata={"Software": None})
         pyplot.close(figure)
-        names.append(f"{query}.png")
-    return names

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,14 +61,19 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
                     except _Absent as reason:
                         absent = str(reason)
             try:
-                answer |= {"absent": absent} if absent else {"rows": con.sql(sql).to_arrow_table().to_pylist()}
+                answer |= {"absent": absent} if absent else {"rows": list(map(_finite, con.sql(sql).to_arrow_table().to_pylist()))}
             except duckdb.BinderException as error:
-                column = re.search(r'Referenced column "(\w+)" not found', str(error))
-                if ours or not column:
+                if ours:
                     raise
-                answer["absent"] = f"no column {column[1]} here"  # in somebody else's table
+                column = re.search(r'Referenced column "(\w+)" not found', str(error))  # in somebody else's table
+                answer["absent"] = f"no column {column[1]} here" if column else f"columns of other types here: {str(error).splitlines()[0]}"
             report[path.stem] = answer
     return report
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Without what JSON has no number for: a mean over nothing, or over somebody's NaN."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 
 
 def to_json(report: Mapping[str, Any]) -> str:
@@ -133,7 +139,7 @@ def _near_duplicates(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Tab
             near |= {number, *others} if others else set()
             index.insert(number, each)
         result.append({"caption": caption, "near_captions": len(texts), "near_percent": round(100 * len(near) / len(texts), 2)})
-    return pa.Table.from_pylist(result)
+    return pa.Table.from_pylist(result, pa.schema({"caption": pa.string(), "near_captions": pa.int64(), "near_percent": pa.float64()}))
 
 
 def _nouns(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
@@ -184,18 +190,23 @@ def _concreteness(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
     for number, line in enumerate(_lines(options.concreteness) if options.concreteness else []):
         word, _, score = line.rstrip("\n").partition("\t")
         try:
-            pairs[word.lower()] = float(score)
+            value = float(score)
         except ValueError:
-            if number:  # the first may be a header
-                raise InputError(f"{options.concreteness}, line {number + 1}: '{line.strip()[:40]}' is no word, tab, number") from None
+            value = math.nan
+        if math.isfinite(value):
+            pairs[word.lower()] = value
+        elif number:  # the first may be a header
+            raise InputError(
+                f"{options.concreteness}, line {number + 1}: '{line.strip()[:40]}' is no word, tab, number", "write a line as: banana<TAB>5.0"
+            )
     return pa.table({"word": list(pairs), "score": pa.array(list(pairs.values()), pa.float64())})
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {error}", "give a text file, UTF-8, one word a line") from error
 
 
 _MADE: dict[str, Callable[[duckdb.DuckDBPyConnection, Options], pa.Table]] = {

@@ -13,17 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from builder import run as runs
 from builder.errors import InputError
-from builder.target import version_files
+from builder.target import split, version_files
 
 MEMORY = "3GB"  # DuckDB spills to disk beyond
 READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
@@ -57,8 +58,14 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
     elif tables := _tables(str(place)):
         return Parts(tables, [], None, chosen)
     else:
-        fs, root = version_files(str(place))
-        found = version_parts(fs, root, chosen)
+        try:
+            fs, root = version_files(str(place))
+        except InputError:
+            if "://" in str(place) or split(str(place))[1]:
+                raise
+            found = Parts([], [])
+        else:
+            found = version_parts(fs, root, chosen)
     if not found.published or not found.ledger:
         raise InputError(
             f"{place} holds neither a run with finished shards nor a published version nor tables ({', '.join(READERS)})",
@@ -81,8 +88,8 @@ def _tables(place: str) -> list[str]:
     """Tables that a path, a glob or a folder names; of one kind, the first of `READERS` that is there."""
     if "://" in place:
         return []
-    names = sorted(glob(f"{place}/*") if Path(place).is_dir() else glob(place))
-    if (Path(place) / "manifest.json").exists() or any(Path(name, "manifest.json").exists() for name in names):
+    names = sorted(glob(f"{escape(place)}/*") if Path(place).is_dir() else [place] if Path(place).exists() else glob(place))
+    if any((Path(place) / name).exists() for name in ("manifest.json", "recipe.json")) or any(Path(name, "manifest.json").exists() for name in names):
         return []
     by_kind = ([name for name in names if name.lower().endswith(kind)] for kind in READERS)
     return next((of_kind for of_kind in by_kind if of_kind), [])
@@ -104,24 +111,55 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
                 if paths:
                     _view(con, name, paths)
             _captions_view(con, found)
+        except (duckdb.Error, UnicodeDecodeError) as error:
+            if found.filesystem is not None and not _is_text_error(error):
+                raise
+            raise _unreadable(found, error) from error
+        try:
             yield con
-        except (duckdb.InvalidInputException, duckdb.ConversionException, UnicodeDecodeError) as error:
-            first = str(error).strip().splitlines()[0]
-            if any(word in first.lower() for word in ("utf-8", "utf8", "unicode", "encoding")):
-                raise InputError(f"{found.published[0]}{' ...' if found.published[1:] else ''}: {first}", "write its text as UTF-8") from error
+        except (duckdb.Error, UnicodeDecodeError) as error:
+            if _is_text_error(error) or type(error) is duckdb.Error:  # the latter: damaged pages of a parquet file
+                raise _unreadable(found, error) from error
             raise
+
+
+def _is_text_error(error: Exception) -> bool:
+    return any(words in str(error).lower() for words in ("not utf-8", "valid utf8", "invalid utf-8", "invalid unicode", "surrogate", "can't decode"))
+
+
+def _unreadable(found: Parts, error: Exception) -> InputError:
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Original Line")]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") or "CSV Error" in lines[0] else 1])[:300]
+    hint = "write its text as UTF-8" if _is_text_error(error) else "give whole tables of one schema, as parquet if in doubt"
+    return InputError(f"{found.published[0]}{' ...' if found.published[1:] else ''} cannot be read: {said}", hint)
 
 
 def _view(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
     reader = next(reader for kind, reader in READERS.items() if paths[0].lower().endswith(kind))
     if reader == "read_parquet" and not paths[0].startswith("hf://"):
-        first, *others = ((path, pq.read_schema(path)) for path in paths)
-        for path, schema in others:
-            if schema.names != first[1].names:
-                differ = sorted(set(schema.names) ^ set(first[1].names)) or ["their order"]
-                raise InputError(f"{path} has other columns than {first[0]}: {', '.join(differ)}", "give tables of one schema")
+        first = _schema(paths[0])
+        for path in paths[1:]:
+            schema = _schema(path)
+            if schema.names != first.names:
+                differ = sorted(set(schema.names) ^ set(first.names)) or ["their order"]
+                raise InputError(f"{path} has other columns than {paths[0]}: {', '.join(differ)}", "give tables of one schema")
+            for a, b in zip(first, schema, strict=True):
+                if _is_text(a.type) != _is_text(b.type) and not (_is_text(a.type) and pa.types.is_null(b.type)):
+                    raise InputError(f"{a.name} is {b.type} in {path} and {a.type} in {paths[0]}", "give tables of one schema")
     quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
     con.execute(f'create view "{name}" as from {reader}([{quoted}])')
+
+
+def _schema(path: str) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a parquet file, or not a whole one: {error}", "take it out, or get it again") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> list[str]:
@@ -129,7 +167,7 @@ def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> li
     columns = {name: kind for name, kind, *_ in con.sql("describe published").fetchall()}
     texts = [name for name, kind in columns.items() if kind == "VARCHAR"]
     missing = [name for name in wanted if name not in texts]
-    names = list(wanted) or [name for name in KNOWN if name in texts]
+    names = list(dict.fromkeys(wanted)) or [name for name in KNOWN if name in texts]
     names += [name for name in texts if f"{name}_num_tokens" in columns and name not in names] if not wanted else []
     if missing or not names:
         raise InputError(

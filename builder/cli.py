@@ -198,12 +198,18 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
 
 
 @main.command()
-@_run
-def card(run: Path) -> None:
-    """Write the card and its plots into RUN/card, as `publish` would."""
-    from builder.publish import preview_card
+@_place
+@click.option("--check", is_flag=True, help="Compute a version's statistics and card again; exit status 1 where they no longer agree with the data.")
+def card(place: str, check: bool) -> None:
+    """Write the card and its plots of a run into RUN/card, as `publish` would; or check those of a version."""
+    from builder.publish import check_card, preview_card
 
-    click.echo(preview_card(run))
+    if not check:
+        click.echo(preview_card(Path(place)))
+        return
+    problems = check_card(place)
+    click.echo("\n".join([f"{place}: {len(problems)} numbers, counts or columns do not agree with the data", *problems]))
+    sys.exit(1 if problems else 0)
 
 
 _version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from builder.errors import InputError, VersionError, telling_of_a_full_disk
 from builder.select import LEDGER, ROW_GROUP_ROWS, Select, schema
 from builder.target import MANIFEST, OURS, Published, Staged, Target, by_number, link, split, target_of, version_files
 from cards.card import card
+from cards.croissant import croissant
 
 PREVIEW_ROWS = 1000
 PREVIEW = "data/preview-00000-of-00001.parquet"
@@ -90,10 +91,20 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
         raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: recap status {run}")
-    staged = put_together(folder, recipe, version, shards, preview, found, removed)
+    staged = put_together(folder, recipe, version, shards, preview, found, removed, _made_with(run))
     check(staged, found, removed)
     write_atomically(record, json.dumps({"key": key}) + "\n")
     return staged
+
+
+def _made_with(run: Path) -> dict[str, str]:
+    """Library -> version of what made the shards, from their records; of several, all."""
+    found: dict[str, set[str]] = {}
+    for plan in runs.plan(runs.load_recipe(run), run).values():
+        for record in plan.shards():
+            for name, number in record.versions.items():
+                found.setdefault(name, set()).add(number)
+    return {name: " and ".join(sorted(numbers)) for name, numbers in sorted(found.items())}
 
 
 def _key(recipe: Recipe, version: str, shards: list[Record], removed: pa.Table) -> str:
@@ -111,6 +122,7 @@ def put_together(
     preview: list[dict[str, Any]],
     parts: views.Parts,
     removed: pa.Table,
+    made_with: Mapping[str, str],
 ) -> Staged:
     """Write a version into `folder`: links to its shards, and what describes them. `parts` is where its rows can be read."""
     files: dict[str, dict[str, Any]] = {}
@@ -121,19 +133,24 @@ def put_together(
             if shard.path:
                 link(shard.path, folder / name)
             files[name] = {"sha256": shard.sha256, "bytes": shard.bytes, "rows": shard.rows}
+    rows = {"train": sum(s.rows for s in shards["data"]), "preview": len(preview), "ledger": sum(s.rows for s in shards["ledger"])}
+    content = hashlib.sha256("".join(file["sha256"] for file in files.values()).encode()).hexdigest()
     write_parquet(pa.Table.from_pylist(preview, schema(_captions(recipe))), folder / PREVIEW)
+    sizes = {
+        "train": sum(s.bytes for s in shards["data"]),
+        "preview": (folder / PREVIEW).stat().st_size,
+        "ledger": sum(s.bytes for s in shards["ledger"]),
+    }
+    manifest = {"name": recipe.name, "version": version, "rows": rows, "bytes": sizes, "content": content, "made_with": dict(made_with)}
     tombstones.write(removed, folder / tombstones.FILE)
     write_atomically(folder / "recipe.json", recipe.to_json())
-    (folder / "plots").mkdir()
-    content = hashlib.sha256("".join(file["sha256"] for file in files.values()).encode()).hexdigest()
-    _describe(folder, recipe, parts, preview[0], f"version {version}", content)
+    describe(folder, recipe, manifest, parts, preview[0])
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if (name := str(path.relative_to(folder))) not in files:
             files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
             if path.suffix == ".parquet":
                 files[name]["rows"] = pq.read_metadata(path).num_rows
-    rows = {"train": sum(s.rows for s in shards["data"]), "preview": len(preview), "ledger": sum(s.rows for s in shards["ledger"])}
-    manifest = {"name": recipe.name, "version": version, "rows": rows, "files": dict(sorted(files.items()))}
+    manifest["files"] = dict(sorted(files.items()))
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return Staged(folder, version, manifest)
 
@@ -141,17 +158,58 @@ def put_together(
 def preview_card(run: Path) -> Path:
     """The card, its plots and statistics of a run as it is, in RUN/card. Returns the path of README.md."""
     folder, found = run / "card", views.parts(run)
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
     sample = next((row for file in found.published for row in read_rows(Path(file))), {})
-    _describe(folder, runs.load_recipe(run).portable(), found, sample, "not published yet", "")
+    with views.connect(found) as con:
+        rows = {name: con.sql(f"select count(*) from {view}").fetchall()[0][0] for name, view in (("train", "published"), ("ledger", "ledger"))}
+    describe(folder, runs.load_recipe(run).portable(), {"rows": rows | {"preview": min(PREVIEW_ROWS, rows["train"])}}, found, sample)
     return folder / "README.md"
 
 
-def _describe(folder: Path, recipe: Recipe, parts: views.Parts, sample: Mapping[str, Any], title: str, content: str) -> None:
+def describe(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], parts: views.Parts, sample: Mapping[str, Any]) -> None:
+    """Write statistics, plots, card and, of a version, croissant.json."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
     statistics = report.stats(parts)
     write_atomically(folder / "stats.json", report.to_json(statistics))
-    names = plots.draw(statistics, folder / "plots")
-    write_atomically(folder / "README.md", card(recipe, statistics, sample, version=title, content=content, plots=names))
+    plots.draw(statistics, folder / "plots")
+    # From the file, as anybody recomputes it.
+    statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    write_atomically(folder / "README.md", card(recipe, manifest, statistics, sample))
+    if "version" in manifest:
+        write_atomically(folder / "croissant.json", croissant(recipe, manifest))
+
+
+def check_card(place: str) -> list[str]:
+    """What in a version's statistics and card no longer agrees with its data: all of it is computed again."""
+    fs, root = version_files(place)
+    recipe = Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode())
+    manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
+    stored = json.loads(fs.cat_file(f"{root}/stats.json"))
+    found = views.version_parts(fs, root)
+    problems = []
+    with views.connect(found) as con:
+        for name, view in (("train", "published"), ("ledger", "ledger")):
+            ((number,),) = con.sql(f"select count(*) from {view}").fetchall()
+            if number != manifest["rows"][name]:
+                problems.append(f"{view} has {number:,} rows, the manifest says {manifest['rows'][name]:,}")
+        columns = [name for name, *_ in con.sql("describe published").fetchall()]
+        if columns != schema(_captions(recipe)).names:
+            problems.append(f"the columns are {', '.join(columns)}; the card describes others")
+        sample = con.sql("from published limit 1").to_arrow_table().to_pylist()
+    again = json.loads(report.to_json(report.stats(found)))
+    for query in sorted(stored.keys() | again.keys()):
+        if stored.get(query) != again.get(query):
+            what = (
+                "was made by another query"
+                if stored.get(query, {}).get("sha256") != again.get(query, {}).get("sha256")
+                else "no longer agrees with the data"
+            )
+            problems.append(f"stats.json: {query} {what}")
+    expected = card(recipe, manifest, stored, sample[0] if sample else {}).splitlines()
+    given = fs.cat_file(f"{root}/README.md").decode().splitlines()
+    for number, (line, wanted) in enumerate(zip_longest(given, expected, fillvalue=""), start=1):
+        if line != wanted:
+            problems.append(f"README.md, line {number}: '{line[:80]}', not '{wanted[:80]}'")
+    return problems
 
 
 def _captions(recipe: Recipe) -> tuple[str, ...]:
@@ -306,7 +364,7 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
             preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schema(_captions(recipe))).to_pylist()
         if not preview:
             raise VersionError(f"no row of {text} {base} would be left: nothing to publish", f"delete its versions: {where.how_to_delete(base)}")
-        staged = put_together(Path(folder) / "version", recipe, version, shards, preview, found, removed)
+        staged = put_together(Path(folder) / "version", recipe, version, shards, preview, found, removed, manifest["made_with"])
         check(staged, found, removed)
         return where.publish(staged, dry_run=dry_run, rebase=rebase), number
 

@@ -1,4 +1,4 @@
-"""The data set card: a pure function of recipe, statistics and one row.
+"""The data set card: a pure function of recipe, manifest, statistics and one row.
 
 Every number in it comes from the statistics. Captions are untrusted: they appear only inside code blocks, as JSON.
 """
@@ -6,28 +6,96 @@ Every number in it comes from the statistics. Captions are untrusted: they appea
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import pyarrow as pa
 from huggingface_hub import DatasetCardData
 
 from analysis import report as reports
+from analysis.plots import PLOTS
 from builder.core import Recipe
-from builder.select import Select, columns
+from builder.select import LEDGER, Select, columns
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))  # fmt: skip
 
+_DTYPES = {"double": "float64", "float": "float32"}
 
-def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *, version: str, content: str, plots: list[str]) -> str:
-    """README.md of `version`. `content` is the sha256 of its data: `datasets` tells two local folders of one name apart by it."""
-    rows = report["images"]["rows"][0]["rows"]
-    front = DatasetCardData(
+
+def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
+    """README.md of a version, or of a run that is none yet: then the manifest has no version.
+
+    The manifest's `content`, a hash of the data, is in it for `datasets`, which tells two local folders of one name apart by their cards.
+    """
+    select = recipe.stage("select")
+    assert isinstance(select, Select)
+    rows, version, of = manifest["rows"], manifest.get("version"), reports.rows
+    (ends,) = of(report, "endings")
+    parts = [
+        f"---\n{_front(recipe, manifest, columns(select.captions)).to_yaml().strip()}\n---",
+        f"# {recipe.title}, {f'version {version}' if version else 'not published yet'}",
+        f"{recipe.description} {rows['train']:,} rows.",
+        "One row:",
+        _code(sample),
+        "## Original against recaption",
+        _table(*reports.table(report)),
+        "\n".join(f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in PLOTS if of(report, name)),
+        "Lengths in words are runs without white space; the vocabulary is lower case, letters and digits, exact. Numbers on a sample say so in their "
+        "query. Each number's SQL is named in `stats.json` with its hash.",
+        "## Every source row",
+        _table(("status", "rows", "%"), [(r["status"], f"{r['rows']:,}", f"{r['percent']}") for r in of(report, "rows_by_status")]),
+        "The config `ledger` holds all of them, with the reason of each failure. Links that still gave an image:",
+        _table(
+            ("domain", "links", "alive, %"),
+            [(_inline(r["name"]), f"{r['links']:,}", f"{r['alive_percent']}") for r in of(report, "links") if r["what"] == "tld"],
+        ),
+        "## How it was made",
+        "\n\n".join(_stage(stage) for stage in recipe.stages),
+        f"With {', '.join(f'{name} {number}' for name, number in manifest['made_with'].items())}." if manifest.get("made_with") else "",
+        "## Columns",
+        _table(("column", "type", "what"), [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)]),
+        "`preview` repeats the first rows of `train`.",
+        "## Known limits",
+        f"{ends['stopped_at_limit']:,} recaptions stopped at the token limit and {ends['without_full_stop']:,} end without a full stop "
+        f"(`re_finish_reason`). Scoring cut {ends['recaptions_cut_in_scoring']:,} recaptions and {ends['originals_cut_in_scoring']:,} originals "
+        "(`re_clip_cut`, `org_clip_cut`). Captions are a model's: they can name what is not there. Links die: verify `sha256` after a download.",
+        "Residue in the captions, percent:",
+        _residue(of(report, "residue")),
+        "## Loading",
+        "```python\nimport datasets\n\n"
+        'datasets.load_dataset("PATH_OR_REPO", split="train")  # or "preview"; or name="ledger"; on the Hub: revision="vX.Y.Z"\n```',
+        "```sql\nselect uid, re_caption from 'data/train-*.parquet' where re_clip_score > org_clip_score; -- DuckDB\n```",
+        "The images: download them again from the URLs, for example with `img2dataset --input_format parquet --url_col url --caption_col re_caption "
+        '--save_additional_columns \'["uid","sha256"]\' --output_format webdataset`, and join on `sha256`.',
+        "## Licence and attribution",
+        f"Captions and metadata: {recipe.license}. The images belong to their owners and are not part of this data set.",
+        "## Citing",
+        f"Name {recipe.title}, {f'version {version}, ' if version else ''}and: What If We Recaption Billions of Web Images with "
+        "LLaMA-3? (arXiv 2406.08478).",
+        "## Removal",
+        "To have a row removed, open a discussion here with its uid, its URL or the sha256 of the image. A new version goes without it, and none "
+        "that follows brings it back (`tombstones.parquet` holds hashes only).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front(recipe: Recipe, manifest: Mapping[str, Any], published: Sequence[tuple[str, pa.DataType, str]]) -> DatasetCardData:
+    rows, sizes, content = manifest["rows"], manifest.get("bytes", {}), manifest.get("content", "")
+    features = [{"name": name, "dtype": _DTYPES.get(str(kind), str(kind))} for name, kind, _ in published]
+    ledger = [{"name": field.name, "dtype": str(field.type)} for field in LEDGER]
+
+    def info(config: str, columns: list[dict[str, str]], splits: dict[str, str]) -> dict[str, Any]:
+        of_splits = [{"name": split, "num_bytes": sizes.get(name, 0), "num_examples": rows[name]} for split, name in splits.items()]
+        return {"config_name": config, "features": columns, "splits": of_splits}
+
+    return DatasetCardData(
         license=recipe.license,
         pretty_name=recipe.title,
         task_categories=["zero-shot-classification", "text-retrieval", "image-to-text", "text-to-image"],
-        size_categories=[next((name for limit, name in _SIZES if rows < limit), "n>1T")],
+        size_categories=[next((name for limit, name in _SIZES if rows["train"] < limit), "n>1T")],
         tags=["image-captioning", "recaption", "recapkit"],
         configs=[
             {
@@ -38,40 +106,20 @@ def card(recipe: Recipe, report: Mapping[str, Any], sample: Mapping[str, Any], *
             },
             {"config_name": "ledger", "description": content, "data_files": [{"split": "train", "path": "ledger/train-*.parquet"}]},
         ],
+        dataset_info=[info("default", features, {"preview": "preview", "train": "train"}), info("ledger", ledger, {"train": "ledger"})],
     )
-    select = recipe.stage("select")
-    assert isinstance(select, Select)
-    ends = report["endings"]["rows"][0]
-    parts = [
-        f"---\n{front.to_yaml().strip()}\n---",
-        f"# {recipe.title}, {version}",
-        f"{recipe.description} {rows:,} rows.",
-        "One row:",
-        _code(sample),
-        "## Original against recaption",
-        _table(*reports.table(report)),
-        "\n".join(f"![{name.removesuffix('.png').replace('_', ' ')}](plots/{name})" for name in plots),
-        "Lengths in words are runs without white space; the vocabulary is lower case, letters and digits, exact. "
-        "Each number's SQL is named in `stats.json` with its hash.",
-        "## Every source row",
-        _table(("status", "rows", "%"), [(r["status"], f"{r['rows']:,}", f"{r['percent']}") for r in report["rows_by_status"]["rows"]]),
-        "The config `ledger` holds all of them, with the reason of each failure.",
-        "## How it was made",
-        "\n\n".join(_stage(stage) for stage in recipe.stages),
-        "## Columns",
-        _table(("column", "type", "what"), [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)]),
-        "`preview` repeats the first rows of `train`.",
-        "## Known limits",
-        f"{ends['stopped_at_limit']:,} recaptions stopped at the token limit and {ends['without_full_stop']:,} end without a full stop "
-        f"(`re_finish_reason`). Scoring cut {ends['recaptions_cut_in_scoring']:,} recaptions and {ends['originals_cut_in_scoring']:,} originals "
-        "(`re_clip_cut`, `org_clip_cut`). Captions are a model's: they can name what is not there. Links die: verify `sha256` after a download.",
-        "## Loading",
-        '```python\nimport datasets\n\ndatasets.load_dataset("PATH_OR_REPO", split="train")  # or "preview"; or name="ledger"\n```',
-        "```sql\nselect uid, re_caption from 'data/train-*.parquet' where re_clip_score > org_clip_score;\n```",
-        "## Licence",
-        f"Captions and metadata: {recipe.license}. The images belong to their owners and are not part of this data set.",
-    ]
-    return "\n\n".join(parts) + "\n"
+
+
+def _residue(found: Sequence[Mapping[str, Any]]) -> str:
+    kinds = [name for name in (found[0] if found else {}) if name.endswith("_percent")]
+    return _table(
+        ("caption", *(kind.removesuffix("_percent") for kind in kinds)), [(f"`{r['caption']}`", *(str(r[kind]) for kind in kinds)) for r in found]
+    )
+
+
+def _inline(text: str) -> str:
+    """Untrusted text in a table: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]", "?", text)[:60]
 
 
 def _stage(stage: Any) -> str:

@@ -3,7 +3,7 @@ with totals as (
     select caption, count(*) as number from captions group by caption
 ), grams as (
     select caption, position, unnest([hash(w[k], w[k + 1], w[k + 2]) for k in range(1, len(w) - 1)]) as gram
-    from (select caption, position, regexp_extract_all(lower(text), '[\pL\pN]+') as w from captions)
+    from (select caption, row_number() over (partition by caption order by position) as position, regexp_extract_all(lower(text), '[\pL\pN]+') as w from captions)
 ), firsts as (
     select caption, gram, min(position) as first from grams where position <= 100000 group by caption, gram
 ), exact as (

@@ -4,15 +4,15 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const PAGE = 50, CUT = 600, CUT_WHOLE = 5000;
-  const NAMES = { org_caption: "original", re_caption: "recaption" };
-  let meta, columns = {}, kinds = {}, texts = [], loaded = 0;
-  let query = {}, shown = [], page = 1, highest = {}, opened = -1, took = 0;
+  const NAMES = { __proto__: null, org_caption: "original", re_caption: "recaption" };
+  let meta, columns = Object.create(null), kinds = Object.create(null), texts = [], loaded = 0;
+  let query = {}, shown = [], page = 1, highest = Object.create(null), opened = -1, took = 0;
 
   // --- data -----------------------------------------------------------------------------------------------------------
 
   async function fetched(path, options) {
     const response = await fetch(path, options);
-    if (!response.ok) throw new Error(`${path}: ${response.status} ${response.statusText}`);
+    if (!response.ok) throw new Error(`${path.split("?")[0]}: ${response.status} ${response.statusText}`);
     return response;
   }
 
@@ -48,6 +48,7 @@
     starts_with: ["bool", ["text", "text"], (s, t) => s.startsWith(t)], ends_with: ["bool", ["text", "text"], (s, t) => s.endsWith(t)],
   };
   const COMPARE = {
+    __proto__: null,
     "=": (a, b) => a === b, "<>": (a, b) => a !== b, "!=": (a, b) => a !== b,
     "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b,
   };
@@ -361,24 +362,30 @@
     Object.assign(item.dataset, { position, uid: columns.uid[i] ?? "" });
     const words = element("div", { className: "texts" }), numbers = element("div", { className: "numbers" }), scores = element("div", { className: "scores" });
     const ok = columns.status[i] === "ok";
+    const tell = (name, shownText) => words.append(element("div", {}, element("span", { className: "label", textContent: name }), shownText));
     for (const { name } of meta.columns.filter((c) => c.role === "caption")) {
       if (columns[name][i] === null) continue;
-      words.append(element("div", {}, element("span", { className: "label", textContent: NAMES[name] ?? name }), data(columns[name][i], CUT)));
+      tell(NAMES[name] ?? name, data(columns[name][i], CUT));
     }
-    if (!ok && columns.url[i] !== null) words.append(element("div", {}, element("span", { className: "label", textContent: "url" }), link(columns.url[i], CUT)));
-    if (columns.error[i] !== null) words.append(element("div", {}, element("span", { className: "label", textContent: "error" }), data(columns.error[i], CUT)));
+    if (!ok && columns.url[i] !== null) tell("url", link(columns.url[i], CUT));
+    if (columns.error[i] !== null) tell("error", data(columns.error[i], CUT));
     for (const { name } of meta.columns.filter((c) => c.role === "score")) {
       const value = columns[name][i];
       if (value === null) continue;
       const bar = element("span", { className: "bar" });
       bar.style.setProperty("--share", `${Math.max(0, Math.min(100, 100 * value / (highest[name] || 1)))}%`);
-      scores.append(element("div", {}, element("span", { className: "number", textContent: shortly(value) }), element("span", { className: "label", textContent: name }), bar));
+      scores.append(element("div", {}, fact(name, shortly(value)), bar));
     }
-    const open = element("button", { type: "button", className: "open", textContent: "All of it" });
+    const open = element("button", { type: "button", className: "open", textContent: "Whole row" });
     open.addEventListener("click", () => show(position));
-    numbers.append(scores, element("div", {}, element("span", { className: ok ? "number" : "number failed", textContent: columns.status[i] }), element("span", { className: "label", textContent: "status" })), open);
+    numbers.append(scores, fact("status", columns.status[i], ok ? "" : "failed"), open);
     item.append(picture(i, false), words, numbers);
     return item;
+  }
+
+  function fact(name, value, className = "") {
+    const label = element("span", { className: "label" }, ...name.split(/(?<=_)/).flatMap((part) => [part, element("wbr")]));
+    return element("div", { className: "fact" }, label, element("span", { className, textContent: value }));
   }
 
   const shortly = (value) => Number.isInteger(value) ? String(value) : value.toFixed(3);
@@ -390,6 +397,7 @@
     $("page-of").textContent = `Page ${count(page)} of ${count(pages)}`;
     $("previous").disabled = page === 1;
     $("next").disabled = page === pages;
+    $("direction").disabled = !query.sort;
     $("direction").textContent = query.desc ? "descending" : "ascending";
     $("direction").setAttribute("aria-pressed", String(Boolean(query.desc)));
     for (const button of $("statuses").children) button.setAttribute("aria-pressed", String(button.dataset.status === query.status));

@@ -1,6 +1,6 @@
 """Publishing to the Hub: bytes sent by versions that follow one another, and the rate over the bare client.
 
-    python benchmarks/hub.py
+    python benchmarks/publish.py
 
 400,000 rows in 20 shards, random words of realistic frequency, through the client's own Xet into the store of a Hub on
 loopback (`tests/hub`). What was sent is what the store grew by, and what reached the server itself. Each publish is a
@@ -142,7 +142,7 @@ def main() -> None:
                 with Server(folder / f"hub-{turn}-{what}") as server:
                     rates[what].append(round(size / run(server, what, versions["first"]) / 1e6, 1))
         ratios = sorted(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True))
-        keep("hub", result | {"sent": sent, "rate_unit": "MB/s", **rates, "ratio_median": round(ratios[len(ratios) // 2], 3)})
+        keep("publish", result | {"sent": sent, "rate_unit": "MB/s", **rates, "ratio_median": round(ratios[len(ratios) // 2], 3)})
 
 
 if __name__ == "__main__":
