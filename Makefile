@@ -1,5 +1,5 @@
 # make demo | make test | make check: each does all the set-up that it needs on a fresh Linux machine with Python 3.11+.
-.PHONY: demo test check format clean
+.PHONY: demo test chromium check format clean
 
 VENV  := .venv
 RUN   := $(VENV)/bin
@@ -9,8 +9,13 @@ EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 demo: $(VENV)/.ready
 	$(RUN)/recap demo
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready chromium
 	$(RUN)/python -m pytest
+
+# A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
+chromium:
+	@command -v chromium >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || \
+		echo "chromium is not here and cannot be installed: apt-get install chromium"
 
 check: $(VENV)/.ready
 	$(RUN)/ruff format --check .

@@ -212,6 +212,17 @@ def card(place: str, check: bool) -> None:
     sys.exit(1 if problems else 0)
 
 
+@main.command()
+@_place
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the page.")
+@click.option("--rows", type=click.IntRange(min=1), help="At most so many rows; 100,000 unless given.")
+def explore(place: str, out: Path, rows: int | None) -> None:
+    """Write a static page to look at captions: search, sort and filter in the browser, no server needed."""
+    from cards.explore import explore as write_page
+
+    click.echo(f"{write_page(place, out, rows=rows)}\nlook at it: python -m http.server --bind 127.0.0.1 --directory {out}")
+
+
 _version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Put it together, check it and say what publishing would take, but do not publish.")
 _rebase = click.option("--rebase", is_flag=True, help="On top of what somebody else put on main since this upload began.")

@@ -58,6 +58,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`recap demo` with 240 rows, once: a finished run, and next to it the published version."""
+    if os.environ.get("RECAP_TEST_RUN"):
+        return Path(os.environ["RECAP_TEST_RUN"])
     run = tmp_path_factory.mktemp("demo") / "demo"
     done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
     (run.parent / "stdout.txt").write_text(done.stdout)

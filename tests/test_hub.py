@@ -422,11 +422,6 @@ def test_a_shard_of_two_gigabytes_takes_no_memory(server: Server, staged: Staged
     assert max(peaks) < 1 << 30
 
 
-def test_the_same_contract_holds_at_the_real_hub() -> None:
-    if not os.environ.get("RECAP_REAL_HUB"):
-        pytest.skip("needs network and a token: RECAP_REAL_HUB=user/name HF_TOKEN=... runs it")
-
-
 # --- before anything is sent ------------------------------------------------------------------------------------------
 
 

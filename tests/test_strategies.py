@@ -28,7 +28,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pool") / "rows.parquet"
     texts = [("a dog on the grass" if k % 2 else "ein Hund auf der grünen Wiese") for k in range(N)]
     table = {"uid": UIDS, "org_caption": texts, "re_caption": ["a picture of a dog"] * N, "org_clip_score": RAW, "re_clip_score": NEW,
-             "clip_b32_similarity_score": pa.array(RAW, pa.float32()), "original_width": [300] * N, "original_height": [100 if k < 10 else 1000 if k < 20 else 400 for k in range(N)]}  # fmt: skip
+             "clip_b32_similarity_score": pa.array(RAW, pa.float32()), "original_width": [300] * N,
+             "original_height": [100 if k < 10 else 1000 if k < 20 else 400 for k in range(N)]}  # fmt: skip
     pq.write_table(pa.table(table), path)
     return path
 
