@@ -1,4 +1,4 @@
-"""What differs between two versions, runs or one of each: joined on uid, column by column."""
+"""What differs between two versions, runs or one of each, joined on uid, column by column; or between two caption columns, row by row."""
 
 from __future__ import annotations
 
@@ -39,4 +39,32 @@ def diff(a: str, b: str) -> dict[str, Any]:
         "columns_added": [name for name in columns["b"] if name not in columns["a"]],
         "columns_removed": [name for name in columns["a"] if name not in columns["b"]],
         "changed": {name: number for name, number in zip(both, values, strict=True) if number}, "means": means,
+    }  # fmt: skip
+
+
+def diff_columns(place: str, a: str, b: str) -> dict[str, Any]:
+    """Caption column `b` against `a`, on the rows that have both.
+
+    Returns `rows`, `equal` (rows), `words_mean` (of a, of b), `b_longer` (rows with more words), `shared_words_percent` (words of a row that both
+    say, of all that either says, mean), `vocabulary` (distinct words of a, of b, of both).
+    """
+    with views.connect(place, [a, b]) as con:
+        con.execute(
+            r"""create temp table pairs as
+                select regexp_extract_all(lower(a.text), '[\pL\pN]+') as a, regexp_extract_all(lower(b.text), '[\pL\pN]+') as b,
+                       a.text = b.text as equal
+                from captions a join captions b using (position) where a.caption = $a and b.caption = $b""",
+            {"a": a, "b": b},
+        )
+        ((rows, equal, words_a, words_b, longer, shared),) = con.sql(
+            """select count(*), count(*) filter (equal), avg(len(a)), avg(len(b)), count(*) filter (len(b) > len(a)),
+                      100 * avg(len(list_intersect(a, b)) / nullif(len(list_distinct(a || b)), 0)) from pairs"""
+        ).fetchall()
+        ((of_a, of_b, of_both),) = con.sql(
+            """with a as (select distinct unnest(a) as word from pairs), b as (select distinct unnest(b) as word from pairs)
+               select (select count(*) from a), (select count(*) from b), (select count(*) from a semi join b using (word))"""
+        ).fetchall()
+    return {
+        "rows": rows, "equal": equal, "words_mean": (words_a, words_b), "b_longer": longer, "shared_words_percent": shared,
+        "vocabulary": (of_a, of_b, of_both),
     }  # fmt: skip

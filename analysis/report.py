@@ -45,10 +45,7 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
     report: dict[str, Any] = {}
     with connect(place, captions) as con:
         ours = "ledger" in _views(con)
-        con.execute(
-            r"create temp table words as select caption, word, count(*) as times "
-            r"from (select caption, unnest(regexp_extract_all(lower(text), '[\pL\pN]+')) as word from captions) group by all"
-        )
+        make_words(con)
         for path in sorted(QUERIES.glob("*.sql")):
             sql = path.read_text(encoding="utf-8")
             answer: dict[str, Any] = {"sha256": hashlib.sha256(sql.encode()).hexdigest()}
@@ -74,6 +71,14 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """Without what JSON has no number for: a mean over nothing, or over somebody's NaN."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+
+
+def make_words(con: duckdb.DuckDBPyConnection) -> None:
+    """The table `words`, which several queries read."""
+    con.execute(
+        r"create temp table words as select caption, word, count(*) as times "
+        r"from (select caption, unnest(regexp_extract_all(lower(text), '[\pL\pN]+')) as word from captions) group by all"
+    )
 
 
 def to_json(report: Mapping[str, Any]) -> str:

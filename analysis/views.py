@@ -1,15 +1,29 @@
-"""DuckDB over any caption data set: a run, a version, or tables of somebody else's with caption columns.
+r"""DuckDB over any caption data set: a run, a version, or tables of somebody else's with caption columns.
 
 What the queries see:
 
     captions(position, caption, text)     every caption column under another, `caption` naming it; no row where there is none
     words(caption, word, times)           their words, lower case
+    caption_columns(caption, place)       their order: the first is what the others are compared with
     scores(caption, cosine)               where the rows have cosines
     published, ledger                     the rows themselves, and every source row with its status
+
+In a shell of your own (V is a version's folder):
+
+    create view published as from 'V/data/train-*.parquet';
+    create view ledger as from 'V/ledger/train-*.parquet';
+    create view captions as unpivot (select row_number() over () as position, org_caption, re_caption from published)
+        on org_caption, re_caption into name caption value text;
+    create table caption_columns as from (values ('org_caption', 1), ('re_caption', 2)) as columns(caption, place);
+    create view scores as unpivot (select org_clip_score as org_caption, re_clip_score as re_caption from published)
+        on org_caption, re_caption into name caption value cosine;
+    create table words as select caption, word, count(*) as times
+        from (select caption, unnest(regexp_extract_all(lower(text), '[\pL\pN]+')) as word from captions) group by all;
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +43,7 @@ from builder.target import split, version_files
 MEMORY = "3GB"  # DuckDB spills to disk beyond
 READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
 KNOWN = (
-    "org_caption", "re_caption", "re_caption_condition_diverse_topk", "short_caption", "caption", "recaption", "text", "TEXT", "original_caption",
-    "vlm_caption", "laion_2b", "laion_coco", "capsfusion", "capsfuion_official", "top_caption", "alt_text",
+    "org_caption", "re_caption", "text", "TEXT", "laion_2b", "laion_coco", "capsfusion", "capsfuion_official",
 )  # fmt: skip
 SCORES = {"org_clip_score": "org_caption", "re_clip_score": "re_caption"}
 
@@ -163,12 +176,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> list[str]:
-    """Columns of `published` with captions in them, those asked for or those of known names, in the order of `KNOWN`."""
+    """Columns of `published` with captions in them, those asked for or those with names that captions have."""
     columns = {name: kind for name, kind, *_ in con.sql("describe published").fetchall()}
     texts = [name for name, kind in columns.items() if kind == "VARCHAR"]
     missing = [name for name in wanted if name not in texts]
-    names = list(dict.fromkeys(wanted)) or [name for name in KNOWN if name in texts]
-    names += [name for name in texts if f"{name}_num_tokens" in columns and name not in names] if not wanted else []
+    captions = [name for name in texts if re.search("caption|alt_?text", name.lower()) and not name.endswith(("_finish_reason", "_model"))]
+    names = list(dict.fromkeys(wanted or [*(name for name in KNOWN if name in texts), *captions]))
     if missing or not names:
         raise InputError(
             f"there is no caption column {missing[0]}" if missing else "none of the columns has a name that captions are known by",
@@ -190,6 +203,8 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
         f"create view captions as unpivot (select row_number() over () as position, {columns} from published) "
         f"on {columns} into name caption value text"
     )
+    con.execute("create temp table caption_columns (caption varchar, place integer)")
+    con.executemany("insert into caption_columns values (?, ?)", [(name, place) for place, name in enumerate(names, start=1)])
     there = {name for name, *_ in con.sql("describe published").fetchall()}
     scored = [f"{_quoted(score)} as {_quoted(caption)}" for score, caption in SCORES.items() if score in there and caption in names]
     if scored:

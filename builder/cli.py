@@ -216,11 +216,14 @@ def card(place: str, check: bool) -> None:
 @_place
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the page.")
 @click.option("--rows", type=click.IntRange(min=1), help="At most so many rows; 100,000 unless given.")
-def explore(place: str, out: Path, rows: int | None) -> None:
+@_captions
+def explore(place: str, out: Path, rows: int | None, captions: str) -> None:
     """Write a static page to look at captions: search, sort and filter in the browser, no server needed."""
     from cards.explore import explore as write_page
 
-    click.echo(f"{write_page(place, out, rows=rows)}\nlook at it: python -m http.server --bind 127.0.0.1 --directory {out}")
+    click.echo(
+        f"{write_page(place, out, rows=rows, captions=_names(captions))}\nlook at it: python -m http.server --bind 127.0.0.1 --directory {out}"
+    )
 
 
 _version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
@@ -274,14 +277,22 @@ def verify(place: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("a", metavar="TARGET@v1.0.0")
-@click.argument("b", metavar="TARGET@v1.1.0")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="[B]", required=False)
+@click.option("--columns", default="", help="Two caption columns of A to compare, comma separated, instead of two versions.")
 @_as_json
-def diff(a: str, b: str, as_json: bool) -> None:
-    """What differs between two versions or runs: rows, columns, values, scores."""
+def diff(a: str, b: str | None, columns: str, as_json: bool) -> None:
+    """What differs between two versions or runs: rows, columns, values, scores. Or between two caption columns of A."""
     from analysis.diff import diff as differences
+    from analysis.diff import diff_columns
 
-    result = differences(a, b)
+    if bool(b) == bool(columns) or (columns and len(_names(columns)) != 2):
+        raise UserError("two versions or two columns are compared", f"recap diff {a} OTHER, or: recap diff {a} --columns org_caption,re_caption")
+    if columns:
+        found = diff_columns(a, *_names(columns))
+        _print(found, as_json, "\n".join(f"{name:<21} {_listed(value)}" for name, value in found.items()))
+        return
+    result = differences(a, str(b))
     lines = [f"rows      {result['rows'][0]:,} -> {result['rows'][1]:,}: {result['added']:,} added, {result['removed']:,} removed"]
     lines += [f"columns   {sign} {name}" for sign, names in (("+", result["columns_added"]), ("-", result["columns_removed"])) for name in names]
     lines += [f"changed   {name}: {number:,} rows" for name, number in result["changed"].items()]
@@ -289,8 +300,12 @@ def diff(a: str, b: str, as_json: bool) -> None:
     _print(result, as_json, "\n".join(lines))
 
 
+def _listed(value: Any) -> str:
+    return ", ".join(map(_number, value)) if isinstance(value, tuple) else _number(value)
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 @main.command()

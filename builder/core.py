@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -239,11 +240,19 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> Record | None:
         try:
-            return cls(**json.loads(path.read_bytes()))
+            record = cls(**json.loads(path.read_bytes()))
+            return replace(record, versions=_one_of_each(json.dumps(record.versions)))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
             return None  # cut off by a crash of the machine: not done
+
+
+@cache
+def _one_of_each(versions: str) -> Mapping[str, str]:
+    """Records of a stage name the same versions: one object for all of them."""
+    parsed: Mapping[str, str] = json.loads(versions)
+    return parsed
 
 
 def task_key(stage: Stage, inputs: Mapping[str, str], name: str) -> str:

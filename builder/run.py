@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder.commit import lock, write_atomically
@@ -38,7 +38,7 @@ class StagePlan:
         """Put the task where it belongs; its record if it is done."""
         record = Record.read(task.record)
         if record and record.key == task.key and _intact(task.run, record):
-            self.done[task.name] = record
+            self.done[task.name] = replace(record, inputs={})  # there may be a million of them, and the task knew its inputs
             return record
         self.todo.append(task)
         return None

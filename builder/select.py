@@ -70,10 +70,11 @@ def schema(captions: tuple[str, ...] = ()) -> pa.Schema:
     return pa.schema([(name, kind) for name, kind, _ in columns(captions)])
 
 
+_WORD = r"[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+"  # between white space, Unicode's
 _JOIN = """
 select source.uid, source.url, re_caption, org_caption, image_sha256 as sha256, key,
        re_caption_cosine as re_clip_score, org_caption_cosine as org_clip_score,
-       len(regexp_extract_all(re_caption, '\\S+')) as re_length, len(regexp_extract_all(org_caption, '\\S+')) as org_length,
+       len(regexp_extract_all(re_caption, '{word}')) as re_length, len(regexp_extract_all(org_caption, '{word}')) as org_length,
        re_caption_finish_reason as re_finish_reason, re_caption_num_tokens as re_num_tokens,
        re_caption_cut as re_clip_cut, org_caption_cut as org_clip_cut, width, height,
        clip_b32_similarity_score, clip_l14_similarity_score, score.status as status, score.error as error{captions}
@@ -106,7 +107,7 @@ class Select(Stage):
 
     @contextmanager
     def open(self) -> Iterator[Work]:
-        join, target = _JOIN.format(captions="".join(map(_caption_sql, self.captions))), schema(self.captions)
+        join, target = _JOIN.format(word=_WORD, captions="".join(map(_caption_sql, self.captions))), schema(self.captions)
         with duckdb.connect(config={"threads": 1}) as con:
 
             def work(task: Task) -> Mapping[str, int]:
@@ -141,5 +142,5 @@ class Select(Stage):
 def _caption_sql(name: str) -> str:
     """What a further caption adds to the join. The published alt-text-conditioned one has columns of its own in the schema."""
     if name == "re_caption_condition_diverse_topk":
-        return f", {name}, len(regexp_extract_all({name}, '\\S+')) as re_condition_length"
+        return f", {name}, len(regexp_extract_all({name}, '{_WORD}')) as re_condition_length"
     return f', "{name}", "{name}_finish_reason", "{name}_num_tokens"'

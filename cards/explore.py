@@ -24,7 +24,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ import duckdb
 import pyarrow as pa
 from PIL import Image
 
-from analysis.views import connect, parts
+from analysis.views import Parts, connect, parts
 from builder import run as runs
 from builder.errors import InputError, telling_of_a_full_disk
 from builder.imagetar import images
@@ -49,8 +49,8 @@ THUMB_PIXELS = 256
 NO_CAPTION = ("uid", "url", "sha256", "key", "status", "error")
 
 
-def explore(place: str | Path, out: Path, *, rows: int | None = None) -> Path:
-    """Write the page for RUN, DIR, TARGET or TARGET@v1.2.0 into `out`, whole or not at all. Returns its index.html.
+def explore(place: str | Path, out: Path, *, rows: int | None = None, captions: Sequence[str] = ()) -> Path:
+    """Write the page for RUN, TARGET, TARGET@v1.2.0 or tables with captions into `out`, whole or not at all. Returns its index.html.
 
     Raises:
         InputError: there is nothing to show in `place`, or `out` holds something else than such a page.
@@ -62,7 +62,7 @@ def explore(place: str | Path, out: Path, *, rows: int | None = None) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     try:
         with telling_of_a_full_disk(out):
-            _write(place, part, rows or ROWS)
+            _write(parts(place, captions), place, part, rows or ROWS)
             shutil.rmtree(out, ignore_errors=True)
             os.replace(part, out)
     finally:
@@ -70,19 +70,22 @@ def explore(place: str | Path, out: Path, *, rows: int | None = None) -> Path:
     return out / "index.html"
 
 
-def _write(place: str | Path, folder: Path, room: int) -> None:
+def _write(found: Parts, place: str | Path, folder: Path, room: int) -> None:
     (folder / "rows").mkdir(parents=True)
     for name in FILES:
         shutil.copyfile(PAGE / name, folder / name)
-    found = parts(place)
-    if not found.ledger:
-        raise InputError(f"{place} is neither a run nor a published version", "tables without status, uid and url are for recap stats and recap sql")
-    about, tars = _about(place), _tars(Path(place))
+    about, tars = _about(place) if found.ledger else {"title": Path(place).name, "version": "", "license": ""}, _tars(Path(place))
     digest, keys, shown, chunks = hashlib.sha256(), set[str](), 0, 0
     with connect(found) as con:
-        described = _columns(con)
-        status = dict(con.sql("select status, count(*) from ledger group by all order by count(*) desc, status").fetchall())
-        for table in _chunks(_sample(con, sum(n for name, n in status.items() if name != "ok"), room)):
+        view = "published" if found.ledger else _table_view(con)
+        described = _columns(con, view)
+        counted = (
+            "select status, count(*) from ledger group by all order by count(*) desc, status"
+            if found.ledger
+            else f"select 'ok', count(*) from {view}"
+        )
+        status = dict(con.sql(counted).fetchall())
+        for table in _chunks(_sample(con, view, sum(n for name, n in status.items() if name != "ok"), room)):
             data = _chunk(table)
             (folder / "rows" / f"{chunks:05d}.json.gz").write_bytes(data)
             digest.update(data)
@@ -116,9 +119,19 @@ def _tars(run: Path) -> list[Path]:
     return [path for path in download.files(run, ".tar") if path.exists()] if download else []
 
 
-def _columns(con: duckdb.DuckDBPyConnection) -> list[dict[str, str]]:
+def _table_view(con: duckdb.DuckDBPyConnection) -> str:
+    """Somebody else's table as if it were published: with uid, url and key, made up where there is none."""
+    there = [name for name, *_ in con.sql("describe published").fetchall()]
+    url = next((name for name in ("url", "URL", "image_url", "coco_url") if name in there), None)
+    made = {"uid": "cast(row_number() over () as varchar)", "url": f'"{url}"' if url else "null::varchar", "key": "null::varchar"}
+    added = [f"{sql} as {name}" for name, sql in made.items() if name not in there]
+    con.execute(f"create temp table shown as select {', '.join([*added, '*'])} from published")
+    return "shown"
+
+
+def _columns(con: duckdb.DuckDBPyConnection, view: str) -> list[dict[str, str]]:
     """Name, kind (text, number, bool), what it is, and how the page shows it: as a caption, a score, or only among the others."""
-    schema = con.sql("from published limit 0").to_arrow_table().schema
+    schema = con.sql(f"from {view} limit 0").to_arrow_table().schema
     schema = schema.append(pa.field("status", pa.string())).append(pa.field("error", pa.string()))
     what = {name: text for name, _, text in columns()} | {"status": "how far the row came", "error": "why it came no further"}
     described = []
@@ -134,16 +147,16 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
-def _sample(con: duckdb.DuckDBPyConnection, failed: int, room: int) -> Iterator[pa.Table]:
+def _sample(con: duckdb.DuckDBPyConnection, view: str, failed: int, room: int) -> Iterator[pa.Table]:
     """Published rows, then failed ones. Where there are too many, those with the smallest hashes; failed ones get a tenth of the room at least."""
-    ((published,),) = con.sql("select count(*) from published").fetchall()
+    ((published,),) = con.sql(f"select count(*) from {view}").fetchall()
     failed_room = failed if published + failed <= room else min(failed, max(room - published, room // 10))
-    for view, number, room in (  # noqa: B020
-        ("(select *, 'ok' as status, null::varchar as error from published)", published, room - failed_room),
+    for rows, number, most in (
+        (f"(select *, 'ok' as status, null::varchar as error from {view})", published, room - failed_room),
         ("(select uid, url, status, error, null::varchar as key from ledger where status <> 'ok')", failed, failed_room),
     ):
-        chosen = f" where hash(uid, url) in (select hash(uid, url) as h from {view} order by h limit {room})" if number > room else ""
-        for batch in con.sql(f"from {view}{chosen} limit {room}").to_arrow_reader(1000):
+        chosen = f" where hash(uid, url) in (select hash(uid, url) as h from {rows} order by h limit {most})" if number > most else ""
+        for batch in con.sql(f"from {rows}{chosen} limit {most}").to_arrow_reader(1000) if most else ():
             yield pa.table(batch)
 
 

@@ -30,6 +30,14 @@ assert _spec is not None and _spec.loader is not None  # noqa: PT018
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 
+SURVIVED: list[str] = []  # what the tests of faults count; printed at the end
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in SURVIVED:
+        terminalreporter.write_line(line)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     tried = _connections.read_text()
     _connections.unlink()

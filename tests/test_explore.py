@@ -321,7 +321,7 @@ def test_the_keyboard_is_enough(page: Page, tiny: str) -> None:
     assert "Row 1 of" in page.inner_text("dialog")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="hidden")
-    assert page.evaluate("document.activeElement.dataset.position") == "0"
+    until(page, "document.activeElement.dataset.position === '0'")  # the row that was looked at last
     page.keyboard.press("/")
     page.keyboard.press("Escape")
     until(page, "location.hash === ''")
@@ -469,14 +469,23 @@ def test_a_run_brings_its_images_along(page: Page, server: tuple[Path, str], dem
     page.locator(".row img").first.evaluate("image => image.decode()")
 
 
+def test_somebody_elses_table_is_shown_too(server: tuple[Path, str], page: Page) -> None:
+    root, address = server
+    (root / "table.csv").write_text(
+        "image_url,laion_2b,a_caption\nhttp://127.0.0.1:1/x.jpg,raw text,a dog runs\nhttp://127.0.0.1:1/y.jpg,more,a cat\n"
+    )
+    explore(root / "table.csv", root / "table")
+    look(page, f"{address}/table/", where="a_caption like '%dog%'")
+    assert page.locator(".row").count() == 1
+    assert "raw text" in page.locator(".row").first.inner_text()
+
+
 def test_only_a_page_of_its_own_is_replaced(server: tuple[Path, str], tmp_path: Path) -> None:
-    place = server[0] / "data" / "none"
+    place = published(server[0] / "data" / "own", [])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("mine")
     with pytest.raises(InputError, match="is no page of recap explore"):
         explore(place, tmp_path / "mine")
     explore(place, tmp_path / "page")
     explore(place, tmp_path / "page")
-    with pytest.raises(InputError, match="neither a run nor a published version"):
-        explore(place / "data", tmp_path / "nothing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "page"]

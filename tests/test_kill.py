@@ -12,49 +12,52 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
+import yarl
 from conftest import ROOT, recap
 
+from builder import run as runs
+from builder.source import Source
 from recipes.demo import web
 
-KILLS, ROWS, PORT = 20, 160, 8652
+KILLS = 20
 
 
 def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_kill_minus_nine_at_twenty_random_moments(tmp_path: Path) -> None:
-    """Most kills come a random time after the start, every seventh right after a file of the run appeared, to be sure of progress."""
+def test_kill_minus_nine_at_twenty_random_moments(demo_run: Path, tmp_path: Path) -> None:
+    """The demo again, over the same web. Every fifth kill waits for a file of the run to appear, to be sure of progress."""
     rng = random.Random(os.environ.get("RECAP_KILL_SEED", "0"))
-    site = tmp_path / "web"
-    web.make(site, rows=ROWS, port=PORT)
-    build = ["build", "demo", f"web={site}", "rows_per_shard=40", "download.timeout_s=2", "select.shards_per_file=4"]
-    with web.serve(site, PORT):
-        start = time.monotonic()
-        recap(*build, "--run", tmp_path / "whole")
-        seconds = time.monotonic() - start
-        recap("publish", tmp_path / "whole", tmp_path / "whole-out", "--version", "1.0.0")
-        run, killed = tmp_path / "killed", []
-        command = [sys.executable, "-m", "builder.cli", *build, "--run", str(run)]
+    source = runs.load_recipe(demo_run).stage("source")
+    assert isinstance(source, Source)
+    site = Path(source.files).parent
+    port = yarl.URL(pq.read_table(next((site / "metadata").glob("*.parquet")))["url"][0].as_py()).port
+    assert port is not None
+    run, killed = tmp_path / "killed", []
+    build = ["build", "demo", f"web={site}", "--run", run]
+    command = [sys.executable, "-m", "builder.cli", *map(str, build)]
+    with web.serve(site, port):
         for k in range(KILLS):
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            if k % 7 == 6:
-                _until_something_new(run, process, rng.randint(1, 3), seconds)
+            if k % 5 == 4:
+                _until_something_new(run, process, rng.randint(1, 3), seconds=40)
             else:
-                time.sleep(rng.uniform(0.01, 0.12) * seconds)
+                time.sleep(rng.uniform(0.5, 6))
             children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             killed.append(process.returncode == -signal.SIGKILL)
             _, alive = psutil.wait_procs(children, timeout=5)
             assert not alive, "a worker outlived its build"
-        recap(*build, "--run", run)
-        recap("publish", run, tmp_path / "killed-out", "--version", "1.0.0")
+        recap(*build)
+        recap("publish", run, tmp_path / "out", "--version", "0.1.0")
     assert sum(killed) >= KILLS // 2  # the others had nothing left to do
     for stage in ("source", "download", "dedup", "caption", "score", "select"):
-        files = {name: sha for name, sha in tree(tmp_path / "whole" / stage).items() if name.endswith((".parquet", ".tar"))}
+        files = {name: sha for name, sha in tree(demo_run / stage).items() if name.endswith((".parquet", ".tar"))}
         assert {name: sha for name, sha in tree(run / stage).items() if name.endswith((".parquet", ".tar"))} == files, stage
-    assert tree(tmp_path / "killed-out") == tree(tmp_path / "whole-out")
+    assert tree(tmp_path / "out" / "v0.1.0") == tree(demo_run.with_name("demo-published") / "v0.1.0")
 
 
 def _until_something_new(run: Path, process: subprocess.Popen[bytes], number: int, seconds: float) -> None:

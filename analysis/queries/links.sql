@@ -7,6 +7,6 @@ with hosts as (
     select 'tld' as what, regexp_extract(host, '([^.]+)$', 1) as name, alive from hosts union all select 'host', host, alive from hosts
 )
 select what, name, links, alive_percent from (
-    select what, name, count(*) as links, round(100.0 * count(*) filter (alive) / count(*), 2) as alive_percent from counted group by what, name
+    select what, name, count(*) as links, round(100.0 * count(*) filter (alive) / count(*), 2) as alive_percent from counted where name <> '' group by what, name
 ) qualify row_number() over (partition by what order by links desc, name) <= 20
 order by what desc, links desc, name

@@ -19,4 +19,4 @@ select caption, round(any_value(distinct_3), 4) as distinct_3,
        round(100.0 * count(*) filter (regexp_matches(text, '(?i)^\W*(the|this|an|a)?\s*(image|picture|photo|photograph|scene)\s+(is|shows|showcases|depicts|features|displays|captures|presents|contains|portrays)\b'))
              / count(*), 2) as opener_percent,
        round(100.0 * any_value(top) / count(*), 2) as top_100_prefixes_percent
-from grams join threes using (caption) join mass using (caption) group by caption order by caption
+from grams left join threes using (caption) join mass using (caption) group by caption order by caption

@@ -1,5 +1,5 @@
 -- Words that one caption has and the first does not, the 30 most frequent, and the other way round: what recaptioning gains and loses.
-with first as (select min(caption) as name from words), sides as (
+with first as (select caption as name from caption_columns order by place limit 1), sides as (
     select a.caption, 'gained' as change, a.word, a.times from words a anti join (from words, first where caption = name) b using (word)
     union all
     select others.caption, 'lost', a.word, a.times
