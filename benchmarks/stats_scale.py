@@ -96,7 +96,7 @@ def whole(folder: Path) -> None:
 def ours(folder: Path) -> None:
     """The questions that the two others answer, from the same SQL files."""
     with views.connect(folder) as con:
-        report.make_words(con)
+        report.count(con)
         answers = [con.sql((report.QUERIES / f"{name}.sql").read_text()).fetchall() for name in COMPARED]
         repeated = con.sql(
             "select caption, sum(n) from (select caption, count(*) as n from captions group by caption, text) where n > 1 group by caption"

@@ -1,5 +1,5 @@
--- Captions that another row has too, letter for letter; and near duplicates (MinHash of word trigrams, Jaccard similarity at least 0.8) on a sample.
-with texts as (select caption, text, count(*) as times from captions group by all)
+-- Captions that another row has too, letter for letter (by a 64-bit hash and the length); and near duplicates (MinHash of word trigrams, Jaccard similarity at least 0.8) on a sample.
+with texts as (select caption, hash(text) as text, length(text) as characters, count(*) as times from captions group by all)
 select caption, sum(times)::bigint as captions, count(*) as distinct_captions,
        round(100.0 * coalesce(sum(times) filter (times > 1), 0) / sum(times), 2) as repeated_percent, max(times) as most_repeated,
        any_value(near_percent) as near_duplicate_percent, any_value(near_captions) as near_duplicate_sample

@@ -1,7 +1,4 @@
 -- Length of the captions in words (between white space, Unicode's) and in characters.
-with counted as (
-    select caption, len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')) as words, length(text) as characters from captions
-)
 select caption, count(*) as captions,
        round(fsum(words) / count(*), 4) as words_mean, quantile_disc(words, 0.5) as words_median,
        quantile_disc(words, 0.05) as words_p05, quantile_disc(words, 0.95) as words_p95, max(words) as words_max,
