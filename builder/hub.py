@@ -90,6 +90,7 @@ class Hub:
         if not get_token():
             raise InputError("there is no token for the Hub", "log in: hf auth login")
         rows, place = staged.manifest["rows"]["train"], f"{HUB}{self.repo}@{staged.tag}"
+        _within_limits(list(staged.files))
         try:
             if dry_run:
                 return Published(place, rows, False, plan=self._plan(staged))
@@ -306,6 +307,18 @@ class Hub:
 def _none_of(batch: list[Any], missing: Callable[[], list[Any]]) -> bool | None:
     """True when nothing of a batch is missing any more."""
     return {operation.path_in_repo for operation in batch}.isdisjoint(operation.path_in_repo for operation in missing()) or None
+
+
+def _within_limits(names: list[str]) -> None:
+    """Raises:
+    VersionError: more files, in all or in one folder, than the Hub takes.
+    """
+    hint = "make larger files: select.shards_per_file=..."
+    if len(names) > MAX_FILES:
+        raise VersionError(f"{len(names):,} files; a repository of the Hub takes {MAX_FILES:,}", hint)
+    for folder, number in Counter(name.rpartition("/")[0] for name in names).items():
+        if number > MAX_ENTRIES_PER_FOLDER:
+            raise VersionError(f"{number:,} files in {folder}/; a folder of the Hub takes {MAX_ENTRIES_PER_FOLDER:,}", hint)
 
 
 def _is_version(tag: str) -> bool:

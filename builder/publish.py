@@ -4,6 +4,7 @@
                              data/preview-00000-of-00001.parquet, data/train-00000-of-NNNNN.parquet
                              ledger/train-00000-of-NNNNN.parquet
     RUN/versions/v0.1.0.json written last: the key of what was staged
+    RUN/versions/v0.1.0.published.json   where it was published, and the commit there
 
 Staging links the run's files, adds statistics, card and manifest, and checks all of it before anything is sent. It is
 done once: after a crash only the sending goes on.
@@ -70,7 +71,11 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         telling_of_a_full_disk(run),
         lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"),
     ):
-        return where.publish(stage(run, version, _tombstones(where)), dry_run=dry_run, rebase=rebase)
+        published = where.publish(stage(run, version, _tombstones(where)), dry_run=dry_run, rebase=rebase)
+        if not published.plan:
+            about = {"place": published.place, "commit": published.commit, "rows": published.rows}
+            write_atomically(run / "versions" / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
+        return published
 
 
 def stage(run: Path, version: str, removed: pa.Table) -> Staged:

@@ -137,6 +137,13 @@ def test_what_did_not_change_is_not_sent_again(server: Server, staged: Staged, t
     assert len(there.log("main")) == 3
 
 
+def test_more_files_than_the_hub_takes_are_refused(server: Server, staged: Staged) -> None:
+    many = Staged(staged.folder, "0.1.0", staged.manifest | {"files": {f"data/{k}.parquet": {} for k in range(10_001)}})
+    with pytest.raises(VersionError, match=r"10,001 files in data/; a folder of the Hub takes 10,000\n.*shards_per_file"):
+        hub().publish(many)
+    assert server.calls == []
+
+
 def test_a_dry_run_sends_nothing(server: Server, staged: Staged) -> None:
     plan = hub().publish(staged, dry_run=True).plan
     assert plan["bytes"] == sum(size for _, size in staged.promised().values())
@@ -150,6 +157,8 @@ def test_the_command_line_publishes_verifies_and_says_how_to_load(server: Server
     place = "hf://datasets/me/demo"
     done = recap("publish", run, place, "--version", "0.1.0")
     assert 'datasets.load_dataset("me/demo", revision="v0.1.0")' in done.stdout
+    recorded = json.loads((run / "versions" / "v0.1.0.published.json").read_text())
+    assert (recorded["place"], recorded["commit"]) == (f"{place}@v0.1.0", server.repo("me/demo").refs["refs/tags/v0.1.0"])
     assert_published_once(server, staged)
     assert " 0 problems" in recap("verify", f"{place}@v0.1.0").stdout
     assert server.token not in done.stdout + done.stderr

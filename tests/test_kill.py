@@ -28,7 +28,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def test_kill_minus_nine_at_twenty_random_moments(demo_run: Path, tmp_path: Path) -> None:
-    """The demo again, over the same web. Every fifth kill waits for a file of the run to appear, to be sure of progress."""
+    """The demo again, over the same web. Every seventh kill waits for a file of the run to appear, to be sure of progress."""
     rng = random.Random(os.environ.get("RECAP_KILL_SEED", "0"))
     source = runs.load_recipe(demo_run).stage("source")
     assert isinstance(source, Source)
@@ -41,7 +41,7 @@ def test_kill_minus_nine_at_twenty_random_moments(demo_run: Path, tmp_path: Path
     with web.serve(site, port):
         for k in range(KILLS):
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            if k % 5 == 4:
+            if k % 7 == 6:
                 _until_something_new(run, process, rng.randint(1, 3), seconds=40)
             else:
                 time.sleep(rng.uniform(0.5, 6))

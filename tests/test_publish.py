@@ -179,7 +179,7 @@ def test_hostile_captions_cannot_break_the_card(copied_run: Path) -> None:
 
 
 def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(copied_run: Path, tmp_path: Path) -> None:
-    """kill -9 at ten moments of a publish: no version, or the whole one."""
+    """kill -9 at five moments of a publish: no version, or the whole one."""
     expected = tree(Path(publish(copied_run, str(tmp_path / "expected"), "1.0.0").place))
     command = [sys.executable, "-m", "builder.cli", "publish", str(copied_run), str(tmp_path / "out"), "--version", "1.0.0"]
     final = tmp_path / "out" / "v1.0.0"
@@ -187,7 +187,7 @@ def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(copie
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = time.monotonic() - start
     shutil.rmtree(tmp_path / "out")
-    for k in range(6):
+    for k in range(5):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds * (0.4 + 0.1 * k))
         os.kill(process.pid, signal.SIGKILL)
