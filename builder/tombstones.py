@@ -17,7 +17,6 @@ from builder.core import write_parquet
 
 FILE = "tombstones.parquet"
 SCHEMA = pa.schema([("kind", pa.string()), ("mark", pa.string())])
-KINDS = ("uid", "sha256", "url", "domain")
 
 MARKS = """
 with hosts as (
