@@ -14,6 +14,8 @@ from builder.commit import commit
 from builder.core import Task, write_parquet
 from builder.dedup import Dedup
 from builder.download import SCHEMA
+from builder.publish import _tombstones
+from builder.target import Folder
 
 Row = dict[str, Any]
 
@@ -119,3 +121,9 @@ def test_a_run_in_which_nothing_was_downloaded(tmp_path: Path) -> None:
 def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
     """Brackets and stars mean something to DuckDB, not to whoever names a directory."""
     assert statuses(dedup(tmp_path / "it's run [1] * ?", [image("x", *urls("a", 6))])) == [["duplicate_image"] * 6]
+
+
+def test_a_version_without_tombstones_has_none(tmp_path: Path) -> None:
+    """As published before there were any: the next version goes on top of it."""
+    (tmp_path / "v0.1.0").mkdir()
+    assert _tombstones(Folder(tmp_path)).num_rows == 0
