@@ -21,12 +21,12 @@ import duckdb
 import pyarrow as pa
 
 from analysis import select
-from analysis.views import Parts, connect
+from analysis.views import FIRST_ROWS, Parts, connect
 from builder.errors import InputError
 
 QUERIES = Path(__file__).parent / "queries"
 VISUAL_WORDS = Path(__file__).parent / "visual_words.txt"
-LANGUAGE_ROWS, TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS, SELECTION_ROWS = 100_000, 20_000, 20_000, 10_000, 20_000
+TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS, SELECTION_ROWS = 20_000, 20_000, 10_000, 20_000
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 0.9)
 TOKENIZER = "CLIP's (open_clip SimpleTokenizer)"
 
@@ -45,7 +45,7 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
     report: dict[str, Any] = {}
     with connect(place, captions) as con:
         ours = "ledger" in _views(con)
-        count(con)
+        prepare(con)
         for path in sorted(QUERIES.glob("*.sql")):
             sql = path.read_text(encoding="utf-8")
             answer: dict[str, Any] = {"sha256": hashlib.sha256(sql.encode()).hexdigest()}
@@ -73,9 +73,10 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 
 
-def count(con: duckdb.DuckDBPyConnection) -> None:
-    """The tables `counted` and `words`, which several queries read. Parts between spaces are counted first: there are few distinct ones."""
+def prepare(con: duckdb.DuckDBPyConnection) -> None:
+    """The tables `counted` and `words`, which several queries read."""
     con.execute("create temp table counted as select caption, count_words(text)::integer as words, length(text)::integer as characters from captions")
+    # Parts between spaces first: there are few distinct ones.
     con.execute(
         r"""create temp table words as select caption, word, sum(times)::bigint as times from (
                 select caption, unnest(regexp_extract_all(lower(part), '[\pL\pN]+')) as word, times from (
@@ -107,12 +108,12 @@ class _Absent(Exception):
 
 def _texts(con: duckdb.DuckDBPyConnection, number: int) -> pa.Table:
     """(position, caption, text) of the first rows."""
-    return con.sql(f"select position, caption, text from captions where position <= {number}").to_arrow_table()
+    return con.sql(f"select position, caption, text from first_captions where position <= {number}").to_arrow_table()
 
 
 def _languages(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
     """(caption, language) of the first rows."""
-    found = _texts(con, LANGUAGE_ROWS)
+    found = _texts(con, FIRST_ROWS)
     return pa.table({"caption": found["caption"], "language": pa.array(map(select.language, found["text"].to_pylist()), pa.string())})
 
 

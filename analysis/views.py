@@ -2,19 +2,23 @@ r"""DuckDB over any caption data set: a run, a version, or tables of somebody el
 
 What the queries see:
 
-    captions(position, caption, text)     every caption column under another, `caption` naming it; no row where there is none
-    counted(caption, words, characters)   how long each is
-    words(caption, word, times)           their words, lower case
-    caption_columns(caption, place)       their order: the first is what the others are compared with
-    scores(caption, cosine)               where the rows have cosines
-    published, ledger                     the rows themselves, and every source row with its status
+    captions(position, nth, caption, text)  every caption column under another, `caption` naming it; no row where there is none.
+                                            `position` counts the rows, `nth` the captions of a column
+    first_captions                          those of the first 100,000 rows
+    counted(caption, words, characters)     how long each is
+    words(caption, word, times)             their words, lower case
+    caption_columns(caption, place)         their order: the first is what the others are compared with
+    scores(caption, cosine)                 where the rows have cosines
+    published, ledger                       the rows themselves, and every source row with its status
 
 In a shell of your own (V is a version's folder):
 
     create view published as from 'V/data/train-*.parquet';
     create view ledger as from 'V/ledger/train-*.parquet';
-    create view captions as unpivot (select row_number() over () as position, org_caption, re_caption from published)
-        on org_caption, re_caption into name caption value text;
+    create view captions as select *, row_number() over (partition by caption order by position) as nth
+        from (unpivot (select row_number() over () as position, org_caption, re_caption from published)
+              on org_caption, re_caption into name caption value text);
+    create view first_captions as from captions where position <= 100000;
     create table caption_columns as from (values ('org_caption', 1), ('re_caption', 2)) as columns(caption, place);
     create view scores as unpivot (select org_clip_score as org_caption, re_clip_score as re_caption from published)
         on org_caption, re_caption into name caption value cosine;
@@ -23,7 +27,7 @@ In a shell of your own (V is a version's folder):
             select caption, part, count(*) as times from (select caption, unnest(string_split(text, ' ')) as part from captions) group by all
         )) group by all;
     create macro count_words(text) as if(regexp_matches(text, '[^\x20-\x7E]|^ | $|  |^$'),
-        len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), length(text) - length(replace(text, ' ', '')) + 1);
+        len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), len(string_split(text, ' ')));
     create table counted as select caption, count_words(text) as words, length(text) as characters from captions;
 """
 
@@ -46,10 +50,11 @@ from builder import run as runs
 from builder.errors import InputError
 from builder.target import split, version_files
 
+FIRST_ROWS = 100_000
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the regular expression.
 COUNT_WORDS = r"""create macro count_words(text) as if(regexp_matches(text, '[^\x20-\x7E]|^ | $|  |^$'),
-    len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), length(text) - length(replace(text, ' ', '')) + 1)"""
+    len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), len(string_split(text, ' ')))"""
 READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
 KNOWN = (
     "org_caption", "re_caption", "text", "TEXT", "laion_2b", "laion_coco", "capsfusion", "capsfuion_official",
@@ -169,8 +174,7 @@ def _view(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
             for a, b in zip(first, schema, strict=True):
                 if _is_text(a.type) != _is_text(b.type) and not (_is_text(a.type) and pa.types.is_null(b.type)):
                     raise InputError(f"{a.name} is {b.type} in {path} and {a.type} in {paths[0]}", "give tables of one schema")
-    quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
-    con.execute(f'create view "{name}" as from {reader}([{quoted}])')
+    con.execute(f'create view "{name}" as from {reader}([{", ".join(map(_literal, paths))}])')
 
 
 def _schema(path: str) -> pa.Schema:
@@ -208,11 +212,13 @@ def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> li
 
 def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
     names = caption_columns(con, found.captions) if _readable(con, found) else list(found.captions) or ["org_caption", "re_caption"]
-    columns = ", ".join(map(_quoted, names))
-    con.execute(
-        f"create view captions as unpivot (select row_number() over () as position, {columns} from published) "
-        f"on {columns} into name caption value text"
-    )
+    for view, rows in (("captions", ""), ("first_captions", f" limit {FIRST_ROWS}")):
+        columns = (  # a union of columns, unlike UNPIVOT, groups by `caption` at no cost
+            f"select position, row_number() over () as nth, {_literal(name)} as caption, {_quoted(name)} as text "
+            f"from (select row_number() over () as position, {_quoted(name)} from published{rows}) where {_quoted(name)} is not null"
+            for name in names
+        )
+        con.execute(f"create view {view} as {' union all '.join(columns)}")
     con.execute("create temp table caption_columns (caption varchar, place integer)")
     con.executemany("insert into caption_columns values (?, ?)", [(name, place) for place, name in enumerate(names, start=1)])
     there = {name for name, *_ in con.sql("describe published").fetchall()}
@@ -229,3 +235,7 @@ def _readable(con: duckdb.DuckDBPyConnection, found: Parts) -> bool:
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

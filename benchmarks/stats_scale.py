@@ -96,10 +96,11 @@ def whole(folder: Path) -> None:
 def ours(folder: Path) -> None:
     """The questions that the two others answer, from the same SQL files."""
     with views.connect(folder) as con:
-        report.count(con)
+        report.prepare(con)
         answers = [con.sql((report.QUERIES / f"{name}.sql").read_text()).fetchall() for name in COMPARED]
         repeated = con.sql(
-            "select caption, sum(n) from (select caption, count(*) as n from captions group by caption, text) where n > 1 group by caption"
+            """select caption, sum(n) from (select caption, count(*) as n from captions group by caption, hash(text), length(text))
+               where n > 1 group by caption"""
         ).fetchall()
     print(json.dumps({"distinct_words": answers[2][-1][1], "repeated": len(repeated)}))
 

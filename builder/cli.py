@@ -202,7 +202,8 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
 @click.option("--check", is_flag=True, help="Compute a version's statistics and card again; exit status 1 where they no longer agree with the data.")
 def card(place: str, check: bool) -> None:
     """Write the card and its plots of a run into RUN/card, as `publish` would; or check those of a version."""
-    from builder.publish import check_card, preview_card
+    from builder.publish import preview_card
+    from builder.versions import check_card
 
     if not check:
         click.echo(preview_card(Path(place)))
@@ -268,7 +269,7 @@ def _say_published(result: Any, target: str, version: str, as_json: bool) -> Non
 @_as_json
 def verify(place: str, as_json: bool) -> None:
     """Read a published version once, every byte, and hold it against its manifest. Exit status 1: it differs."""
-    from builder.publish import verify as verify_version
+    from builder.versions import verify as verify_version
 
     result = verify_version(place)
     found = [f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(result['problems'])} problems", *result["problems"]]
@@ -320,8 +321,8 @@ def _number(value: float | None) -> str:
 @_as_json
 def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Any) -> None:
     """Publish a new version of TARGET without the rows that the files name; later versions cannot bring them back."""
-    from builder.publish import remove as remove_rows
     from builder.target import by_number, split, target_of
+    from builder.versions import remove as remove_rows
 
     kinds = {"uids": "uid", "sha256": "sha256", "urls": "url", "domains": "domain"}
     values = {kinds[name]: [line.strip() for line in file if line.strip()] for name, file in files.items() if file}

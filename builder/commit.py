@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from builder.core import Record, Stage, Task, sha256_file, versions
@@ -29,11 +31,16 @@ def commit(stage: Stage, task: Task, rows: Mapping[str, int], seconds: float) ->
         os.replace(part, final)
     record = Record(
         key=task.key, inputs=dict(task.inputs), outputs=outputs, bytes=sizes,
-        rows={str(status): n for status, n in sorted(rows.items())}, seconds=round(seconds, 3), versions=versions(stage.libraries),
+        rows={str(status): n for status, n in sorted(rows.items())}, seconds=round(seconds, 3), versions=versions(stage.libraries), day=_today(),
     )  # fmt: skip
     write_atomically(task.record, json.dumps(asdict(record), indent=1) + "\n")
     task.failure.unlink(missing_ok=True)
     return record
+
+
+def _today() -> str:
+    """UTC day; SOURCE_DATE_EPOCH sets it, as reproducible-builds.org has it, for a build that gives the same bytes on another day."""
+    return datetime.fromtimestamp(float(os.environ.get("SOURCE_DATE_EPOCH") or time.time()), UTC).date().isoformat()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -236,6 +236,7 @@ class Record:
     rows: Mapping[str, int]  # status -> rows
     seconds: float
     versions: Mapping[str, str]
+    day: str = ""  # of the commit, UTC
 
     @classmethod
     def read(cls, path: Path) -> Record | None:

@@ -39,10 +39,6 @@ class InputError(UserError): ...
 class VersionError(UserError): ...
 
 
-def disk_full(place: object) -> InputError:
-    return InputError(f"the disk of {place} is full", "free some space, then type the same command again")
-
-
 @contextmanager
 def telling_of_a_full_disk(place: object) -> Iterator[None]:
     """Whatever a library makes of it, a full disk is the user's to free.
@@ -54,5 +50,5 @@ def telling_of_a_full_disk(place: object) -> Iterator[None]:
         yield
     except Exception as error:
         if "No space left on device" in str(error):
-            raise disk_full(place) from error
+            raise InputError(f"the disk of {place} is full", "free some space, then type the same command again") from error
         raise

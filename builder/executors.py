@@ -24,7 +24,7 @@ from pathlib import Path
 
 from builder.commit import commit, damaged_input
 from builder.core import Record, Stage, Task, Work
-from builder.errors import UserError, disk_full
+from builder.errors import UserError, telling_of_a_full_disk
 
 ATTEMPTS = 3
 log = logging.getLogger(__name__)
@@ -140,17 +140,16 @@ def _attempt(stage: Stage, task: Task, open_: Callable[[], Work]) -> Outcome:
     for leftover in task.folder.glob(f".{task.name}.*.part"):
         leftover.unlink()
     try:
-        work = open_()
-        start = time.monotonic()  # loading a model is not the shard's doing
-        rows = work(task)
-        return Outcome(task, commit(stage, task, rows, time.monotonic() - start))
+        with telling_of_a_full_disk(task.run):
+            work = open_()
+            start = time.monotonic()  # loading a model is not the shard's doing
+            rows = work(task)
+            return Outcome(task, commit(stage, task, rows, time.monotonic() - start))
     except UserError:
         if damaged := damaged_input(task):
             return Outcome(task, error=damaged, damaged=True)
         raise
-    except Exception as error:  # the one shard boundary: whatever it was, the other shards go on
-        if "No space left on device" in str(error):
-            raise disk_full(task.run) from error
+    except Exception as error:  # noqa: BLE001 - the one shard boundary: whatever it was, the other shards go on
         log.warning("%s %s: %s", stage.name, task.name, traceback.format_exc())
         damaged = damaged_input(task)
         return Outcome(task, error=damaged or f"{type(error).__name__}: {error}".splitlines()[0], damaged=bool(damaged))

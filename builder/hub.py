@@ -190,13 +190,18 @@ class Hub:
             )
 
     def _operations(self, staged: Staged, held: dict[str, RepoFile], revision: str) -> Iterator[Any]:
-        at = {_content(file): name for name, file in held.items() if file.lfs}
+        at = {_content(file): (name, revision) for name, file in held.items() if file.lfs}
         promised = staged.promised()
+        for tag in (f"v{version}" for version in reversed(self.versions())):  # a version made from an older one takes over what main may have lost
+            if all(content in at or (staged.folder / name).exists() for name, content in promised.items()):
+                break
+            at = {_content(file): (name, tag) for name, file in self._tree(tag).items() if file.lfs} | at
         for name, content in promised.items():
             if name in held and _matches(held[name], content, staged):
                 continue
             if content in at:
-                yield CommitOperationCopy(src_path_in_repo=at[content], path_in_repo=name, src_revision=revision)
+                source, of = at[content]
+                yield CommitOperationCopy(src_path_in_repo=source, path_in_repo=name, src_revision=of)
             else:
                 yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged.folder / name)
         yield from (CommitOperationDelete(path_in_repo=name) for name in held if name.startswith(OURS) and name not in promised)

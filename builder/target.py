@@ -183,12 +183,12 @@ class Folder:
         return Published(str(final), rows, True)
 
     def _held(self) -> dict[str, Path]:
-        """sha256 -> file, of what the newest version holds."""
+        """sha256 -> file, of what the versions hold."""
         held: dict[str, Path] = {}
-        for version in self.versions()[-1:]:
+        for version in self.versions():
             folder = self.path / f"v{version}"
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            held = {file["sha256"]: folder / name for name, file in manifest["files"].items()}
+            held |= {file["sha256"]: folder / name for name, file in manifest["files"].items()}
         return held
 
 

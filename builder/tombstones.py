@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.core import write_parquet
+from builder.target import Target
 
 FILE = "tombstones.parquet"
 SCHEMA = pa.schema([("kind", pa.string()), ("mark", pa.string())])
@@ -55,3 +56,20 @@ def read(path: Path) -> pa.Table:
 
 def write(tombstones: pa.Table, path: Path) -> None:
     write_parquet(tombstones, path)
+
+
+def named(view: str, image: str = "sha256") -> str:
+    """SQL of the uids of a version's view that the table `tombstones` names."""
+    return MARKS.format(rows=f"(select uid as row, uid, url, {image} as image from {view})", tombstones="tombstones")
+
+
+def of_target(target: Target, version: str) -> pa.Table:
+    """What `version` of a target may not hold: what any of its versions removed; of one that is there already, what it removed."""
+    versions = target.versions()
+    found = [table({})]
+    for known in [version] if version in versions else versions:
+        fs, root = target.files(known)
+        if fs.exists(f"{root}/{FILE}"):  # versions of before there were any have none
+            with fs.open(f"{root}/{FILE}", "rb") as file:
+                found.append(pq.read_table(file, schema=SCHEMA))
+    return merged(*found)

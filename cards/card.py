@@ -53,7 +53,7 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
             [(_inline(r["name"]), f"{r['links']:,}", f"{r['alive_percent']}") for r in of(report, "links") if r["what"] == "tld"],
         ),
         "## How it was made",
-        "\n\n".join(_stage(stage) for stage in recipe.stages),
+        "\n\n".join(_stage(stage, manifest.get("made_on", {}).get(stage.name, [])) for stage in recipe.stages),
         f"With {', '.join(f'{name} {number}' for name, number in manifest['made_with'].items())}." if manifest.get("made_with") else "",
         "## Columns",
         _table(("column", "type", "what"), [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)]),
@@ -68,8 +68,13 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
         "```python\nimport datasets\n\n"
         'datasets.load_dataset("PATH_OR_REPO", split="train")  # or "preview"; or name="ledger"; on the Hub: revision="vX.Y.Z"\n```',
         "```sql\nselect uid, re_caption from 'data/train-*.parquet' where re_clip_score > org_clip_score; -- DuckDB\n```",
-        "The images: download them again from the URLs, for example with `img2dataset --input_format parquet --url_col url --caption_col re_caption "
-        '--save_additional_columns \'["uid","sha256"]\' --output_format webdataset`, and join on `sha256`.',
+        "The images, downloaded again from their URLs; one that is another now is left out:",
+        "```sql\ncopy (from 'data/train-*.parquet') to 'rows.parquet';\n```",
+        "```sh\nimg2dataset --url_list rows.parquet --input_format parquet --url_col url --caption_col re_caption \\\n"
+        '  --save_additional_columns \'["uid"]\' --verify_hash \'["sha256","sha256"]\' --output_format webdataset --output_folder images\n```',
+        "```python\nimport webdataset\n\n"
+        'for sample in webdataset.WebDataset("images/00000.tar", shardshuffle=False).decode("pil"):\n'
+        '    print(sample["json"]["uid"], sample["jpg"].size, sample["txt"])\n```',
         "## Licence and attribution",
         f"Captions and metadata: {recipe.license}. The images belong to their owners and are not part of this data set.",
         "## Citing",
@@ -122,9 +127,9 @@ def _inline(text: str) -> str:
     return re.sub(r"[^\w.-]", "?", text)[:60]
 
 
-def _stage(stage: Any) -> str:
+def _stage(stage: Any, days: Sequence[str]) -> str:
     settings = {field.name: getattr(stage, field.name) for field in fields(stage) if field.name not in ("workers", "concurrency")}
-    return f"**{stage.name}**\n\n{_code(settings)}"
+    return f"**{', '.join([stage.name, *filter(None, [' to '.join(dict.fromkeys(days))])])}**\n\n{_code(settings)}"
 
 
 def _code(value: Any) -> str:

@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yarl
 
 ROOT = Path(__file__).parent.parent
 GUARD = Path(__file__).parent / "guard"
@@ -24,6 +27,7 @@ _connections = Path(tempfile.mkstemp(prefix="recap-connections-")[1])
 os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT), str(ROOT / "tests")])
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("SOURCE_DATE_EPOCH", str(int(time.time())))  # one day for all builds of a session
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 _spec = importlib.util.spec_from_file_location("guard", GUARD / "sitecustomize.py")
 assert _spec is not None and _spec.loader is not None  # noqa: PT018
@@ -72,6 +76,19 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
     (run.parent / "stdout.txt").write_text(done.stdout)
     return run
+
+
+def web_of(run: Path) -> tuple[Path, int]:
+    """Folder and port of the small web that a demo run was built from."""
+    from builder import run as runs
+    from builder.source import Source
+
+    source = runs.load_recipe(run).stage("source")
+    assert isinstance(source, Source)
+    site = Path(source.files).parent
+    port = yarl.URL(pq.read_table(next((site / "metadata").glob("*.parquet")))["url"][0].as_py()).port
+    assert port is not None
+    return site, port
 
 
 @contextmanager

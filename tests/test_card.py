@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlcroissant
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import recap
+from conftest import recap, web_of
 
-from builder.publish import check_card
 from builder.select import SCHEMA
+from builder.versions import check_card
+from recipes.demo import web
 
 
 @pytest.fixture
@@ -77,3 +82,18 @@ def test_croissant_is_valid_and_reads_the_rows(version: Path) -> None:
     row = pq.read_table(version / "data" / "train-00000-of-00001.parquet").slice(0, 1).to_pylist()[0]
     assert first["train/re_caption"].decode() == row["re_caption"]
     assert len(list(described.records("ledger"))) == 240
+
+
+def test_what_the_card_tells_to_type_works(version: Path, demo_run: Path) -> None:
+    """Every command and program of it, in the version's folder, the small web being up."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", (version / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks] == ["python", "sql", "sql", "sh", "python"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    with web.serve(*web_of(demo_run)):
+        for kind, text in blocks:
+            line = {"python": [sys.executable, "-c", text.replace("PATH_OR_REPO", str(version))], "sh": ["bash", "-ec", text],
+                    "sql": [sys.executable, "-c", f"import duckdb; print(duckdb.sql({text!r}))"]}[kind]  # fmt: skip
+            done = subprocess.run(line, cwd=version, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{text}\n{done.stderr}"
+    rows = pq.read_table(next(version.glob("data/train-*"))).num_rows
+    assert len(done.stdout.splitlines()) == rows

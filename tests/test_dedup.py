@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from builder import tombstones
 from builder.commit import commit
 from builder.core import Task, write_parquet
 from builder.dedup import Dedup
 from builder.download import SCHEMA
-from builder.publish import _tombstones
 from builder.target import Folder
 
 Row = dict[str, Any]
@@ -126,4 +126,4 @@ def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
 def test_a_version_without_tombstones_has_none(tmp_path: Path) -> None:
     """As published before there were any: the next version goes on top of it."""
     (tmp_path / "v0.1.0").mkdir()
-    assert _tombstones(Folder(tmp_path)).num_rows == 0
+    assert tombstones.of_target(Folder(tmp_path), "0.2.0").num_rows == 0

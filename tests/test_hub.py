@@ -27,8 +27,9 @@ from hub.server import Hub as Server
 from builder import tombstones
 from builder.errors import InputError, UserError, VersionError
 from builder.hub import Hub
-from builder.publish import remove, stage, verify
+from builder.publish import stage
 from builder.target import MANIFEST, Folder, Staged
+from builder.versions import remove, verify
 
 FULL = os.environ.get("RECAP_FULL") == "1"  # every kill and every fault on every route; measured in CONTRIBUTING.md
 

@@ -12,12 +12,8 @@ import time
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
-import yarl
-from conftest import ROOT, recap
+from conftest import ROOT, recap, web_of
 
-from builder import run as runs
-from builder.source import Source
 from recipes.demo import web
 
 KILLS = 20
@@ -30,11 +26,7 @@ def tree(folder: Path) -> dict[str, str]:
 def test_kill_minus_nine_at_twenty_random_moments(demo_run: Path, tmp_path: Path) -> None:
     """The demo again, over the same web. Every seventh kill waits for a file of the run to appear, to be sure of progress."""
     rng = random.Random(os.environ.get("RECAP_KILL_SEED", "0"))
-    source = runs.load_recipe(demo_run).stage("source")
-    assert isinstance(source, Source)
-    site = Path(source.files).parent
-    port = yarl.URL(pq.read_table(next((site / "metadata").glob("*.parquet")))["url"][0].as_py()).port
-    assert port is not None
+    site, port = web_of(demo_run)
     run, killed = tmp_path / "killed", []
     build = ["build", "demo", f"web={site}", "--run", run]
     command = [sys.executable, "-m", "builder.cli", *map(str, build)]

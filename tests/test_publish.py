@@ -21,8 +21,9 @@ import pytest
 from conftest import ROOT, fill, mounted, recap
 
 from builder.errors import InputError, VersionError
-from builder.publish import publish, verify
+from builder.publish import publish
 from builder.select import LEDGER, SCHEMA
+from builder.versions import verify
 
 RECAP_DATACOMP_1B = {  # the published schema
     "url": "string", "re_caption": "string", "org_caption": "string", "sha256": "string", "key": "string", "re_clip_score": "float64",

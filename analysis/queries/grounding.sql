@@ -3,7 +3,7 @@
 select caption, count(*) as captions, round(avg(visual / nullif(words, 0)), 4) as grounding_ratio_mean, round(avg(concreteness), 4) as concreteness_mean
 from (
     select caption, row, count(*) as words, count(visual_words.word) as visual, avg(score) as concreteness
-    from (select caption, position as row, unnest(regexp_extract_all(lower(text), '[\pL\pN]+')) as word from captions where position <= 100000) as each
+    from (select caption, position as row, unnest(regexp_extract_all(lower(text), '[\pL\pN]+')) as word from first_captions) as each
          left join visual_words using (word) left join concreteness using (word)
     group by all
 ) group by caption order by caption

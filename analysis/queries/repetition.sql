@@ -2,7 +2,7 @@
 -- the share that opens with "the image shows" and its kin, and the share of captions that begin with one of the 100 most frequent 4-word prefixes.
 -- sample: 100000 rows
 with words as (
-    select caption, regexp_extract_all(lower(text), '[\pL\pN]+') as w, text from captions where position <= 100000
+    select caption, regexp_extract_all(lower(text), '[\pL\pN]+') as w, text from first_captions
 ), grams as (
     select caption, w, text, [hash(w[k], w[k + 1], w[k + 2]) for k in range(1, len(w) - 1)] as three,
            [hash(w[k], w[k + 1], w[k + 2], w[k + 3]) for k in range(1, len(w) - 2)] as four
