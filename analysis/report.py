@@ -2,8 +2,8 @@
 
     {query: {"sha256": of its SQL, "rows": [...]}}       or, instead of rows, "absent": why there is no answer here
 
-A query says what it reads by naming views (`views.py`) or one of the tables that are made in Python, on a stated sample:
-`languages`, `tokens`, `near_duplicates`, `nouns`, `selections`, `visual_words`, `concreteness`.
+A query says what it reads by naming views (`views.py`), one of the tables that are made in Python, on a stated sample: `languages`,
+`tokens`, `near_duplicates`, `nouns`, `selections`; or one that the user may give: `visual_words`, `concreteness`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+from tokenizers import Tokenizer
 
 from analysis import select
 from analysis.views import FIRST_ROWS, Parts, connect
@@ -28,22 +30,27 @@ QUERIES = Path(__file__).parent / "queries"
 VISUAL_WORDS = Path(__file__).parent / "visual_words.txt"
 TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS, SELECTION_ROWS = 20_000, 20_000, 10_000, 20_000
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 0.9)
-TOKENIZER = "CLIP's (open_clip SimpleTokenizer)"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Tables that a user may give: words a line, and `word<TAB>score` a line."""
+    """What a user may give: words a line, `word<TAB>score` a line, and a `tokenizer.json` (of the library tokenizers) instead of CLIP's."""
 
     vocabulary: Path | None = None
     concreteness: Path | None = None
+    tokenizer: Path | None = None
 
 
 def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Options | None = None) -> dict[str, Any]:
     """Every query's rows, each with the hash of its SQL."""
     options = options or Options()
     report: dict[str, Any] = {}
+    given = {"visual_words": _visual_words(options), "concreteness": _concreteness(options)}
+    count_tokens = _count_tokens(options)  # what a user gives is read first: a mistake in it is told at once
     with connect(place, captions) as con:
+        for name, table in given.items():
+            con.register(name, table)
+        made = _MADE | {"tokens": partial(_tokens, count_tokens=count_tokens)}
         ours = "ledger" in _views(con)
         prepare(con)
         for path in sorted(QUERIES.glob("*.sql")):
@@ -51,10 +58,10 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
             answer: dict[str, Any] = {"sha256": hashlib.sha256(sql.encode()).hexdigest()}
             reads = set(re.findall(r"\b(?:from|join)\s+(\w+)", re.sub(r"--.*", "", sql)))
             absent = next((f"no {name} here" for name in ("ledger", "scores") if name in reads and name not in _views(con)), None)
-            for name in reads & set(_MADE):
+            for name in reads & set(made):
                 if name not in _views(con):
                     try:
-                        con.register(name, _MADE[name](con, options))
+                        con.register(name, made[name](con))
                     except _Absent as reason:
                         absent = str(reason)
             try:
@@ -75,7 +82,10 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 def prepare(con: duckdb.DuckDBPyConnection) -> None:
     """The tables `counted` and `words`, which several queries read."""
-    con.execute("create temp table counted as select caption, count_words(text)::integer as words, length(text)::integer as characters from captions")
+    con.execute(
+        """create temp table counted as
+           select caption, count_words(text)::integer as words, length(text)::integer as characters, count(*) as times from captions group by all"""
+    )
     # Parts between spaces first: there are few distinct ones.
     con.execute(
         r"""create temp table words as select caption, word, sum(times)::bigint as times from (
@@ -111,22 +121,37 @@ def _texts(con: duckdb.DuckDBPyConnection, number: int) -> pa.Table:
     return con.sql(f"select position, caption, text from first_captions where position <= {number}").to_arrow_table()
 
 
-def _languages(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+def _languages(con: duckdb.DuckDBPyConnection) -> pa.Table:
     """(caption, language) of the first rows."""
     found = _texts(con, FIRST_ROWS)
     return pa.table({"caption": found["caption"], "language": pa.array(map(select.language, found["text"].to_pylist()), pa.string())})
 
 
-def _tokens(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
-    """(caption, tokenizer, tokens) of the first rows, begin and end of text included."""
+def _count_tokens(options: Options) -> tuple[str, Callable[[list[str]], list[int]]]:
+    """Name of the tokenizer, and what counts with it, begin and end of text included."""
+    if options.tokenizer is None:
+        return "CLIP's (open_clip SimpleTokenizer)", _count_clip_tokens
+    try:
+        tokenizer = Tokenizer.from_file(str(options.tokenizer))
+    except Exception as error:  # the library raises no narrower one
+        raise InputError(f"{options.tokenizer} is no tokenizer: {error}", "give a model's tokenizer.json") from error
+    return str(options.tokenizer), lambda texts: [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
+
+
+def _count_clip_tokens(texts: list[str]) -> list[int]:
     from open_clip.tokenizer import SimpleTokenizer
 
-    tokenizer, found = SimpleTokenizer(), _texts(con, TOKEN_ROWS)
-    tokens = [len(tokenizer.encode(text[:20_000])) + 2 for text in found["text"].to_pylist()]
-    return pa.table({"caption": found["caption"], "tokenizer": [TOKENIZER] * len(tokens), "tokens": tokens})
+    return [len(ids) + 2 for ids in map(SimpleTokenizer().encode, texts)]
 
 
-def _near_duplicates(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+def _tokens(con: duckdb.DuckDBPyConnection, count_tokens: tuple[str, Callable[[list[str]], list[int]]]) -> pa.Table:
+    """(caption, tokenizer, tokens) of the first rows."""
+    found, (name, count) = _texts(con, TOKEN_ROWS), count_tokens
+    tokens = count([text[:20_000] for text in found["text"].to_pylist()])
+    return pa.table({"caption": found["caption"], "tokenizer": [name] * len(tokens), "tokens": tokens})
+
+
+def _near_duplicates(con: duckdb.DuckDBPyConnection) -> pa.Table:
     """(caption, near_captions, near_percent): captions of the first rows that are near another row's, by MinHash over word trigrams."""
     from datasketch import MinHash, MinHashLSH
 
@@ -145,7 +170,7 @@ def _near_duplicates(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Tab
     return pa.Table.from_pylist(result, pa.schema({"caption": pa.string(), "near_captions": pa.int64(), "near_percent": pa.float64()}))
 
 
-def _nouns(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+def _nouns(con: duckdb.DuckDBPyConnection) -> pa.Table:
     """(caption, position, noun) of the first rows, by whichever spaCy pipeline is installed."""
     import spacy
 
@@ -164,7 +189,7 @@ def _nouns(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
     return pa.table(table)
 
 
-def _selections(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+def _selections(con: duckdb.DuckDBPyConnection) -> pa.Table:
     """(strategy, fraction, position, caption) that each strategy on cosines alone selects from the first rows."""
     if not {"org_cosine", "re_cosine"} <= select.define_pool(con, SELECTION_ROWS):
         raise _Absent("no cosines of both captions here")
@@ -182,12 +207,12 @@ def _selections(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def _visual_words(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+def _visual_words(options: Options) -> pa.Table:
     lines = _lines(options.vocabulary or VISUAL_WORDS)
     return pa.table({"word": sorted({line.strip().lower() for line in lines if line.strip() and not line.startswith("#")})})
 
 
-def _concreteness(con: duckdb.DuckDBPyConnection, options: Options) -> pa.Table:
+def _concreteness(options: Options) -> pa.Table:
     """(word, score) of the table that was given; without one, empty."""
     pairs = {}
     for number, line in enumerate(_lines(options.concreteness) if options.concreteness else []):
@@ -212,9 +237,8 @@ def _lines(path: Path) -> list[str]:
         raise InputError(f"{path} cannot be read: {error}", "give a text file, UTF-8, one word a line") from error
 
 
-_MADE: dict[str, Callable[[duckdb.DuckDBPyConnection, Options], pa.Table]] = {
-    "languages": _languages, "tokens": _tokens, "near_duplicates": _near_duplicates, "nouns": _nouns,
-    "selections": _selections, "visual_words": _visual_words, "concreteness": _concreteness,
+_MADE: dict[str, Callable[[duckdb.DuckDBPyConnection], pa.Table]] = {
+    "languages": _languages, "near_duplicates": _near_duplicates, "nouns": _nouns, "selections": _selections,
 }  # fmt: skip
 
 
@@ -222,7 +246,7 @@ _MADE: dict[str, Callable[[duckdb.DuckDBPyConnection, Options], pa.Table]] = {
 
 _LINES = (
     ("lengths", "captions", "captions"), ("lengths", "words_mean", "words, mean"), ("lengths", "words_median", "words, median"),
-    ("lengths", "characters_mean", "characters, mean"), ("tokens", "tokens_mean", "CLIP tokens, mean"),
+    ("lengths", "characters_mean", "characters, mean"), ("tokens", "tokens_mean", "tokens, mean"),
     ("tokens", "cut_at_77_percent", "cut at 77 tokens, %"), ("vocabulary", "distinct_words", "distinct words"),
     ("vocabulary", "joint_vocabulary_percent", "share of the joint vocabulary, %"),
     ("repetition", "distinct_3", "distinct trigrams / trigrams"), ("repetition", "opener_percent", "open with 'the image shows' etc., %"),

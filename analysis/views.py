@@ -5,7 +5,7 @@ What the queries see:
     captions(position, nth, caption, text)  every caption column under another, `caption` naming it; no row where there is none.
                                             `position` counts the rows, `nth` the captions of a column
     first_captions                          those of the first 100,000 rows
-    counted(caption, words, characters)     how long each is
+    counted(caption, words, characters, times)     how many captions have that length
     words(caption, word, times)             their words, lower case
     caption_columns(caption, place)         their order: the first is what the others are compared with
     scores(caption, cosine)                 where the rows have cosines
@@ -28,7 +28,7 @@ In a shell of your own (V is a version's folder):
         )) group by all;
     create macro count_words(text) as if(regexp_matches(text, '[^\x20-\x7E]|^ | $|  |^$'),
         len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), len(string_split(text, ' ')));
-    create table counted as select caption, count_words(text) as words, length(text) as characters from captions;
+    create table counted as select caption, count_words(text) as words, length(text) as characters, count(*) as times from captions group by all;
 """
 
 from __future__ import annotations

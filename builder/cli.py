@@ -133,13 +133,14 @@ _captions = click.option("--captions", default="", help="Caption columns, comma 
 @_captions
 @click.option("--vocabulary", type=click.Path(path_type=Path), help="Visual words, one a line, for the grounding ratio.")
 @click.option("--concreteness", type=click.Path(path_type=Path), help="word, tab, score a line.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json, instead of CLIP's.")
 @_as_json
-def stats(place: str, captions: str, vocabulary: Path | None, concreteness: Path | None, as_json: bool) -> None:
+def stats(place: str, captions: str, vocabulary: Path | None, concreteness: Path | None, tokenizer: Path | None, as_json: bool) -> None:
     """Statistics of a run, a published version, or any tables with captions; a run keeps them as stats.json."""
     from analysis import report
     from builder.commit import write_atomically
 
-    result = report.stats(place, _names(captions), report.Options(vocabulary, concreteness))
+    result = report.stats(place, _names(captions), report.Options(vocabulary, concreteness, tokenizer))
     if Path(place, "select").is_dir():
         write_atomically(Path(place, "stats.json"), report.to_json(result))
     absent = [f"{name}: {answer['absent']}" for name, answer in result.items() if "absent" in answer]

@@ -34,6 +34,7 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
     assert isinstance(select, Select)
     rows, version, of = manifest["rows"], manifest.get("version"), reports.rows
     (ends,) = of(report, "endings")
+    tokenizer = next((row["tokenizer"] for row in of(report, "tokens")), "none")
     parts = [
         f"---\n{_front(recipe, manifest, columns(select.captions)).to_yaml().strip()}\n---",
         f"# {recipe.title}, {f'version {version}' if version else 'not published yet'}",
@@ -43,8 +44,8 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
         "## Original against recaption",
         _table(*reports.table(report)),
         "\n".join(f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in PLOTS if of(report, name)),
-        "Lengths in words are runs without white space; the vocabulary is lower case, letters and digits, exact. Numbers on a sample say so in their "
-        "query. Each number's SQL is named in `stats.json` with its hash.",
+        f"Words of a length are runs without white space; tokens are {tokenizer}, begin and end included; the vocabulary is lower case, letters and "
+        "digits, exact. Numbers on a sample say so in their query. Each number's SQL is named in `stats.json` with its hash.",
         "## Every source row",
         _table(("status", "rows", "%"), [(r["status"], f"{r['rows']:,}", f"{r['percent']}") for r in of(report, "rows_by_status")]),
         "The config `ledger` holds all of them, with the reason of each failure. Links that still gave an image:",

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import regex
-from conftest import recap
+from conftest import CAPTIONER, recap
 
 from analysis import report, views
 from analysis.report import Options
@@ -193,6 +193,16 @@ def test_grounding_and_concreteness_by_given_tables(tmp_path: Path) -> None:
     (row,) = one(place, "grounding")  # the default vocabulary: cat, cats, cat; no concreteness
     assert row["concreteness_mean"] is None
     assert row["grounding_ratio_mean"] >= round((1 / 5 + 1 / 2) / 3, 4)
+
+
+def test_tokens_of_a_given_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    texts = ["a red circle", "two blue squares on a striped ground", "é"]
+    (row,) = one(table(tmp_path / "a.parquet", text=texts), "tokens", options=Options(tokenizer=CAPTIONER / "tokenizer.json"))
+    expected = [len(ids) for ids in AutoTokenizer.from_pretrained(CAPTIONER)(texts)["input_ids"]]
+    assert row["tokenizer"] == str(CAPTIONER / "tokenizer.json")
+    assert (row["captions"], row["tokens_mean"], row["tokens_max"]) == (3, round(sum(expected) / 3, 4), max(expected))
 
 
 def test_duplicates_letter_for_letter_and_near(tmp_path: Path) -> None:
@@ -589,14 +599,14 @@ class Bad:
     @property
     def options(self) -> Options:
         given = dict(zip(self.arguments[::2], self.arguments[1::2], strict=True))
-        return Options(*(Path(given[name]) if name in given else None for name in ("--vocabulary", "--concreteness")))
+        return Options(*(Path(given[name]) if name in given else None for name in ("--vocabulary", "--concreteness", "--tokenizer")))
 
 
 BAD = [
     "missing", "renamed", "all null", "wanted null", "other columns", "other order", "text and numbers", "numbers and text", "text and bytes",
     "text and lists", "no rows", "no rows csv", "no files", "empty folder", "other files", "unfinished run", "utf8 parquet", "utf8 csv", "utf16 csv",
     "utf8 jsonl", "lone surrogate", "broken json", "no parquet", "cut off", "empty file", "one of two", "damaged pages", "other csvs",
-    "no version", "concreteness", "concreteness nan", "no vocabulary", "vocabulary not utf8",
+    "no version", "concreteness", "concreteness nan", "no vocabulary", "vocabulary not utf8", "no tokenizer",
 ]  # fmt: skip
 THROUGH_THE_COMMAND_LINE = ["missing", "text and numbers", "empty folder", "utf8 csv", "damaged pages", "concreteness"]
 
@@ -681,6 +691,8 @@ def bad(name: str, at: Path) -> Bad:
             line = "dog 4.8" if name == "concreteness" else "dog\tnan"
             (at / "c.tsv").write_text(f"Word\tConc.M\ncat\t4.9\n{line}\n")
             return Bad(good, rf"c\.tsv, line 3: '{line}' is no word, tab, number\n  \S", ("--concreteness", str(at / "c.tsv")))
+        case "no tokenizer":
+            return Bad(good, r"words\.txt is no tokenizer: .*\n  give a model's tokenizer\.json", ("--tokenizer", str(at / "words.txt")))
         case "no vocabulary":
             return Bad(good, r"words\.txt cannot be read: .*No such file.*\n  \S", ("--vocabulary", str(at / "words.txt")))
         case "vocabulary not utf8":

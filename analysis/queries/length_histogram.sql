@@ -1,3 +1,3 @@
 -- Captions by number of words (between white space, Unicode's), in bins of 4; `words` is the lower edge.
-select caption, words // 4 * 4 as words, count(*) as captions
+select caption, words // 4 * 4 as words, sum(times)::bigint as captions
 from counted group by all order by caption, words
