@@ -7,6 +7,7 @@ from typing import Any
 import duckdb
 
 from analysis import views
+from builder.errors import InputError
 
 
 def diff(a: str, b: str) -> dict[str, Any]:
@@ -15,13 +16,16 @@ def diff(a: str, b: str) -> dict[str, Any]:
     Returns `rows` (of a, of b), `added` and `removed` (uids), `columns_added`, `columns_removed`, `changed` (column -> rows of
     both whose value differs) and `means` (numeric column -> mean in a, in b) where they differ.
     """
-    with duckdb.connect() as con:
+    with duckdb.connect(config={"memory_limit": views.MEMORY}) as con:
         for name, place in (("a", a), ("b", b)):
             parts = views.parts(place)
             if parts.filesystem is not None and "hf" not in con.list_filesystems():
                 con.register_filesystem(parts.filesystem)
-            con.from_parquet(parts.published).create_view(name)
+            views.create(con, name, parts.published)
         columns = {name: dict(con.sql(f"select column_name, column_type from (describe {name})").fetchall()) for name in ("a", "b")}
+        for name, place in (("a", a), ("b", b)):
+            if "uid" not in columns[name]:
+                raise InputError(f"{place} has no column uid: rows are joined on it", f"it has: {', '.join(columns[name])}")
         both = [name for name in columns["a"] if name in columns["b"] and name != "uid"]
         changed = ", ".join(f'count(*) filter (a."{name}" is distinct from b."{name}") as "{name}"' for name in both)
         ((rows_a, rows_b, shared),) = con.sql(

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from analysis import select
 from analysis.views import FIRST_ROWS, Parts, connect
+from builder.core import read_lines
 from builder.errors import InputError
 
 QUERIES = Path(__file__).parent / "queries"
@@ -128,14 +129,16 @@ def _languages(con: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _count_tokens(options: Options) -> tuple[str, Callable[[list[str]], list[int]]]:
-    """Name of the tokenizer, and what counts with it, begin and end of text included."""
+    """Name of the tokenizer, and what counts with it, with the special tokens that it adds."""
     if options.tokenizer is None:
         return "CLIP's (open_clip SimpleTokenizer)", _count_clip_tokens
     try:
         tokenizer = Tokenizer.from_file(str(options.tokenizer))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     except Exception as error:  # the library raises no narrower one
         raise InputError(f"{options.tokenizer} is no tokenizer: {error}", "give a model's tokenizer.json") from error
-    return str(options.tokenizer), lambda texts: [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
+    return str(options.tokenizer), lambda texts: [len(tokenizer.encode(text).ids) for text in texts]
 
 
 def _count_clip_tokens(texts: list[str]) -> list[int]:
@@ -208,14 +211,14 @@ def _selections(con: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _visual_words(options: Options) -> pa.Table:
-    lines = _lines(options.vocabulary or VISUAL_WORDS)
+    lines = read_lines(options.vocabulary or VISUAL_WORDS)
     return pa.table({"word": sorted({line.strip().lower() for line in lines if line.strip() and not line.startswith("#")})})
 
 
 def _concreteness(options: Options) -> pa.Table:
     """(word, score) of the table that was given; without one, empty."""
     pairs = {}
-    for number, line in enumerate(_lines(options.concreteness) if options.concreteness else []):
+    for number, line in enumerate(read_lines(options.concreteness) if options.concreteness else []):
         word, _, score = line.rstrip("\n").partition("\t")
         try:
             value = float(score)
@@ -228,13 +231,6 @@ def _concreteness(options: Options) -> pa.Table:
                 f"{options.concreteness}, line {number + 1}: '{line.strip()[:40]}' is no word, tab, number", "write a line as: banana<TAB>5.0"
             )
     return pa.table({"word": list(pairs), "score": pa.array(list(pairs.values()), pa.float64())})
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "give a text file, UTF-8, one word a line") from error
 
 
 _MADE: dict[str, Callable[[duckdb.DuckDBPyConnection], pa.Table]] = {
@@ -274,7 +270,8 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         by_name = {"org_caption": row["original_nearer_percent"], "re_caption": row["recaption_nearer_percent"]}
         lines.append(("nearer to the image, % of rows", *(_shown(by_name.get(name)) for name in names)))
     english = {row["caption"]: row["percent"] for row in rows(report, "languages") if row["language"] == "en"}
-    lines.append(("in English (lid.176), %", *(_shown(english.get(name, 0.0)) for name in names)))
+    measured = {row["caption"] for row in rows(report, "languages")}
+    lines.append(("in English (lid.176), %", *(_shown(english.get(name, 0.0 if name in measured else None)) for name in names)))
     shown = {"org_caption": "original", "re_caption": "recaption"}
     return ["statistic", *(shown.get(name, name) for name in names)], lines
 

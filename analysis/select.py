@@ -7,6 +7,7 @@ A threshold is the value at `int(rows * fraction)` in descending order over the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import ConfigDict
 
 from analysis import views
-from builder.core import write_parquet
+from builder.core import read_lines
 from builder.errors import InputError
 
 STRATEGIES = Path(__file__).parent / "strategies"
@@ -29,7 +31,7 @@ COLUMNS = {  # ours <- the first that is there
     "org_cosine": ("org_clip_score", "clip_l14_similarity_score"),
     "re_cosine": ("re_clip_score",),
     "b32_cosine": ("clip_b32_similarity_score",),
-    "width": ("original_width", "width"),
+    "width": ("original_width", "width"),  # of a version or a run `width` is that of the image as it was stored, which says nothing here
     "height": ("original_height", "height"),
 }
 U8U8 = np.dtype("u8,u8")
@@ -41,6 +43,8 @@ class Given:
 
     `fraction` is of the pool. `embeddings` is an .npz of `uid` (N) and `embedding` (N, D), `centroids` (C, D) and `targets` (T, D) are .npy.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt setting is an error
 
     fraction: float | None = None
     threshold: float | None = None
@@ -55,25 +59,35 @@ def names() -> list[str]:
 
 
 def select(place: str | Path | views.Parts, strategies: Sequence[str], given: Given | None = None) -> pa.Table:
-    """(uid, caption) that a strategy selects, sorted; of several strategies, what all of them do.
+    """(uid, caption) that a strategy selects, sorted; of several strategies, what all of them do. See `selecting`."""
+    with selecting(place, strategies, given) as con:
+        return con.sql("from selected order by uid, caption").to_arrow_table()
+
+
+@contextmanager
+def selecting(place: str | Path | views.Parts, strategies: Sequence[str], given: Given | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB with the table `selected(uid, caption)`.
 
     Raises:
         InputError: there is no such strategy, or it needs a column or a table that is not there.
     """
     given = given or Given()
+    for strategy in strategies:
+        if strategy not in names():
+            raise InputError(f"there is no strategy '{strategy}'", f"there are: {', '.join(names())}")
+        sql = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
+        if "getvariable('fraction')" in sql and given.fraction is None and not ("'threshold'" in sql and given.threshold is not None):
+            raise InputError(f"{strategy} needs a fraction of the pool", "for example fraction=0.3")
     with pool(place, given) as con:
         for number, strategy in enumerate(strategies):
-            if strategy not in names():
-                raise InputError(f"there is no strategy '{strategy}'", f"there are: {', '.join(names())}")
             sql = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
-            if "getvariable('fraction')" in sql and given.fraction is None and not ("'threshold'" in sql and given.threshold is not None):
-                raise InputError(f"{strategy} needs a fraction of the pool", "for example fraction=0.3")
             try:
                 con.execute(f"create temp table selected_{number} as {sql}")
             except duckdb.Error as error:
                 raise InputError(f"{strategy}: {_needs(str(error))}", "give what it needs: recap select --help") from error
         both = " intersect ".join(f"from selected_{number}" for number in range(len(strategies)))
-        return con.sql(f"select * from ({both}) order by uid, caption").to_arrow_table()
+        con.execute(f"create temp view selected as {both}")
+        yield con
 
 
 def _needs(message: str) -> str:
@@ -86,6 +100,13 @@ def _needs(message: str) -> str:
 @contextmanager
 def pool(place: str | Path | views.Parts, given: Given) -> Iterator[duckdb.DuckDBPyConnection]:
     """DuckDB with what a strategy sees."""
+    if given.fraction is not None and not 0 < given.fraction <= 1:
+        raise InputError(f"fraction={given.fraction:g} is no share of the pool", "for example fraction=0.3")
+    tables = {}  # a mistake in what the user gives is told of first
+    if given.words:
+        tables["wordlist"] = pa.table({"word": [line.strip().lower() for line in read_lines(given.words) if line.strip()]})
+    if given.embeddings and given.centroids and given.targets:
+        tables["near_targets"] = uids_near_targets(given.embeddings, given.centroids, given.targets)
     with views.connect(place) as con:
         there = define_pool(con)
         if "uid" not in there:
@@ -93,18 +114,16 @@ def pool(place: str | Path | views.Parts, given: Given) -> Iterator[duckdb.DuckD
         con.execute(f"set variable fraction = {given.fraction if given.fraction is not None else 'null'}")
         con.execute(f"set variable threshold = {given.threshold if given.threshold is not None else 'null'}")
         con.create_function("english", _english, ["VARCHAR"], "BOOLEAN", type="arrow")  # type: ignore[call-overload]
-        if given.words:
-            words = [line.strip().lower() for line in given.words.read_text(encoding="utf-8").splitlines() if line.strip()]
-            con.register("wordlist", pa.table({"word": words}))
-        if given.embeddings and given.centroids and given.targets:
-            con.register("near_targets", uids_near_targets(given.embeddings, given.centroids, given.targets))
+        for name, table in tables.items():
+            con.register(name, table)
         yield con
 
 
 def define_pool(con: duckdb.DuckDBPyConnection, rows: int | None = None) -> set[str]:
     """Create the view `pool` and the macro `threshold` over `published`, or its first rows with their positions as uids. Returns its columns."""
     there = {name for name, *_ in con.sql("describe published").fetchall()}
-    found = {ours: next((name for name in theirs if name in there), None) for ours, theirs in COLUMNS.items()}
+    stored = ("width", "height") if "ledger" in {name for (name,) in con.sql("show tables").fetchall()} else ()
+    found = {ours: next((name for name in theirs if name in there and name not in stored), None) for ours, theirs in COLUMNS.items()}
     columns = [f'"{theirs}" as {ours}' for ours, theirs in found.items() if theirs]
     if rows is None:
         con.execute(f"create view pool as select {', '.join((['uid'] if 'uid' in there else []) + columns)} from published")
@@ -119,7 +138,7 @@ def define_pool(con: duckdb.DuckDBPyConnection, rows: int | None = None) -> set[
 def _threshold(cosine: str) -> str:
     """The value at int(rows * fraction) in descending order; the lowest where that is beyond the last."""
     ordered = f"select {cosine} from pool where {cosine} is not null order by {cosine} desc"
-    return f"coalesce(({ordered} limit 1 offset floor((select count(*) from pool) * part)::bigint), (select min({cosine}) from pool))"
+    return f"coalesce(({ordered} limit 1 offset floor((select count(*) from pool) * part::double)::bigint), (select min({cosine}) from pool))"
 
 
 def language(text: str | None) -> str:
@@ -137,11 +156,13 @@ def _english(texts: Any) -> Any:
 
 def uids_near_targets(embeddings: Path, centroids: Path, targets: Path) -> pa.Table:
     """uids of images whose nearest of C centroids (by inner product of unit vectors) is the nearest of at least one target."""
-    stored = np.load(embeddings)
-    centers = np.load(centroids).astype(np.float32)
-    wanted = np.unique(_nearest(np.load(targets), centers))
-    keep = np.isin(_nearest(stored["embedding"], centers), wanted)
-    return pa.table({"uid": stored["uid"][keep].astype(str)})
+    try:
+        stored, centers, examples = np.load(embeddings), np.load(centroids).astype(np.float32), np.load(targets)
+        keep = np.isin(_nearest(stored["embedding"], centers), np.unique(_nearest(examples, centers)))
+        return pa.table({"uid": stored["uid"][keep].astype(str)})
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        hint = "give an .npz of uid and embedding, and .npy of centroids and targets, of the same dimension"
+        raise InputError(f"{embeddings}, {centroids} and {targets} cannot be used: {error}", hint) from error
 
 
 def _nearest(vectors: npt.NDArray[Any], centers: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
@@ -149,13 +170,28 @@ def _nearest(vectors: npt.NDArray[Any], centers: npt.NDArray[np.float32]) -> npt
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def write(selected: pa.Table, folder: Path) -> tuple[Path, Path]:
-    """`subset.npy`, DataComp's sorted uids as dtype u8,u8, and `subset.parquet` of (uid, caption). Returns both paths."""
+def write(con: duckdb.DuckDBPyConnection, folder: Path) -> tuple[Path, Path]:
+    """Of the table `selected`: `subset.npy`, DataComp's sorted uids as dtype u8,u8, and `subset.parquet` of (uid, caption). Returns both paths.
+
+    Raises:
+        InputError: a uid is none of DataComp's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    uids = sorted(set(selected["uid"].to_pylist()))
-    bad = next((uid for uid in uids if len(uid) != 32 or set(uid) - set("0123456789abcdef")), None)
-    if bad is not None:
-        raise InputError(f"uid '{bad[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs", "select from a run or a version")
-    np.save(folder / "subset.npy", np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], U8U8))
-    write_parquet(selected, folder / "subset.parquet")
-    return folder / "subset.npy", folder / "subset.parquet"
+    subset, table = folder / "subset.npy", folder / "subset.parquet"
+    parts = [path.with_name(f".{path.name}.part") for path in (subset, table)]
+    for (uid,) in con.sql("select uid from selected where not coalesce(regexp_full_match(uid::varchar, '[0-9a-f]{32}'), false) limit 1").fetchall():
+        raise InputError(f"uid '{str(uid)[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs", "select from a run or a version")
+    con.execute(f"copy (from selected order by uid, caption) to {views.literal(str(parts[1]))} (format parquet, compression zstd)")
+    ((number,),) = con.sql("select count(distinct uid) from selected").fetchall()
+    halves = con.sql(
+        "select ('0x' || uid[:16])::ubigint as high, ('0x' || uid[17:])::ubigint as low from (select distinct uid from selected order by uid)"
+    )
+    uids, start = np.lib.format.open_memmap(parts[0], "w+", U8U8, (number,)), 0  # type: ignore[no-untyped-call]
+    for batch in halves.to_arrow_reader(100_000):
+        for name, column in zip(("f0", "f1"), batch.columns, strict=True):
+            uids[name][start : start + len(batch)] = column.to_numpy()
+        start += len(batch)
+    uids.flush()
+    for part, path in zip(parts, (subset, table), strict=True):
+        os.replace(part, path)
+    return subset, table

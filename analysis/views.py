@@ -137,7 +137,7 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
         try:
             for name, paths in (("published", found.published), ("ledger", found.ledger)):
                 if paths:
-                    _view(con, name, paths)
+                    create(con, name, paths)
             _captions_view(con, found)
         except (duckdb.Error, UnicodeDecodeError) as error:
             if found.filesystem is not None and not _is_text_error(error):
@@ -162,7 +162,8 @@ def _unreadable(found: Parts, error: Exception) -> InputError:
     return InputError(f"{found.published[0]}{' ...' if found.published[1:] else ''} cannot be read: {said}", hint)
 
 
-def _view(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
+def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
+    """A view over tables of one schema."""
     reader = next(reader for kind, reader in READERS.items() if paths[0].lower().endswith(kind))
     if reader == "read_parquet" and not paths[0].startswith("hf://"):
         first = _schema(paths[0])
@@ -174,7 +175,7 @@ def _view(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
             for a, b in zip(first, schema, strict=True):
                 if _is_text(a.type) != _is_text(b.type) and not (_is_text(a.type) and pa.types.is_null(b.type)):
                     raise InputError(f"{a.name} is {b.type} in {path} and {a.type} in {paths[0]}", "give tables of one schema")
-    con.execute(f'create view "{name}" as from {reader}([{", ".join(map(_literal, paths))}])')
+    con.execute(f'create view "{name}" as from {reader}([{", ".join(map(literal, paths))}])')
 
 
 def _schema(path: str) -> pa.Schema:
@@ -214,8 +215,8 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
     names = caption_columns(con, found.captions) if _readable(con, found) else list(found.captions) or ["org_caption", "re_caption"]
     for view, rows in (("captions", ""), ("first_captions", f" limit {FIRST_ROWS}")):
         columns = (  # a union of columns, unlike UNPIVOT, groups by `caption` at no cost
-            f"select position, row_number() over () as nth, {_literal(name)} as caption, {_quoted(name)} as text "
-            f"from (select row_number() over () as position, {_quoted(name)} from published{rows}) where {_quoted(name)} is not null"
+            f"select position, row_number() over () as nth, {literal(name)} as caption, text "
+            f"from (select row_number() over () as position, {_quoted(name)} as text from published{rows}) where text is not null"
             for name in names
         )
         con.execute(f"create view {view} as {' union all '.join(columns)}")
@@ -237,5 +238,5 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"

@@ -191,9 +191,9 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
 
     pairs = dict(setting.partition("=")[::2] for setting in settings)
     given = parse(selection.Given, pairs, what="recap select")
-    selected = selection.select(place, strategy.split("+"), given)
-    subset, table = selection.write(selected, out)
-    counts = {name: selected["caption"].to_pylist().count(name) for name in sorted(set(selected["caption"].to_pylist()))}
+    with selection.selecting(place, strategy.split("+"), given) as con:
+        counts = dict(con.sql("select caption, count(*) from selected group by caption order by caption").fetchall())
+        subset, table = selection.write(con, out)
     lines = [f"{number:>12,} {name}" for name, number in counts.items()] + [f"{subset}  {table}"]
     _print({"rows": counts, "subset": str(subset), "table": str(table)}, as_json, "\n".join(lines))
 
@@ -250,7 +250,7 @@ def publish(run: Path, target: str, version: str, dry_run: bool, rebase: bool, a
     _say_published(publish_run(run, target, version, dry_run=dry_run, rebase=rebase), target, version, as_json)
 
 
-def _say_published(result: Any, target: str, version: str, as_json: bool) -> None:
+def _say_published(result: Any, target: str, version: str, as_json: bool, removed: int | None = None) -> None:
     said = "would be published" if result.plan else "published" if result.new else "is there already, byte for byte; nothing to do"
     lines = [f"{result.place}: {result.rows} rows, {said}", *(f"  {name:<16} {value}" for name, value in result.plan.items())]
     if not result.plan:
@@ -262,7 +262,9 @@ def _say_published(result: Any, target: str, version: str, as_json: bool) -> Non
             f"  recap sql {target}@v{version} 'from published limit 5'",
             f"  recap verify {target}@v{version}",
         ]
-    _print(vars(result), as_json, "\n".join(lines))
+    if removed is not None:
+        lines.insert(1, f"  {removed} rows {'would be ' if result.plan else ''}removed")
+    _print(vars(result) | ({} if removed is None else {"removed": removed}), as_json, "\n".join(lines))
 
 
 @main.command()
@@ -312,28 +314,29 @@ def _number(value: float | None) -> str:
 
 @main.command()
 @click.argument("target", metavar="TARGET[@v1.2.0]")
-@click.option("--uids", type=click.File(encoding="utf-8"), help="File of uids, one a line.")
-@click.option("--sha256", type=click.File(encoding="utf-8"), help="File of images' sha256.")
-@click.option("--urls", type=click.File(encoding="utf-8"), help="File of URLs.")
-@click.option("--domains", type=click.File(encoding="utf-8"), help="File of domains; subdomains go with them.")
+@click.option("--uids", type=click.Path(path_type=Path), help="File of uids, one a line.")
+@click.option("--sha256", type=click.Path(path_type=Path), help="File of images' sha256.")
+@click.option("--urls", type=click.Path(path_type=Path), help="File of URLs.")
+@click.option("--domains", type=click.Path(path_type=Path), help="File of domains; subdomains go with them.")
 @_version
 @_dry_run
 @_rebase
 @_as_json
-def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Any) -> None:
+def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Path | None) -> None:
     """Publish a new version of TARGET without the rows that the files name; later versions cannot bring them back."""
+    from builder.core import read_lines
     from builder.target import by_number, split, target_of
     from builder.versions import remove as remove_rows
 
     kinds = {"uids": "uid", "sha256": "sha256", "urls": "url", "domains": "domain"}
-    values = {kinds[name]: [line.strip() for line in file if line.strip()] for name, file in files.items() if file}
+    values = {kinds[name]: [line.strip() for line in read_lines(path) if line.strip()] for name, path in files.items() if path}
     if not any(values.values()):
         raise UserError("nothing to remove was named", f"for example: recap remove {target} --uids FILE --version {version}")
     result, number = remove_rows(target, version, values, dry_run=dry_run, rebase=rebase)
-    _say_published(result, split(target)[0], version, as_json)
-    if not as_json:
+    _say_published(result, split(target)[0], version, as_json, removed=number)
+    if not as_json and not dry_run:
         where = target_of(split(target)[0])
-        click.echo(f"{number} rows removed. Older versions still hold them; to delete those:")
+        click.echo("Older versions still hold the rows; to delete those:")
         for older in where.versions():
             if by_number(older) < by_number(version):
                 click.echo(f"  {where.how_to_delete(older)}")

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from builder.errors import RecipeError
+from builder.errors import InputError, RecipeError
 
 Json = Any
 T = TypeVar("T")
@@ -289,3 +289,15 @@ def read_rows(path: Path, columns: list[str] | None = None, *, batch: int = 1024
     with pq.ParquetFile(path) as file:
         for part in file.iter_batches(batch, columns=columns):
             yield from part.to_pylist()
+
+
+def read_lines(path: Path) -> list[str]:
+    """Of a text file that a user gives.
+
+    Raises:
+        InputError: it is not there, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "give a text file, UTF-8, one value a line") from error

@@ -33,7 +33,7 @@ from huggingface_hub import (
     get_token,
     hf_hub_url,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status, parse_ratelimit_headers
@@ -65,10 +65,10 @@ class Hub:
     def versions(self) -> list[str]:
         try:
             refs = self._call(lambda: self.api.list_repo_refs(**self.here))
+        except RepositoryNotFoundError:  # or a private one, and no token for it
+            return []
         except HfHubHTTPError as error:
-            if error.response.status_code == 404:
-                return []
-            raise
+            raise _refused(error, self.repo) from error
         return sorted((tag.name[1:] for tag in refs.tags if tag.name.startswith("v") and VERSION.fullmatch(tag.name[1:])), key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
@@ -92,12 +92,12 @@ class Hub:
         rows, place = staged.manifest["rows"]["train"], f"{HUB}{self.repo}@{staged.tag}"
         _within_limits(list(staged.files))
         try:
+            if staged.version in self.versions() and (tagged := self._tag(staged.tag)):
+                self._same(staged, tagged)
+                return Published(place, rows, False, tagged)
             if dry_run:
                 return Published(place, rows, False, plan=self._plan(staged))
             self._call(lambda: self.api.create_repo(**self.here, exist_ok=True))
-            if tagged := self._tag(staged.tag):
-                self._same(staged, tagged)
-                return Published(place, rows, False, tagged)
             pull = self._pull_request(staged, rebase)
             if pull.status != "merged":
                 self._send(staged, pull)

@@ -32,7 +32,7 @@ from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, read_rows, sha256_file, write_parquet
 from builder.errors import VersionError, telling_of_a_full_disk
 from builder.select import LEDGER, Select, schema
-from builder.target import MANIFEST, VERSION, Published, Staged, link, target_of
+from builder.target import MANIFEST, Published, Staged, check_version, link, target_of
 from cards.card import card
 from cards.croissant import croissant
 
@@ -59,8 +59,7 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         VersionError: the version exists with other bytes, the run has no row to publish, or what was staged does not verify.
         InputError: the run is not finished.
     """
-    if not VERSION.fullmatch(version):
-        raise VersionError(f"'{version}' is not a version", "for example --version 0.1.0")
+    check_version(version)
     where = target_of(target)
     runs.finished(run)
     (run / "versions").mkdir(exist_ok=True)
@@ -82,15 +81,11 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
     plans = runs.plan(runs.load_recipe(run), run)
     select = plans["select"]
     key = _key(recipe, version, select.shards(), removed)
-    if record.exists() and folder.exists() and json.loads(record.read_bytes())["key"] == key:
-        return Staged(folder, version, json.loads((folder / MANIFEST).read_bytes()))
+    if record.exists() and json.loads(record.read_bytes())["key"] == key and (staged := _staged(folder, version)):
+        return staged
+    record.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    shards: dict[str, list[Shard]] = {"data": [], "ledger": []}
-    for done in select.shards():
-        for name, sha256 in done.outputs.items():
-            kind, rows = ("ledger", sum(done.rows.values())) if name.endswith(".ledger.parquet") else ("data", done.rows.get("ok", 0))
-            shards[kind].append(Shard(run / name, sha256, done.bytes[name], rows))
-    found = views.parts(run)
+    shards, found = _shards(run, select), views.parts(run)
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
         raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: recap status {run}")
@@ -100,13 +95,36 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
     return staged
 
 
+def _staged(folder: Path, version: str) -> Staged | None:
+    """What was staged, if nobody has changed it: sizes of all files, sha256 of the small ones."""
+    try:
+        staged = Staged(folder, version, json.loads((folder / MANIFEST).read_bytes()))
+        for name, file in staged.files.items():
+            path = folder / name
+            if path.stat().st_size != file["bytes"] or (path.suffix != ".parquet" and sha256_file(path) != file["sha256"]):
+                return None
+    except (OSError, ValueError):
+        return None
+    return staged
+
+
+def _shards(run: Path, select: runs.StagePlan) -> dict[str, list[Shard]]:
+    shards: dict[str, list[Shard]] = {"data": [], "ledger": []}
+    for done in select.shards():
+        for name, sha256 in done.outputs.items():
+            kind, rows = ("ledger", sum(done.rows.values())) if name.endswith(".ledger.parquet") else ("data", done.rows.get("ok", 0))
+            shards[kind].append(Shard(run / name, sha256, done.bytes[name], rows))
+    return shards
+
+
 def _made(plans: runs.Plans) -> dict[str, Any]:
     """From the records of the shards: library -> version of what made them, of several all; stage -> first and last day, UTC."""
     libraries: dict[str, set[str]] = {}
     days: dict[str, set[str]] = {}
     for stage, plan in plans.items():
         for record in plan.shards():
-            days.setdefault(stage, set()).add(record.day)
+            if record.day:
+                days.setdefault(stage, set()).add(record.day)
             for name, number in record.versions.items():
                 libraries.setdefault(name, set()).add(number)
     return {
@@ -117,7 +135,8 @@ def _made(plans: runs.Plans) -> dict[str, Any]:
 
 def _key(recipe: Recipe, version: str, shards: list[Record], removed: pa.Table) -> str:
     """Of all that the staged bytes depend on, the code that describes them included."""
-    code = [sha256_file(path) for folder in ("analysis", "cards") for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".sql")]
+    kinds = (".py", ".sql", ".txt")
+    code = [sha256_file(path) for folder in ("analysis", "cards") for path in sorted((ROOT / folder).rglob("*")) if path.suffix in kinds]
     content = [version, recipe.to_json(), [shard.outputs for shard in shards], removed.to_pylist(), code, sha256_file(Path(__file__))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -166,10 +185,13 @@ def put_together(
 def preview_card(run: Path) -> Path:
     """The card, its plots and statistics of a run as it is, in RUN/card. Returns the path of README.md."""
     folder, found = run / "card", views.parts(run)
+    plans = runs.plan(runs.load_recipe(run), run)
+    shards = _shards(run, plans["select"])
     sample = next((row for file in found.published for row in read_rows(Path(file))), {})
-    with views.connect(found) as con:
-        rows = {name: con.sql(f"select count(*) from {view}").fetchall()[0][0] for name, view in (("train", "published"), ("ledger", "ledger"))}
-    describe(folder, runs.load_recipe(run).portable(), {"rows": rows | {"preview": min(PREVIEW_ROWS, rows["train"])}}, found, sample)
+    rows = {"train": sum(s.rows for s in shards["data"]), "ledger": sum(s.rows for s in shards["ledger"])}
+    sizes = {"train": sum(s.bytes for s in shards["data"]), "ledger": sum(s.bytes for s in shards["ledger"])}
+    manifest = {"rows": rows | {"preview": min(PREVIEW_ROWS, rows["train"])}, "bytes": sizes, **_made(plans)}
+    describe(folder, runs.load_recipe(run).portable(), manifest, found, sample)
     return folder / "README.md"
 
 
@@ -222,18 +244,20 @@ def check(staged: Staged, parts: views.Parts, removed: pa.Table) -> None:
         for uid, times in con.sql("select uid, count(*) from ledger where uid is not null group by uid having count(*) > 1 limit 1").fetchall():
             raise VersionError(f"uid {uid} occurs {times} times in the ledger")
         con.register("tombstones", removed)
-        if removed.num_rows and (number := con.sql(f"select count(*) from ({tombstones.named('published')})").fetchall()[0][0]):
+        named = f"({tombstones.named('published')}) union ({tombstones.named('ledger', 'null')})"
+        if removed.num_rows and (number := con.sql(f"select count(*) from ({named})").fetchall()[0][0]):
             raise VersionError(
                 f"{number} rows are named by tombstones of the target: they were removed from an earlier version",
                 f"build without them: recap build ... dedup.tombstones={tombstones.FILE} (the file of the target's newest version)",
             )
-        texts = ", ".join(f'"{name}"' for name, kind in zip(expected["data"].names, expected["data"].types, strict=True) if kind == pa.string())
-        for uid in con.sql(
-            f"select uid from published where regexp_matches(concat_ws(' ', {texts}), '{SECRETS.replace(chr(92) + 'b', '')}') limit 1"
-        ).fetchall():
-            raise VersionError(
-                f"the row {uid[0]} holds what looks like a secret", "take it out: give its uid to recap remove, or to dedup.tombstones"
-            )
+        texts = [f'"{name}"' for name, kind in zip(expected["data"].names, expected["data"].types, strict=True) if kind == pa.string()]
+        pattern = SECRETS.replace(r"\b", "")
+        for view, columns in (("published", texts), ("ledger", ["url", "error"])):
+            looks = f"regexp_matches(concat_ws(' ', {', '.join(columns)}), '{pattern}')"
+            for (uid,) in con.sql(f"select uid from {view} where {looks} limit 1").fetchall():
+                raise VersionError(
+                    f"the row {uid} of {view} holds what looks like a secret", "take it out: give its uid to recap remove, or to dedup.tombstones"
+                )
     if all((folder / name).exists() for name in staged.files):
         _loads(folder, promised)
 

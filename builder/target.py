@@ -103,12 +103,17 @@ def version_files(place: str) -> tuple[AbstractFileSystem, str]:
     """File system and root of `TARGET@v1.2.0`, of the newest version of a target, or of a version's own folder."""
     text, version = split(place)
     if version is None and Path(text, MANIFEST).exists():
-        return LocalFileSystem(), text
+        return LocalFileSystem(), os.path.abspath(text)
     target = target_of(text)
     versions = target.versions()
     if not versions or (version and version not in versions):
         raise InputError(f"{text} has no version {version or ''}".rstrip(), f"it has: {', '.join(versions) or 'none'}")
     return target.files(version or versions[-1])
+
+
+def check_version(version: str) -> None:
+    if not VERSION.fullmatch(version):
+        raise VersionError(f"'{version}' is not a version", "for example --version 0.1.0")
 
 
 def by_number(version: str) -> tuple[int, ...]:
@@ -138,7 +143,7 @@ class Folder:
         return sorted(names, key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
-        return LocalFileSystem(), str(self.path / f"v{version}")
+        return LocalFileSystem(), os.path.abspath(self.path / f"v{version}")
 
     def how_to_delete(self, version: str) -> str:
         return f"rm -r {self.path / f'v{version}'}"
@@ -158,6 +163,7 @@ class Folder:
                         f"{final} exists and holds other bytes; a version never changes",
                         f"publish under a new one: --version {next_version(self.versions())}",
                     )
+                self._point_at_latest()
                 return Published(str(final), rows, False)
             if dry_run:
                 size = sum(size for _, size in staged.promised().values())
@@ -175,12 +181,15 @@ class Folder:
                     path.chmod(0o444)
                 sync(path)
             os.rename(staging, final)
-            latest = self.path / ".latest.part"
-            latest.unlink(missing_ok=True)
-            latest.symlink_to(f"v{self.versions()[-1]}")
-            os.replace(latest, self.path / "latest")
-            sync(self.path)
+            self._point_at_latest()
         return Published(str(final), rows, True)
+
+    def _point_at_latest(self) -> None:
+        part = self.path / ".latest.part"
+        part.unlink(missing_ok=True)
+        part.symlink_to(f"v{self.versions()[-1]}")
+        os.replace(part, self.path / "latest")
+        sync(self.path)
 
     def _held(self) -> dict[str, Path]:
         """sha256 -> file, of what the versions hold."""

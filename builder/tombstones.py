@@ -21,10 +21,10 @@ SCHEMA = pa.schema([("kind", pa.string()), ("mark", pa.string())])
 
 MARKS = """
 with hosts as (
-    select *, string_split(lower(regexp_extract(url, '^[a-zA-Z]+://(?:[^/?#]*@)?([^/:?#]+)', 1)), '.') as host from {rows}
+    select *, string_split(rtrim(lower(regexp_extract(coalesce(url, ''), '^[a-zA-Z]+://(?:[^/?#]*@)?([^/:?#]+)', 1)), '.'), '.') as host from {rows}
 ), marked as (
     select row, unnest(
-        [sha256('uid:' || uid), sha256('sha256:' || image), sha256('url:' || url)]
+        [sha256('uid:' || lower(uid)), sha256('sha256:' || lower(image)), sha256('url:' || url)]
         || [sha256('domain:' || array_to_string(host[k:], '.')) for k in range(1, len(host) + 1)]
     ) as mark from hosts
 )
@@ -40,8 +40,10 @@ def table(values: Mapping[str, Iterable[str]]) -> pa.Table:
 
 
 def mark(kind: str, value: str) -> str:
+    if kind != "url":
+        value = value.lower()
     if kind == "domain":
-        value = value.lower().strip(".")
+        value = value.strip(".")
     return hashlib.sha256(f"{kind}:{value}".encode()).hexdigest()
 
 

@@ -24,55 +24,64 @@ from builder.core import Recipe, sha256_file, write_parquet
 from builder.errors import InputError, VersionError, telling_of_a_full_disk
 from builder.publish import PREVIEW, PREVIEW_ROWS, Shard, captions_of, check, put_together
 from builder.select import LEDGER, ROW_GROUP_ROWS, schema
-from builder.target import MANIFEST, OURS, Published, by_number, split, target_of, version_files
+from builder.target import MANIFEST, OURS, Published, by_number, check_version, split, target_of, version_files
 from cards.card import card
+from cards.croissant import croissant
 
 
 def verify(place: str) -> dict[str, Any]:
     """Hold a published version against its manifest, reading each byte once: files, hashes, rows, schemas, card.
 
-    Returns `{"place", "files", "bytes", "problems": [...]}`; no problem, and the version is what was published.
+    Returns `{"place", "version", "files", "bytes", "problems": [...]}`; no problem, and the version is what was published.
+
+    Raises:
+        InputError: there is no such version, or its manifest or recipe cannot be read.
     """
-    fs, root = version_files(place)
-    manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
-    captions = captions_of(Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode()))
+    fs, root, recipe, manifest = _opened(place)
     there = {path.removeprefix(f"{root}/") for path in fs.find(root)}
-    problems, total = [f"{name} is missing" for name in manifest["files"] if name not in there], 0
+    problems, total, whole = [f"{name} is missing" for name in manifest["files"] if name not in there], 0, set()
     for name, promised in manifest["files"].items():
         if name not in there:
             continue
-        sha256, size, footer = _read_once(fs, f"{root}/{name}", parquet=name.endswith(".parquet"))
+        sha256, size, end = _read_once(fs, f"{root}/{name}")
         total += size
         if (sha256, size) != (promised["sha256"], promised["bytes"]):
             problems.append(f"{name} has {size} bytes and sha256 {sha256}, not {promised['bytes']} and {promised['sha256']}")
-        elif footer is not None:
-            expected = {"data": schema(captions), "ledger": LEDGER}.get(name.partition("/")[0], tombstones.SCHEMA)
+            continue
+        whole.add(name)
+        if name.endswith(".parquet"):
+            footer = pq.read_metadata(pa.BufferReader(b"PAR1" + end[-8 - int.from_bytes(end[-8:-4], "little") :]))
+            expected = {"data": schema(captions_of(recipe)), "ledger": LEDGER}.get(name.partition("/")[0], tombstones.SCHEMA)
             if not footer.schema.to_arrow_schema().equals(expected):
                 problems.append(f"{name} has another schema than the recipe's")
             if footer.num_rows != promised["rows"]:
                 problems.append(f"{name} has {footer.num_rows} rows, not {promised['rows']}")
     extra = sorted(name for name in there - set(manifest["files"]) if name.startswith(OURS))
     problems += [f"{name} is not in the manifest" for name in extra]
-    text = fs.cat_file(f"{root}/README.md").decode()
-    if f"{manifest['rows']['train']:,} rows" not in text or f"version {manifest['version']}" not in text:
+    text = fs.cat_file(f"{root}/README.md").decode() if "README.md" in whole else ""
+    if text and (f"{manifest['rows']['train']:,} rows" not in text or f"version {manifest['version']}" not in text):
         problems.append(f"README.md speaks of another version or number of rows than {manifest['version']} and {manifest['rows']['train']:,}")
     return {"place": place, "version": manifest["version"], "files": len(manifest["files"]), "bytes": total, "problems": problems}
 
 
-def _read_once(fs: AbstractFileSystem, path: str, *, parquet: bool) -> tuple[str, int, pq.FileMetaData | None]:
-    """sha256, size and, of a parquet file, its footer: it is parsed from the end of what went by."""
-    digest, size, tail = hashlib.sha256(), 0, b""
+def _opened(place: str) -> tuple[AbstractFileSystem, str, Recipe, dict[str, Any]]:
+    """File system, root, recipe and manifest of a version."""
+    fs, root = version_files(place)
+    try:
+        return fs, root, Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode()), json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"{place} is no whole version: {error}", "publish the run again, under a new version") from error
+
+
+def _read_once(fs: AbstractFileSystem, path: str) -> tuple[str, int, bytes]:
+    """sha256, size, and the last 16 MiB: a parquet file's footer is in them."""
+    digest, size, end = hashlib.sha256(), 0, b""
     with fs.open(path, "rb", **({} if isinstance(fs, LocalFileSystem) else {"block_size": 0})) as file:  # 0: one stream, no ranges
         while chunk := file.read(8 << 20):
             digest.update(chunk)
             size += len(chunk)
-            tail = (tail + chunk)[-(16 << 20) :] if parquet else b""
-    footer = None
-    if parquet and tail[-4:] == b"PAR1":
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if length <= len(tail):
-            footer = pq.read_metadata(pa.BufferReader(b"PAR1" + tail[-length:]))
-    return digest.hexdigest(), size, footer
+            end = (end + chunk)[-(16 << 20) :]
+    return digest.hexdigest(), size, end
 
 
 def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dry_run: bool = False, rebase: bool = False) -> tuple[Published, int]:
@@ -84,12 +93,14 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
     Raises:
         InputError: no row matches, or there is no version to remove from.
     """
+    check_version(version)
     text, base = split(target)
     where = target_of(text)
-    older = [known for known in where.versions() if by_number(known) < by_number(version)]
-    base = base or (older[-1] if older else None)
-    if base is None:
-        raise InputError(f"{text} has no version older than {version}", f"its versions: {', '.join(where.versions()) or 'none'}")
+    versions = where.versions()
+    older = [known for known in versions if by_number(known) < by_number(version)]
+    if base not in versions if base else not older:
+        raise InputError(f"{text} has no version {base or f'older than {version}'}", f"its versions: {', '.join(versions) or 'none'}")
+    base = base or older[-1]
     fs, root = where.files(base)
     manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
     recipe = Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode())
@@ -165,9 +176,7 @@ _WITHOUT_GONE = {
 
 def check_card(place: str) -> list[str]:
     """What in a version's statistics and card no longer agrees with its data: all of it is computed again."""
-    fs, root = version_files(place)
-    recipe = Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode())
-    manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
+    fs, root, recipe, manifest = _opened(place)
     stored = json.loads(fs.cat_file(f"{root}/stats.json"))
     found = views.version_parts(fs, root)
     problems = []
@@ -178,10 +187,20 @@ def check_card(place: str) -> list[str]:
                 problems.append(f"{view} has {number:,} rows, the manifest says {manifest['rows'][name]:,}")
         columns = [name for name, *_ in con.sql("describe published").fetchall()]
         if columns != schema(captions_of(recipe)).names:
-            problems.append(f"the columns are {', '.join(columns)}; the card describes others")
+            return [*problems, f"the columns are {', '.join(columns)}; the card describes {', '.join(schema(captions_of(recipe)).names)}"]
         sample = con.sql("from published limit 1").to_arrow_table().to_pylist()
+    with fs.open(f"{root}/{PREVIEW}", "rb") as file:
+        if (number := pq.read_metadata(file).num_rows) != manifest["rows"]["preview"]:
+            problems.append(f"the preview has {number:,} rows, the manifest says {manifest['rows']['preview']:,}")
+    files = fs.find(root, detail=True)
+    for name, folder in (("train", "data/train-"), ("preview", "data/preview-"), ("ledger", "ledger/train-")):
+        number = sum(about["size"] for path, about in files.items() if path.removeprefix(f"{root}/").startswith(folder))
+        if number != manifest["bytes"][name]:
+            problems.append(f"{folder}* have {number:,} bytes, the manifest says {manifest['bytes'][name]:,}")
     again = json.loads(report.to_json(report.stats(found)))
     for query in sorted(stored.keys() | again.keys()):
+        if query == "nouns" and "absent" in stored.get(query, {}) | again.get(query, {}):  # a spaCy pipeline is installed on one side only
+            continue
         if stored.get(query) != again.get(query):
             what = (
                 "was made by another query"
@@ -194,4 +213,6 @@ def check_card(place: str) -> list[str]:
     for number, (line, wanted) in enumerate(zip_longest(given, expected, fillvalue=""), start=1):
         if line != wanted:
             problems.append(f"README.md, line {number}: '{line[:80]}', not '{wanted[:80]}'")
+    if fs.cat_file(f"{root}/croissant.json").decode() != croissant(recipe, manifest):
+        problems.append("croissant.json is not that of the recipe and the manifest")
     return problems

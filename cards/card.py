@@ -44,8 +44,8 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
         "## Original against recaption",
         _table(*reports.table(report)),
         "\n".join(f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in PLOTS if of(report, name)),
-        f"Words of a length are runs without white space; tokens are {tokenizer}, begin and end included; the vocabulary is lower case, letters and "
-        "digits, exact. Numbers on a sample say so in their query. Each number's SQL is named in `stats.json` with its hash.",
+        f"Words of a length are runs without white space; tokens are {tokenizer}, with the special tokens it adds; the vocabulary is lower case, "
+        "letters and digits, exact. Numbers on a sample say so in their query. Each number's SQL is named in `stats.json` with its hash.",
         "## Every source row",
         _table(("status", "rows", "%"), [(r["status"], f"{r['rows']:,}", f"{r['percent']}") for r in of(report, "rows_by_status")]),
         "The config `ledger` holds all of them, with the reason of each failure. Links that still gave an image:",

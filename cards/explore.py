@@ -125,7 +125,9 @@ def _table_view(con: duckdb.DuckDBPyConnection) -> str:
     url = next((name for name in ("url", "URL", "image_url", "coco_url") if name in there), None)
     made = {"uid": "cast(row_number() over () as varchar)", "url": f'"{url}"' if url else "null::varchar", "key": "null::varchar"}
     added = [f"{sql} as {name}" for name, sql in made.items() if name not in there]
-    con.execute(f"create temp table shown as select {', '.join([*added, '*'])} from published")
+    renamed = [f'"{name}" as "{name}_there"' for name in there if name.lower() in ("status", "error")]  # the page has columns of these names
+    every = f"* rename ({', '.join(renamed)})" if renamed else "*"
+    con.execute(f"create temp view shown as select {', '.join([*added, every])} from published")
     return "shown"
 
 
@@ -181,6 +183,8 @@ def _chunk(table: pa.Table) -> bytes:
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
     values: list[Any] = column.to_pylist()
+    if pa.types.is_nested(column.type):
+        return [None if value is None else str(value) for value in values]
     return [None if v is None or not math.isfinite(v) else v for v in values] if pa.types.is_floating(column.type) else values
 
 

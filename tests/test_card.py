@@ -57,8 +57,9 @@ def test_changed_rows_and_columns_are_found(version: Path) -> None:
     file = version / "data" / "train-00000-of-00001.parquet"
     table = pq.read_table(file)
     pq.write_table(table.slice(1).drop_columns(["width"]).append_column("width2", table.slice(1)["width"]), file)
-    with pytest.raises(Exception, match="width"):  # images.sql cannot be answered at all
-        check_card(str(version))
+    problems = check_card(str(version))
+    assert len(problems) == 2
+    assert "width2" in problems[1]
     pq.write_table(table.slice(1), file)
     problems = check_card(str(version))
     assert problems[0] == f"published has {table.num_rows - 1:,} rows, the manifest says {table.num_rows:,}"
@@ -92,7 +93,7 @@ def test_what_the_card_tells_to_type_works(version: Path, demo_run: Path) -> Non
     with web.serve(*web_of(demo_run)):
         for kind, text in blocks:
             line = {"python": [sys.executable, "-c", text.replace("PATH_OR_REPO", str(version))], "sh": ["bash", "-ec", text],
-                    "sql": [sys.executable, "-c", f"import duckdb; print(duckdb.sql({text!r}))"]}[kind]  # fmt: skip
+                    "sql": [sys.executable, "-c", f"import duckdb; print(duckdb.execute({text!r}).fetchall()[:3])"]}[kind]  # fmt: skip
             done = subprocess.run(line, cwd=version, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{text}\n{done.stderr}"
     rows = pq.read_table(next(version.glob("data/train-*"))).num_rows

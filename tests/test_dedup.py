@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from builder import tombstones
 from builder.commit import commit
@@ -121,6 +122,17 @@ def test_a_run_in_which_nothing_was_downloaded(tmp_path: Path) -> None:
 def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
     """Brackets and stars mean something to DuckDB, not to whoever names a directory."""
     assert statuses(dedup(tmp_path / "it's run [1] * ?", [image("x", *urls("a", 6))])) == [["duplicate_image"] * 6]
+
+
+@pytest.mark.parametrize(
+    ("named", "row"),
+    [({"domain": [".Example.com"]}, {"url": "http://A.example.COM./x.jpg"}), ({"uid": ["AB-1"]}, {"uid": "ab-1", "url": None}),
+     ({"sha256": ["ABC"]}, {"url": None, "image_sha256": "abc"})],
+)  # fmt: skip
+def test_a_tombstone_names_rows_however_they_are_written(tmp_path: Path, named: dict[str, list[str]], row: dict[str, str | None]) -> None:
+    tombstones.write(tombstones.table(named), tmp_path / "tombstones.parquet")
+    rows = [{"status": "ok", **row}, *image("x", "http://example.org/example.com")]
+    assert statuses(dedup(tmp_path, [rows], tombstones=str(tmp_path / "tombstones.parquet"))) == [["removed", "ok"]]
 
 
 def test_a_version_without_tombstones_has_none(tmp_path: Path) -> None:

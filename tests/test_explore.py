@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -478,6 +479,15 @@ def test_somebody_elses_table_is_shown_too(server: tuple[Path, str], page: Page)
     look(page, f"{address}/table/", where="a_caption like '%dog%'")
     assert page.locator(".row").count() == 1
     assert "raw text" in page.locator(".row").first.inner_text()
+
+
+def test_a_table_with_a_status_and_lists_of_its_own(server: tuple[Path, str], page: Page) -> None:
+    root, address = server
+    rows = [{"url": f"http://127.0.0.1:1/{k}.jpg", "caption": f"text {k}", "status": "success", "box": [1.0, float("nan")]} for k in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), root / "own.parquet")
+    explore(root / "own.parquet", root / "own-page")
+    look(page, f"{address}/own-page/", where="status = 'ok' and status_there = 'success'")
+    assert page.locator(".row").count() == 3
 
 
 def test_only_a_page_of_its_own_is_replaced(server: tuple[Path, str], tmp_path: Path) -> None:

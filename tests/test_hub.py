@@ -475,3 +475,7 @@ def test_rows_that_were_removed_do_not_come_back(demo_run: Path, tmp_path: Path)
     uid = pq.read_table(run / "select" / "00000.parquet")["uid"][3].as_py()
     with pytest.raises(VersionError, match=r"1 rows are named by tombstones(.|\n)*dedup\.tombstones"):
         stage(run, "0.1.0", tombstones.table({"uid": [uid]}))
+    ledger = pq.read_table(run / "select" / "00000.ledger.parquet").to_pylist()
+    dead = next(row["url"] for row in ledger if row["status"] == "dead_link")
+    with pytest.raises(VersionError, match=r"1 rows are named by tombstones"):
+        stage(run, "0.1.0", tombstones.table({"url": [dead]}))

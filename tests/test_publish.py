@@ -128,6 +128,31 @@ def test_a_dry_run_publishes_nothing(copied_run: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").glob("[!.]*")) == []
 
 
+def test_what_was_staged_and_changed_since_is_staged_again(copied_run: Path, tmp_path: Path) -> None:
+    publish(copied_run, str(tmp_path / "out"), "1.0.0", dry_run=True)
+    readme = copied_run / "versions" / "v1.0.0" / "README.md"
+    card = readme.read_text()
+    readme.write_text(card.replace("e", "a"))
+    publish(copied_run, str(tmp_path / "out"), "1.0.0")
+    assert (tmp_path / "out" / "v1.0.0" / "README.md").read_text() == card
+    (tmp_path / "out" / "latest").unlink()  # as after a crash just before it
+    assert not publish(copied_run, str(tmp_path / "out"), "1.0.0").new
+    assert (tmp_path / "out" / "latest").resolve().name == "v1.0.0"
+
+
+def test_what_was_refused_once_is_not_taken_for_staged(copied_run: Path, tmp_path: Path) -> None:
+    """A version of one recipe, then one of another that is refused, then the first again."""
+    recipe = copied_run / "recipe.json"
+    first = recipe.read_text()
+    publish(copied_run, str(tmp_path / "out"), "1.0.0", dry_run=True)
+    recipe.write_text(first.replace("recapkit demo", f"hf_{'x' * 34}"))
+    with pytest.raises(VersionError, match="secret"):
+        publish(copied_run, str(tmp_path / "out"), "1.0.0")
+    recipe.write_text(first)
+    published = Path(publish(copied_run, str(tmp_path / "out"), "1.0.0").place)
+    assert "hf_x" not in (published / "README.md").read_text()
+
+
 def test_an_unfinished_run_is_refused(copied_run: Path, tmp_path: Path) -> None:
     (copied_run / "score" / "00001.json").unlink()
     with pytest.raises(InputError, match=r"not complete: 1 score shards"):
@@ -150,6 +175,38 @@ def test_verify_finds_a_changed_byte(version: Path, tmp_path: Path) -> None:
     file.write_bytes(data)
     (problem,) = verify(str(tmp_path / "v"))["problems"]
     assert re.match(rf"ledger/{file.name} has {len(data)} bytes and sha256 ", problem)
+
+
+def test_verify_tells_of_what_it_cannot_read(version: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(version, tmp_path / "v"))
+    (place / "README.md").unlink()
+    file = next((place / "data").glob("train-*.parquet"))
+    file.chmod(0o644)
+    data = file.read_bytes()
+    file.write_bytes(data[:-40] + bytes(32) + data[-8:])  # the footer
+    missing, damaged = verify(str(place))["problems"]
+    assert missing == "README.md is missing"
+    assert damaged.startswith(f"data/{file.name} has ")
+    (place / "recipe.json").unlink()
+    with pytest.raises(InputError, match="is no whole version"):
+        verify(str(place))
+
+
+def test_a_place_may_be_relative(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(version.parent, tmp_path / "out", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    for place in ("out", "out@v0.1.0", "out/v0.1.0", "out/v0.1.0/", f"{tmp_path}/out/v0.1.0/"):
+        assert verify(place)["problems"] == [], place
+    uid = pq.read_table(next((version / "data").glob("train-*.parquet")))["uid"][0].as_py()
+    Path("uids.txt").write_text(f"\ufeff{uid.upper()}\n\n")
+    said = recap("remove", "out", "--uids", "uids.txt", "--version", "0.1.1", "--dry-run", cwd=tmp_path).stdout
+    assert "1 rows would be removed" in said
+    assert "Older versions" not in said
+    assert "1 rows removed" in recap("remove", "out", "--uids", "uids.txt", "--version", "0.1.1", cwd=tmp_path).stdout
+    assert verify("out")["problems"] == []
+    for arguments in (["out", "--version", "0.2"], ["out", "--version", "v0.1.2"], ["out@v0.0.9", "--version", "0.1.2"]):
+        assert "version" in recap("remove", *arguments, "--uids", "uids.txt", check=2, cwd=tmp_path).stderr
+    assert "cannot be read" in recap("remove", "out", "--version", "0.1.2", "--uids", "none.txt", check=2, cwd=tmp_path).stderr
 
 
 def test_published_files_name_no_place_on_this_machine(version: Path, demo_run: Path) -> None:

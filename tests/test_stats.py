@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import regex
 from conftest import CAPTIONER, recap
+from tokenizers import Tokenizer
 
 from analysis import report, views
 from analysis.report import Options
@@ -133,6 +134,17 @@ def test_distinct_trigrams_against_subset_size(tmp_path: Path) -> None:
     assert last["distinct_trigrams"] == pytest.approx(120_000, rel=0.1)
 
 
+def test_captions_too_short_for_a_trigram_have_none(tmp_path: Path) -> None:
+    found = one(table(tmp_path / "a.parquet", text=["a", "b c"]), "trigrams")
+    assert found == [{"caption": "text", "captions": 2, "distinct_trigrams": 0, "approximate": False}]
+
+
+def test_a_caption_column_may_have_any_name(tmp_path: Path) -> None:
+    place = table(tmp_path / "a.parquet", position=["one two", None], text=["x", "y"], **{'it\'s "mine"': ["a b c", "d"]})
+    found = one(place, "lengths", captions=["position", "text", 'it\'s "mine"'])
+    assert {row["caption"]: row["words_mean"] for row in found} == {"position": 2.0, "text": 1.0, 'it\'s "mine"': 2.0}
+
+
 def test_a_caption_that_few_rows_have_is_counted_by_its_own_captions(tmp_path: Path) -> None:
     """Not by rows: 1,100 captions behind 100,000 rows without one."""
     texts = pa.chunked_array([pa.nulls(100_000, pa.string()), pa.array([f"a b {n}" for n in range(1100)])])
@@ -202,6 +214,12 @@ def test_tokens_of_a_given_tokenizer(tmp_path: Path) -> None:
     (row,) = one(table(tmp_path / "a.parquet", text=texts), "tokens", options=Options(tokenizer=CAPTIONER / "tokenizer.json"))
     expected = [len(ids) for ids in AutoTokenizer.from_pretrained(CAPTIONER)(texts)["input_ids"]]
     assert row["tokenizer"] == str(CAPTIONER / "tokenizer.json")
+    fixed = Tokenizer.from_file(str(CAPTIONER / "tokenizer.json"))
+    fixed.enable_padding(length=64)
+    fixed.enable_truncation(3)
+    fixed.save(str(tmp_path / "fixed.json"))
+    (same,) = one(table(tmp_path / "a.parquet", text=texts), "tokens", options=Options(tokenizer=tmp_path / "fixed.json"))
+    assert same["tokens_mean"] == row["tokens_mean"]
     assert (row["captions"], row["tokens_mean"], row["tokens_max"]) == (3, round(sum(expected) / 3, 4), max(expected))
 
 
@@ -332,6 +350,20 @@ def test_images_of_no_name_are_not_one_image(tmp_path: Path) -> None:
     place = table(tmp_path / "a.parquet", text=["x"] * 3, sha256=[None, None, "a"], width=[0, 2, 6], height=[0, 1, 2])
     (row,) = one(place, "images")
     assert (row["rows"], row["distinct_images"], row["rows_of_most_frequent_image"], row["aspect_mean"]) == (3, 1, 1, (2 + 3) / 2)
+
+
+def test_an_image_with_one_side_unknown_has_no_aspect(tmp_path: Path) -> None:
+    place = table(tmp_path / "a.parquet", text=["x"] * 3, sha256=["a", "b", "c"], width=[None, 2, 6], height=[7, None, 2])
+    (row,) = one(place, "images")
+    assert (row["rows"], row["aspect_mean"], row["width_px_median"]) == (3, 3.0, 2)
+
+
+def test_addresses_have_no_top_level_domain(tmp_path: Path) -> None:
+    urls = ["http://127.0.0.1:80/a", "http://[::1]:80/a", "http://example.com./a"]
+    found = one(version(tmp_path / "v", [], [{"uid": str(n), "url": url, "status": "ok"} for n, url in enumerate(urls)]), "links")
+    assert [(row["what"], row["name"]) for row in found] == [
+        ("tld", "an IP address"), ("tld", "com"), ("host", "127.0.0.1"), ("host", "[::1]"), ("host", "example.com"),
+    ]  # fmt: skip
 
 
 def test_links_by_top_level_domain_and_host(tmp_path: Path) -> None:
@@ -781,7 +813,8 @@ def test_a_version_with_nothing_to_count_has_statistics(tmp_path: Path, rows: li
     place = version(tmp_path / "v", rows, [{"uid": "0", "url": "http://a.b/c", "status": "dead_link"}])
     found = ask(place, *(path.stem for path in QUERIES.glob("*.sql") if path.stem not in ("tokens", "nouns")))
     assert found["rows_by_status"] == [{"status": "dead_link", "rows": 1, "percent": 100.0}]
-    assert found["vocabulary"] == found["trigrams"] == found["cosines"] == []
+    assert found["vocabulary"] == found["cosines"] == []
+    assert [row["distinct_trigrams"] for row in found["trigrams"]] == [0, 0][: 2 * len(rows)]
     assert found["preference"][0] == dict.fromkeys(found["preference"][0]) | {"rows": 0}
     assert json.loads(json.dumps(found), parse_constant=pytest.fail) == found
 

@@ -7,13 +7,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import recap
 
-from analysis.select import Given, names, select, uids_near_targets, write
+from analysis.select import Given, names, select, selecting, uids_near_targets, write
 from builder.errors import InputError
 
 N = 1000
@@ -115,7 +116,8 @@ def test_every_strategy_is_tested_or_named_here() -> None:
 
 
 def test_a_subset_is_datacomps(pool: Path, tmp_path: Path) -> None:
-    subset, table = write(select(pool, ["union_top"], Given(fraction=0.3)), tmp_path)
+    with selecting(pool, ["union_top"], Given(fraction=0.3)) as con:
+        subset, table = write(con, tmp_path)
     uids = np.load(subset)
     assert uids.dtype == np.dtype("u8,u8")
     assert (np.sort(uids) == uids).all()
@@ -127,6 +129,9 @@ def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Pa
     done = recap("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
     assert json.loads(done.stdout)["rows"] == {"org_caption": 301}
     assert "needs a fraction" in recap("select", pool, "raw_top", "--out", tmp_path / "s", check=2).stderr
+    assert "Unexpected keyword" in recap("select", pool, "raw_top", "fracton=0.3", "--out", tmp_path / "s", check=2).stderr
+    assert "no share of the pool" in recap("select", pool, "raw_top", "fraction=30", "--out", tmp_path / "s", check=2).stderr
+    assert "cannot be read" in recap("select", pool, "text_based", "words=none.txt", "--out", tmp_path / "s", check=2).stderr
     assert "there is no strategy 'best'" in recap("select", pool, "best", "--out", tmp_path / "s", check=2).stderr
 
 
@@ -137,7 +142,9 @@ def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:
 
     rows = [{"uid": uid, "url": f"http://127.0.0.1/{k}", "text": "x"} for k, uid in enumerate(UIDS)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
-    write(pa.table({"uid": UIDS[5:300:3], "caption": ["org_caption"] * len(UIDS[5:300:3])}), tmp_path)
+    with duckdb.connect() as con:
+        con.register("selected", pa.table({"uid": UIDS[5:300:3], "caption": ["org_caption"] * len(UIDS[5:300:3])}))
+        write(con, tmp_path)
     recipe = Recipe("subset", (Source(files=str(tmp_path / "metadata.parquet"), rows_per_shard=250, subset=str(tmp_path / "subset.npy")),))
     assert build(recipe, tmp_path / "run").failed == {}
     files = plan(recipe, tmp_path / "run")["source"].files(tmp_path / "run")

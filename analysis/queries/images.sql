@@ -2,7 +2,7 @@
 with hashes as (
     select sha256, count(*) as times from published where sha256 is not null group by sha256
 ), sizes as (
-    select width, height, greatest(width, height) as long, least(width, height) as short, count(*) as times from published group by all
+    select width, height, if(width > height, width, height) as long, if(width > height, height, width) as short, count(*) as times from published group by all
 ), measured as (
     select what, value, sum(times) as times from (unpivot sizes on width, height, long, short into name what value value) group by all
 ), ranked as (

@@ -7,8 +7,8 @@ with totals as (
 ), firsts as (
     select caption, gram, min(nth) as first from grams where nth <= 100000 group by caption, gram
 ), exact as (
-    select caption, subset as captions, count(*) filter (first <= subset) as distinct_trigrams, false as approximate
-    from firsts, (select unnest([1000, 10000, 100000]) as subset) as sizes group by caption, subset
+    select caption, subset as captions, count(gram) filter (first <= subset) as distinct_trigrams, false as approximate
+    from totals cross join (select unnest([1000, 10000, 100000]) as subset) as sizes left join firsts using (caption) group by caption, subset
 )
 select exact.* from exact join totals using (caption) where captions <= number
 union all
