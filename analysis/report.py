@@ -23,13 +23,13 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from analysis import select
-from analysis.views import FIRST_ROWS, Parts, connect
+from analysis.views import Parts, connect
 from builder.core import read_lines
 from builder.errors import InputError
 
 QUERIES = Path(__file__).parent / "queries"
 VISUAL_WORDS = Path(__file__).parent / "visual_words.txt"
-TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS, SELECTION_ROWS = 20_000, 20_000, 10_000, 20_000
+LANGUAGE_ROWS, TOKEN_ROWS, NEAR_ROWS, NOUN_ROWS, SELECTION_ROWS = 100_000, 20_000, 20_000, 10_000, 20_000
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 0.9)
 
 
@@ -118,13 +118,13 @@ class _Absent(Exception):
 
 
 def _texts(con: duckdb.DuckDBPyConnection, number: int) -> pa.Table:
-    """(position, caption, text) of the first rows."""
-    return con.sql(f"select position, caption, text from first_captions where position <= {number}").to_arrow_table()
+    """(nth, caption, text) of the first captions of each column."""
+    return con.sql(f"select nth, caption, text from first_captions({number})").to_arrow_table()
 
 
 def _languages(con: duckdb.DuckDBPyConnection) -> pa.Table:
     """(caption, language) of the first rows."""
-    found = _texts(con, FIRST_ROWS)
+    found = _texts(con, LANGUAGE_ROWS)
     return pa.table({"caption": found["caption"], "language": pa.array(map(select.language, found["text"].to_pylist()), pa.string())})
 
 
@@ -174,7 +174,7 @@ def _near_duplicates(con: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _nouns(con: duckdb.DuckDBPyConnection) -> pa.Table:
-    """(caption, position, noun) of the first rows, by whichever spaCy pipeline is installed."""
+    """(caption, nth, noun) of the first captions, by whichever spaCy pipeline is installed."""
     import spacy
 
     installed = spacy.util.get_installed_models()
@@ -182,12 +182,12 @@ def _nouns(con: duckdb.DuckDBPyConnection) -> pa.Table:
         raise _Absent("no spaCy pipeline is installed; add one: python -m spacy download en_core_web_sm")
     pipeline = spacy.load(installed[0], disable=["parser", "ner"])
     found = _texts(con, NOUN_ROWS)
-    table: dict[str, list[Any]] = {"caption": [], "position": [], "noun": []}
+    table: dict[str, list[Any]] = {"caption": [], "nth": [], "noun": []}
     documents = pipeline.pipe(text[:20_000] for text in found["text"].to_pylist())
-    for caption, position, document in zip(found["caption"].to_pylist(), found["position"].to_pylist(), documents, strict=True):
+    for caption, nth, document in zip(found["caption"].to_pylist(), found["nth"].to_pylist(), documents, strict=True):
         for token in document:
             if token.pos_ in ("NOUN", "PROPN"):
-                for column, value in zip(table.values(), (caption, position, token.lemma_.lower() or token.lower_), strict=True):
+                for column, value in zip(table.values(), (caption, nth, token.lemma_.lower() or token.lower_), strict=True):
                     column.append(value)
     return pa.table(table)
 

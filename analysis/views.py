@@ -4,7 +4,7 @@ What the queries see:
 
     captions(position, nth, caption, text)  every caption column under another, `caption` naming it; no row where there is none.
                                             `position` counts the rows, `nth` the captions of a column
-    first_captions                          those of the first 100,000 rows
+    first_captions(number)                  the first so many of each column
     counted(caption, words, characters, times)     how many captions have that length
     words(caption, word, times)             their words, lower case
     caption_columns(caption, place)         their order: the first is what the others are compared with
@@ -18,7 +18,7 @@ In a shell of your own (V is a version's folder):
     create view captions as select *, row_number() over (partition by caption order by position) as nth
         from (unpivot (select row_number() over () as position, org_caption, re_caption from published)
               on org_caption, re_caption into name caption value text);
-    create view first_captions as from captions where position <= 100000;
+    create macro first_captions(number) as table from captions where nth <= number;
     create table caption_columns as from (values ('org_caption', 1), ('re_caption', 2)) as columns(caption, place);
     create view scores as unpivot (select org_clip_score as org_caption, re_clip_score as re_caption from published)
         on org_caption, re_caption into name caption value cosine;
@@ -50,7 +50,6 @@ from builder import run as runs
 from builder.errors import InputError
 from builder.target import split, version_files
 
-FIRST_ROWS = 100_000
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the regular expression.
 COUNT_WORDS = r"""create macro count_words(text) as if(regexp_matches(text, '[^\x20-\x7E]|^ | $|  |^$'),
@@ -213,13 +212,14 @@ def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> li
 
 def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
     names = caption_columns(con, found.captions) if _readable(con, found) else list(found.captions) or ["org_caption", "re_caption"]
-    for view, rows in (("captions", ""), ("first_captions", f" limit {FIRST_ROWS}")):
-        columns = (  # a union of columns, unlike UNPIVOT, groups by `caption` at no cost
-            f"select position, row_number() over () as nth, {literal(name)} as caption, text "
-            f"from (select row_number() over () as position, {_quoted(name)} as text from published{rows}) where text is not null"
-            for name in names
-        )
-        con.execute(f"create view {view} as {' union all '.join(columns)}")
+    columns = [  # a union of columns, unlike UNPIVOT, groups by `caption` at no cost
+        f"select position, row_number() over () as nth, {literal(name)} as caption, text "
+        f"from (select row_number() over () as position, {_quoted(name)} as text from published) where text is not null"
+        for name in names
+    ]
+    con.execute(f"create view captions as {' union all '.join(columns)}")
+    # Unlike a condition on `nth`, a limit ends the reading.
+    con.execute(f"create macro first_captions(number) as table {' union all '.join(f'from ({column} limit number)' for column in columns)}")
     con.execute("create temp table caption_columns (caption varchar, place integer)")
     con.executemany("insert into caption_columns values (?, ?)", [(name, place) for place, name in enumerate(names, start=1)])
     there = {name for name, *_ in con.sql("describe published").fetchall()}

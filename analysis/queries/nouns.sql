@@ -1,5 +1,5 @@
 -- Distinct nouns (lemmas, by the installed spaCy pipeline) against subset size.
--- sample: 10000 rows
-with sizes as (select unnest([100, 1000, 10000]) as subset), firsts as (select caption, noun, min(position) as first from nouns group by all)
+-- sample: the first 10000 captions
+with sizes as (select unnest([100, 1000, 10000]) as subset), firsts as (select caption, noun, min(nth) as first from nouns group by all)
 select caption, subset as captions, count(*) filter (first <= subset) as distinct_nouns
-from firsts, sizes where subset <= (select max(position) from captions) group by all order by all
+from firsts, sizes where subset <= (select max(nth) from first_captions(10000)) group by all order by all

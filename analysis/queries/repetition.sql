@@ -1,8 +1,8 @@
 -- Sameness: distinct-3 (distinct trigrams over trigrams), rep-4 (share of a caption's 4-grams that it has said before, mean),
 -- the share that opens with "the image shows" and its kin, and the share of captions that begin with one of the 100 most frequent 4-word prefixes.
--- sample: 100000 rows
+-- sample: the first 100000 captions
 with words as (
-    select caption, regexp_extract_all(lower(text), '[\pL\pN]+') as w, text from first_captions
+    select caption, regexp_extract_all(lower(text), '[\pL\pN]+') as w, text from first_captions(100000)
 ), grams as (
     select caption, w, text, [hash(w[k], w[k + 1], w[k + 2]) for k in range(1, len(w) - 1)] as three,
            [hash(w[k], w[k + 1], w[k + 2], w[k + 3]) for k in range(1, len(w) - 2)] as four
