@@ -8,6 +8,7 @@ A threshold is the value at `int(rows * fraction)` in descending order over the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,9 +92,12 @@ def selecting(place: str | Path | views.Parts, strategies: Sequence[str], given:
 
 
 def _needs(message: str) -> str:
-    for what, hint in (("wordlist", "a word list (words=FILE)"), ("near_targets", "embeddings=, centroids= and targets=")):
+    for what, hint in (("wordlist", "a word list (words=FILE)"), ("near_targets", "embeddings=, centroids= and targets="), ("threshold", "cosines")):
         if f"{what} does not exist" in message:
             return f"it needs {hint}"
+    if column := re.search(r'Referenced column "(\w+)" not found', message):
+        where = " of the metadata: a version knows its stored images' sizes only" if column[1] in ("width", "height") else ""
+        return f"it needs a column {' or '.join(COLUMNS.get(column[1], (column[1],)))}{where}"
     return message.strip().splitlines()[0]
 
 

@@ -107,6 +107,21 @@ def test_images_near_a_target_by_their_centroids(tmp_path: Path, pool: Path) -> 
     assert selected(pool, "synthetic_top_clusters", fraction=0.5, **given) == {(uid, "re_caption") for uid in found} & expected("synthetic_top", 0.5)
 
 
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    """The sizes of a version are those of its stored images; a filter of the images' own sizes does not take them for those."""
+    rows = {"uid": UIDS[:1], "org_caption": ["a dog on the grass"], "width": [512], "height": [400]}
+    (tmp_path / "v" / "data").mkdir(parents=True)
+    (tmp_path / "v" / "ledger").mkdir()
+    (tmp_path / "v" / "manifest.json").write_text("{}")
+    pq.write_table(pa.table(rows), tmp_path / "v" / "data" / "train-00000.parquet")
+    pq.write_table(pa.table({"uid": UIDS[:1], "url": ["u"], "status": ["ok"], "error": ["-"]}), tmp_path / "v" / "ledger" / "train-00000.parquet")
+    assert len(selected(tmp_path / "v" / "data" / "train-00000.parquet", "basic")) == 1
+    with pytest.raises(InputError, match=r"needs a column original_.*a version knows"):
+        selected(tmp_path / "v", "basic")
+    with pytest.raises(InputError, match="raw_top: it needs cosines"):
+        selected(tmp_path / "v", "raw_top", fraction=0.3)
+
+
 def test_every_strategy_is_tested_or_named_here() -> None:
     assert set(names()) == {
         "basic", "clip_score", "concat_top_synthetic_rest", "image_based", "laion2b", "no_filter", "raw_top", "raw_top_synthetic_rest",
