@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(RUN)/recap demo
 
 test: $(VENV)/.ready chromium
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
 chromium:

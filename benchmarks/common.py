@@ -27,7 +27,7 @@ def machine() -> str:
 
 def keep(name: str, result: dict[str, Any]) -> None:
     """Print a result and write it to benchmarks/results/<name>.json."""
-    result = {"command": f"python benchmarks/{name}.py", "machine": machine(), "date": datetime.date.today().isoformat(), **result}
+    result = {**result, "command": f"python benchmarks/{name}.py", "machine": machine(), "date": datetime.date.today().isoformat()}
     text = json.dumps(result, indent=1) + "\n"
     (Path(__file__).parent / "results").mkdir(exist_ok=True)
     (Path(__file__).parent / "results" / f"{name}.json").write_text(text)

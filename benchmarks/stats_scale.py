@@ -1,6 +1,6 @@
 """The whole report over 1M, 10M and 50M pairs of captions; and its ratio to plain Python and to pandas on 1M pairs.
 
-    python benchmarks/stats_scale.py [1 10 50]        # millions; 50 takes some 10 GB of disk
+    python benchmarks/stats_scale.py [1 10 50]        # millions; 50 takes some 10 GB of disk; sizes that are not named keep their last result
 
 Pairs are 50 and 10 words drawn by Zipf's law from 200,000, in the published layout. Time is that of a process of its own
 from its start; memory is its peak, sampled five times a second.
@@ -9,6 +9,7 @@ from its start; memory is its peak, sampled five times a second.
 from __future__ import annotations
 
 import collections
+import datetime
 import json
 import re
 import subprocess
@@ -157,13 +158,14 @@ def error(folder: Path) -> None:
 
 
 def main(millions: list[int]) -> None:
-    result: dict[str, Any] = {"pairs": {}}
+    earlier = ROOT / "benchmarks" / "results" / "stats_scale.json"
+    result: dict[str, Any] = {"pairs": {}} | (json.loads(earlier.read_text()) if earlier.exists() else {})
     with tempfile.TemporaryDirectory() as temporary:
         for number in millions:
             folder = Path(temporary, str(number))
             make(folder, number)
             size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
-            result["pairs"][f"{number}M"] = measured(folder, "whole") | {"parquet_gb": round(size / 1e9, 2)}
+            result["pairs"][f"{number}M"] = measured(folder, "whole") | {"parquet_gb": round(size / 1e9, 2), "date": f"{datetime.date.today()}"}
             print(number, result["pairs"][f"{number}M"], file=sys.stderr)
             if number == 1:
                 runs = {name: measured(folder, name) for name in ("ours", "plain", "with_pandas")}

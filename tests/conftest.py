@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yarl
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 GUARD = Path(__file__).parent / "guard"
@@ -23,7 +25,9 @@ SHARED = ROOT.parent / "shared"
 CAPTIONER = ROOT / "recipes" / "demo" / "weights" / "captioner"
 CLIP = ROOT / "recipes" / "demo" / "weights" / "clip"
 
-_connections = Path(tempfile.mkstemp(prefix="recap-connections-")[1])
+SESSION = Path(os.environ.get("RECAP_TEST_SESSION") or tempfile.mkdtemp(prefix="recap-tests-"))
+os.environ["RECAP_TEST_SESSION"] = str(SESSION)  # the workers of a session inherit it
+_connections, _survived = SESSION / "connections", SESSION / "survived"
 os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT), str(ROOT / "tests")])
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -34,20 +38,29 @@ assert _spec is not None and _spec.loader is not None  # noqa: PT018
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 
-SURVIVED: list[str] = []  # what the tests of faults count; printed at the end
+def survived(line: str) -> None:
+    """What a test of faults counted; printed at the end."""
+    with open(_survived, "a") as file:
+        file.write(line + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in SURVIVED:
-        terminalreporter.write_line(line)
+    if _survived.exists():
+        terminalreporter.write(_survived.read_text())
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    tried = _connections.read_text()
-    _connections.unlink()
-    if tried:
-        print(f"\nsomebody tried to leave this machine:\n{tried}")
+    if hasattr(session.config, "workerinput"):  # one of several workers: the session goes on
+        return
+    if _connections.exists():
+        print(f"\nsomebody tried to leave this machine:\n{_connections.read_text()}")
         session.exitstatus = 1
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(SESSION, ignore_errors=True)
 
 
 def recap(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
@@ -68,27 +81,32 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`recap demo` with 240 rows, once: a finished run, and next to it the published version."""
+def demo_run() -> Path:
+    """`recap demo` with 240 rows, once for all workers: a finished run, and next to it the published version."""
     if os.environ.get("RECAP_TEST_RUN"):
         return Path(os.environ["RECAP_TEST_RUN"])
-    run = tmp_path_factory.mktemp("demo") / "demo"
-    done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
-    (run.parent / "stdout.txt").write_text(done.stdout)
+    run = SESSION / "demo" / "demo"
+    with FileLock(SESSION / "demo.lock"):
+        if not (run.parent / "stdout.txt").exists():
+            done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
+            (run.parent / "stdout.txt").write_text(done.stdout)
     return run
 
 
-def web_of(run: Path) -> tuple[Path, int]:
-    """Folder and port of the small web that a demo run was built from."""
+@contextmanager
+def web_of(run: Path) -> Iterator[Path]:
+    """The small web that a demo run was built from, up again at its port; one test has it at a time."""
     from builder import run as runs
     from builder.source import Source
+    from recipes.demo import web
 
     source = runs.load_recipe(run).stage("source")
     assert isinstance(source, Source)
     site = Path(source.files).parent
     port = yarl.URL(pq.read_table(next((site / "metadata").glob("*.parquet")))["url"][0].as_py()).port
     assert port is not None
-    return site, port
+    with FileLock(SESSION / "web.lock"), web.serve(site, port):
+        yield site
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from conftest import recap, web_of
 
 from builder.select import SCHEMA
 from builder.versions import check_card
-from recipes.demo import web
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def test_what_the_card_tells_to_type_works(version: Path, demo_run: Path) -> Non
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", (version / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert [kind for kind, _ in blocks] == ["python", "sql", "sql", "sh", "python"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    with web.serve(*web_of(demo_run)):
+    with web_of(demo_run):
         for kind, text in blocks:
             line = {"python": [sys.executable, "-c", text.replace("PATH_OR_REPO", str(version))], "sh": ["bash", "-ec", text],
                     "sql": [sys.executable, "-c", f"import duckdb; print(duckdb.execute({text!r}).fetchall()[:3])"]}[kind]  # fmt: skip

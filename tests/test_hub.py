@@ -20,7 +20,7 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SURVIVED, recap
+from conftest import recap, survived
 from hub.server import Fault
 from hub.server import Hub as Server
 
@@ -332,7 +332,7 @@ def test_killed_at_every_call_and_again_it_is_published_once(server: Server, sta
             killed += run_until(forkserver, server, staged, repo, kill, xet=xet) == -signal.SIGKILL
         assert run_until(forkserver, server, staged, repo, None, xet=xet) == 0
         assert_published_once(server, staged, repo)
-    SURVIVED.append(f"publishing survived {killed} kills at {len(chosen)} of {len(moments)} moments of {number} calls ({'Xet' if xet else 'LFS'})")
+    survived(f"publishing survived {killed} kills at {len(chosen)} of {len(moments)} moments of {number} calls ({'Xet' if xet else 'LFS'})")
     assert killed >= len(chosen)
 
 
@@ -363,7 +363,7 @@ def test_every_fault_on_every_route_is_survived(server: Server, staged: Staged, 
             hub(repo).publish(staged)
         server.faults.clear()
         assert_published_once(server, staged, repo)
-    SURVIVED.append(f"publishing survived {len(matrix)} faults: {len(FAULTS)} kinds on {len(routes)} routes; {refused} by a second publish")
+    survived(f"publishing survived {len(matrix)} faults: {len(FAULTS)} kinds on {len(routes)} routes; {refused} by a second publish")
     assert refused < len(routes)  # none but the expired token stops a publish
 
 

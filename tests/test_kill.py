@@ -14,8 +14,6 @@ from pathlib import Path
 import psutil
 from conftest import ROOT, recap, web_of
 
-from recipes.demo import web
-
 KILLS = 20
 
 
@@ -26,11 +24,10 @@ def tree(folder: Path) -> dict[str, str]:
 def test_kill_minus_nine_at_twenty_random_moments(demo_run: Path, tmp_path: Path) -> None:
     """The demo again, over the same web. Every seventh kill waits for a file of the run to appear, to be sure of progress."""
     rng = random.Random(os.environ.get("RECAP_KILL_SEED", "0"))
-    site, port = web_of(demo_run)
     run, killed = tmp_path / "killed", []
-    build = ["build", "demo", f"web={site}", "--run", run]
-    command = [sys.executable, "-m", "builder.cli", *map(str, build)]
-    with web.serve(site, port):
+    with web_of(demo_run) as site:
+        build = ["build", "demo", f"web={site}", "--run", run]
+        command = [sys.executable, "-m", "builder.cli", *map(str, build)]
         for k in range(KILLS):
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             if k % 7 == 6:
