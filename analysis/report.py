@@ -20,9 +20,8 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-from tokenizers import Tokenizer
 
-from analysis import select
+from analysis import select, tokens
 from analysis.views import Parts, connect
 from builder.core import read_lines
 from builder.errors import InputError
@@ -47,11 +46,11 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
     options = options or Options()
     report: dict[str, Any] = {}
     given = {"visual_words": _visual_words(options), "concreteness": _concreteness(options)}
-    count_tokens = _count_tokens(options)  # what a user gives is read first: a mistake in it is told at once
+    counter = tokens.counter(options.tokenizer)  # what a user gives is read first: a mistake in it is told at once
     with connect(place, captions) as con:
         for name, table in given.items():
             con.register(name, table)
-        made = _MADE | {"tokens": partial(_tokens, count_tokens=count_tokens)}
+        made = _MADE | {"tokens": partial(_tokens, counter=counter)}
         ours = "ledger" in _views(con)
         prepare(con)
         for path in sorted(QUERIES.glob("*.sql")):
@@ -128,30 +127,11 @@ def _languages(con: duckdb.DuckDBPyConnection) -> pa.Table:
     return pa.table({"caption": found["caption"], "language": pa.array(map(select.language, found["text"].to_pylist()), pa.string())})
 
 
-def _count_tokens(options: Options) -> tuple[str, Callable[[list[str]], list[int]]]:
-    """Name of the tokenizer, and what counts with it, with the special tokens that it adds."""
-    if options.tokenizer is None:
-        return "CLIP's (open_clip SimpleTokenizer)", _count_clip_tokens
-    try:
-        tokenizer = Tokenizer.from_file(str(options.tokenizer))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    except Exception as error:  # the library raises no narrower one
-        raise InputError(f"{options.tokenizer} is no tokenizer: {error}", "give a model's tokenizer.json") from error
-    return str(options.tokenizer), lambda texts: [len(tokenizer.encode(text).ids) for text in texts]
-
-
-def _count_clip_tokens(texts: list[str]) -> list[int]:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return [len(ids) + 2 for ids in map(SimpleTokenizer().encode, texts)]
-
-
-def _tokens(con: duckdb.DuckDBPyConnection, count_tokens: tuple[str, Callable[[list[str]], list[int]]]) -> pa.Table:
-    """(caption, tokenizer, tokens) of the first rows."""
-    found, (name, count) = _texts(con, TOKEN_ROWS), count_tokens
-    tokens = count([text[:20_000] for text in found["text"].to_pylist()])
-    return pa.table({"caption": found["caption"], "tokenizer": [name] * len(tokens), "tokens": tokens})
+def _tokens(con: duckdb.DuckDBPyConnection, counter: tuple[str, tokens.Counter]) -> pa.Table:
+    """(caption, tokenizer, tokens) of the first captions."""
+    found, (name, count) = _texts(con, TOKEN_ROWS), counter
+    numbers = count(text[:20_000] for text in found["text"].to_pylist())
+    return pa.table({"caption": found["caption"], "tokenizer": [name] * len(numbers), "tokens": numbers})
 
 
 def _near_duplicates(con: duckdb.DuckDBPyConnection) -> pa.Table:

@@ -29,7 +29,6 @@ def version(demo_run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_published_card_agrees_with_its_data(version: Path) -> None:
-    assert check_card(str(version)) == []
     assert ": 0 numbers" in recap("card", "--check", version).stdout
 
 

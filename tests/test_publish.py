@@ -202,8 +202,6 @@ def test_a_place_may_be_relative(version: Path, tmp_path: Path, monkeypatch: pyt
     said = recap("remove", "out", "--uids", "uids.txt", "--version", "0.1.1", "--dry-run", cwd=tmp_path).stdout
     assert "1 rows would be removed" in said
     assert "Older versions" not in said
-    assert "1 rows removed" in recap("remove", "out", "--uids", "uids.txt", "--version", "0.1.1", cwd=tmp_path).stdout
-    assert verify("out")["problems"] == []
     for arguments in (["out", "--version", "0.2"], ["out", "--version", "v0.1.2"], ["out@v0.0.9", "--version", "0.1.2"]):
         assert "version" in recap("remove", *arguments, "--uids", "uids.txt", check=2, cwd=tmp_path).stderr
     assert "cannot be read" in recap("remove", "out", "--version", "0.1.2", "--uids", "none.txt", check=2, cwd=tmp_path).stderr

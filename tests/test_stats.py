@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 import pytest
 import regex
 from conftest import CAPTIONER, recap
+from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Tokenizer
 
-from analysis import report, views
+from analysis import report, tokens, views
 from analysis.report import Options
 from builder.core import write_parquet
 from builder.errors import InputError
@@ -205,6 +206,26 @@ def test_grounding_and_concreteness_by_given_tables(tmp_path: Path) -> None:
     (row,) = one(place, "grounding")  # the default vocabulary: cat, cats, cat; no concreteness
     assert row["concreteness_mean"] is None
     assert row["grounding_ratio_mean"] >= round((1 / 5 + 1 / 2) / 3, 4)
+
+
+HOSTILE = [
+    "", " ", "<start_of_text> a <end_of_text>", "İstanbul ſ's I'VE", "Ã© café &amp;amp; x", "a\tb\nc", "👍🏽 👨‍👩‍👧", "日本語のテキスト",
+    "\x00\x01 ctl",
+    "½ ² ٣ x²", "don't 'S 'Re", "\u200b zero", "e\u0301", "'''s'll", "_a_b", "…—–", "<|endoftext|>", "a" * 300,
+]  # fmt: skip
+
+
+def test_clip_tokens_of_odd_texts_are_open_clips() -> None:
+    encode = SimpleTokenizer().encode
+    assert tokens.counter()[1](HOSTILE) == [len(encode(text)) + 2 for text in HOSTILE]
+
+
+@pytest.mark.parametrize("name", ["capsfusion", "web"])
+def test_clip_tokens_are_open_clips(real: dict[str, Real], name: str) -> None:
+    encode = SimpleTokenizer().encode
+    for texts in real[name].texts.values():
+        some = [text for text in texts[:1500] if text]
+        assert tokens.counter()[1](some) == [len(encode(text)) + 2 for text in some]
 
 
 def test_tokens_of_a_given_tokenizer(tmp_path: Path) -> None:
