@@ -72,22 +72,22 @@ def selecting(place: str | Path | views.Parts, strategies: Sequence[str], given:
     Raises:
         InputError: there is no such strategy, or it needs a column or a table that is not there.
     """
-    given = given or Given()
+    given, queries = given or Given(), []
     for strategy in strategies:
         if strategy not in names():
             raise InputError(f"there is no strategy '{strategy}'", f"there are: {', '.join(names())}")
         sql = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
         if "getvariable('fraction')" in sql and given.fraction is None and not ("'threshold'" in sql and given.threshold is not None):
             raise InputError(f"{strategy} needs a fraction of the pool", "for example fraction=0.3")
+        queries.append(sql)
     with pool(place, given) as con:
-        for number, strategy in enumerate(strategies):
-            sql = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
+        for number, (strategy, sql) in enumerate(zip(strategies, queries, strict=True)):
             try:
                 con.execute(f"create temp table selected_{number} as {sql}")
             except duckdb.Error as error:
                 raise InputError(f"{strategy}: {_needs(str(error))}", "give what it needs: recap select --help") from error
         both = " intersect ".join(f"from selected_{number}" for number in range(len(strategies)))
-        con.execute(f"create temp view selected as {both}")
+        con.execute(f"create temp table selected as {both}")
         yield con
 
 
