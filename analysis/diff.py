@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import duckdb
-
 from analysis import views
+from builder import sql
 from builder.errors import InputError
 
 
@@ -16,7 +15,7 @@ def diff(a: str, b: str) -> dict[str, Any]:
     Returns `rows` (of a, of b), `added` and `removed` (uids), `columns_added`, `columns_removed`, `changed` (column -> rows of
     both whose value differs) and `means` (numeric column -> mean in a, in b) where they differ.
     """
-    with duckdb.connect(config={"memory_limit": views.MEMORY}) as con:
+    with sql.connect(memory_limit=views.MEMORY) as con:
         for name, place in (("a", a), ("b", b)):
             parts = views.parts(place)
             if parts.filesystem is not None and "hf" not in con.list_filesystems():
@@ -27,7 +26,8 @@ def diff(a: str, b: str) -> dict[str, Any]:
             if "uid" not in columns[name]:
                 raise InputError(f"{place} has no column uid: rows are joined on it", f"it has: {', '.join(columns[name])}")
         both = [name for name in columns["a"] if name in columns["b"] and name != "uid"]
-        changed = ", ".join(f'count(*) filter (a."{name}" is distinct from b."{name}") as "{name}"' for name in both)
+        quoted = {name: sql.identifier(name) for name in both}
+        changed = ", ".join(f"count(*) filter (a.{name} is distinct from b.{name})" for name in quoted.values())
         ((rows_a, rows_b, shared),) = con.sql(
             "select (select count(*) from a), (select count(*) from b), (select count(*) from a semi join b using (uid))"
         ).fetchall()
@@ -35,7 +35,7 @@ def diff(a: str, b: str) -> dict[str, Any]:
         numeric = [name for name in both if columns["a"][name] in ("DOUBLE", "FLOAT", "BIGINT", "INTEGER")]
         means = {}
         for name in numeric:
-            ((before, after),) = con.sql(f'select (select avg("{name}") from a), (select avg("{name}") from b)').fetchall()
+            ((before, after),) = con.sql(f"select (select avg({quoted[name]}) from a), (select avg({quoted[name]}) from b)").fetchall()
             if before != after:
                 means[name] = (before, after)
     return {
@@ -49,19 +49,24 @@ def diff(a: str, b: str) -> dict[str, Any]:
 def diff_columns(place: str, a: str, b: str) -> dict[str, Any]:
     """Caption column `b` against `a`, on the rows that have both.
 
-    Returns `rows`, `equal` (rows), `words_mean` (of a, of b), `b_longer` (rows with more words), `shared_words_percent` (words of a row that both
-    say, of all that either says, mean), `vocabulary` (distinct words of a, of b, of both).
+    Returns `rows`, `equal` (rows), `words_mean` (of a, of b), `b_longer` (rows with more words),
+    `shared_words_percent` (words of a row that both say, of all that either says, mean), `vocabulary`
+    (distinct words of a, of b, of both). How many words a caption has is counted between white space, as
+    `lengths` does; which words it says are its letters and digits in lower case, as in `vocabulary`.
     """
     with views.connect(place, [a, b]) as con:
         con.execute(
             r"""create temp table pairs as
-                select regexp_extract_all(lower(a.text), '[\pL\pN]+') as a, regexp_extract_all(lower(b.text), '[\pL\pN]+') as b,
+                select regexp_extract_all(lower(a.text), '[\pL\pN]+') as a,
+                       regexp_extract_all(lower(b.text), '[\pL\pN]+') as b,
+                       count_words(a.text) as words_a, count_words(b.text) as words_b,
                        a.text = b.text as equal
                 from captions a join captions b using (position) where a.caption = $a and b.caption = $b""",
             {"a": a, "b": b},
         )
         ((rows, equal, words_a, words_b, longer, shared),) = con.sql(
-            """select count(*), count(*) filter (equal), avg(len(a)), avg(len(b)), count(*) filter (len(b) > len(a)),
+            """select count(*), count(*) filter (equal), avg(words_a), avg(words_b),
+                      count(*) filter (words_b > words_a),
                       100 * avg(len(list_intersect(a, b)) / nullif(len(list_distinct(a || b)), 0)) from pairs"""
         ).fetchall()
         ((of_a, of_b, of_both),) = con.sql(

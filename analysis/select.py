@@ -22,6 +22,7 @@ import pyarrow as pa
 from pydantic import ConfigDict
 
 from analysis import views
+from builder import sql as duck
 from builder.core import read_lines
 from builder.errors import InputError
 
@@ -128,7 +129,7 @@ def define_pool(con: duckdb.DuckDBPyConnection, rows: int | None = None) -> set[
     there = {name for name, *_ in con.sql("describe published").fetchall()}
     stored = ("width", "height") if "ledger" in {name for (name,) in con.sql("show tables").fetchall()} else ()
     found = {ours: next((name for name in theirs if name in there and name not in stored), None) for ours, theirs in COLUMNS.items()}
-    columns = [f'"{theirs}" as {ours}' for ours, theirs in found.items() if theirs]
+    columns = [f"{duck.identifier(theirs)} as {ours}" for ours, theirs in found.items() if theirs]
     if rows is None:
         con.execute(f"create view pool as select {', '.join((['uid'] if 'uid' in there else []) + columns)} from published")
     else:
@@ -185,7 +186,7 @@ def write(con: duckdb.DuckDBPyConnection, folder: Path) -> tuple[Path, Path]:
     parts = [path.with_name(f".{path.name}.part") for path in (subset, table)]
     for (uid,) in con.sql("select uid from selected where not coalesce(regexp_full_match(uid::varchar, '[0-9a-f]{32}'), false) limit 1").fetchall():
         raise InputError(f"uid '{str(uid)[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs", "select from a run or a version")
-    con.execute(f"copy (from selected order by uid, caption) to {views.literal(str(parts[1]))} (format parquet, compression zstd)")
+    con.execute(f"copy (from selected order by uid, caption) to {duck.literal(parts[1])} (format parquet, compression zstd)")
     ((number,),) = con.sql("select count(distinct uid) from selected").fetchall()
     halves = con.sql(
         "select ('0x' || uid[:16])::ubigint as high, ('0x' || uid[17:])::ubigint as low from (select distinct uid from selected order by uid)"

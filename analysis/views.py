@@ -33,11 +33,11 @@ In a shell of your own (V is a version's folder):
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from glob import escape, glob
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
@@ -47,6 +47,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from builder import run as runs
+from builder import sql
+from builder.core import matching
 from builder.errors import InputError
 from builder.target import split, version_files
 
@@ -54,7 +56,6 @@ MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the regular expression.
 COUNT_WORDS = r"""create macro count_words(text) as if(regexp_matches(text, '[^\x20-\x7E]|^ | $|  |^$'),
     len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), len(string_split(text, ' ')))"""
-READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
 KNOWN = (
     "org_caption", "re_caption", "text", "TEXT", "laion_2b", "laion_coco", "capsfusion", "capsfuion_official",
 )  # fmt: skip
@@ -63,12 +64,16 @@ SCORES = {"org_clip_score": "org_caption", "re_clip_score": "re_caption"}
 
 @dataclass(frozen=True)
 class Parts:
-    """Files of the published rows and of the ledger, the file system that they are in, and the caption columns."""
+    """Files of the published rows and of the ledger, the file system that they are in, and the caption columns.
+
+    `spill` is where a query puts what its memory does not hold, in a folder that goes with it; None: the system's place.
+    """
 
     published: list[str]
     ledger: list[str]
     filesystem: AbstractFileSystem | None = None
     captions: tuple[str, ...] = ()  # found by their names where none are given
+    spill: Path | None = None
 
 
 def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
@@ -81,6 +86,7 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
     if (run / "recipe.json").exists() and (run / "select").is_dir():
         select = runs.plan(runs.load_recipe(run), run)["select"]
         found = Parts([str(path) for path in select.files(run)], [str(path) for path in select.files(run, ".ledger.parquet")], None, chosen)
+        found = replace(found, spill=run if os.access(run, os.W_OK) else None)
     elif tables := _tables(str(place)):
         return Parts(tables, [], None, chosen)
     else:
@@ -94,7 +100,7 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
             found = version_parts(fs, root, chosen)
     if not found.published or not found.ledger:
         raise InputError(
-            f"{place} holds neither a run with finished shards nor a published version nor tables ({', '.join(READERS)})",
+            f"{place} holds neither a run with finished shards nor a published version nor tables ({', '.join(sql.READERS)})",
             "build one: recap build demo --run runs/demo",
         )
     return found
@@ -104,9 +110,12 @@ def version_parts(fs: AbstractFileSystem, root: str, captions: Sequence[str] = (
     """The parquet files of a version."""
     local = isinstance(fs, LocalFileSystem)
     published, ledger = (
-        [path if local else fs.unstrip_protocol(path) for path in sorted(fs.glob(f"{root}/{pattern}"))]
-        for pattern in ("data/train-*.parquet", "ledger/train-*.parquet")
-    )
+        [path if local else fs.unstrip_protocol(path) for path in sorted(fs.find(f"{root}/{folder}"))
+         if path.rpartition("/")[2].startswith("train-") and path.endswith(".parquet")]
+        for folder in ("data", "ledger")
+    )  # fmt: skip
+    for path in (path for path in (*published, *ledger) if local and not os.path.isfile(path)):
+        raise InputError(f"{path} is no regular file", "get it again from where it was published")
     return Parts(published, ledger, None if local else fs, tuple(captions))
 
 
@@ -114,10 +123,13 @@ def _tables(place: str) -> list[str]:
     """Tables that a path, a glob or a folder names; of one kind, the first of `READERS` that is there."""
     if "://" in place:
         return []
-    names = sorted(glob(f"{escape(place)}/*") if Path(place).is_dir() else [place] if Path(place).exists() else glob(place))
+    if Path(place).is_dir():
+        names = sorted(str(path) for path in Path(place).iterdir() if path.is_file())
+    else:
+        names = [place] if Path(place).is_file() else sorted(matching(LocalFileSystem(), place))
     if any((Path(place) / name).exists() for name in ("manifest.json", "recipe.json")) or any(Path(name, "manifest.json").exists() for name in names):
         return []
-    by_kind = ([name for name in names if name.lower().endswith(kind)] for kind in READERS)
+    by_kind = ([name for name in names if name.lower().endswith(kind)] for kind in sql.READERS)
     return next((of_kind for of_kind in by_kind if of_kind), [])
 
 
@@ -129,7 +141,7 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
         InputError: the tables differ, are empty, are not UTF-8, or have no caption column.
     """
     found = place if isinstance(place, Parts) else parts(place, captions)
-    with duckdb.connect(config={"preserve_insertion_order": True, "memory_limit": MEMORY, "python_enable_replacements": False}) as con:
+    with sql.connect(found.spill, preserve_insertion_order=True, memory_limit=MEMORY, python_enable_replacements=False) as con:
         con.execute(COUNT_WORDS)
         if found.filesystem is not None:
             con.register_filesystem(found.filesystem)
@@ -138,6 +150,8 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
                 if paths:
                     create(con, name, paths)
             _captions_view(con, found)
+        except InputError as error:
+            raise InputError(f"{found.published[0]}: {error.message}" if found.published else error.message, error.hint) from error
         except (duckdb.Error, UnicodeDecodeError) as error:
             if found.filesystem is not None and not _is_text_error(error):
                 raise
@@ -163,8 +177,7 @@ def _unreadable(found: Parts, error: Exception) -> InputError:
 
 def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
     """A view over tables of one schema."""
-    reader = next(reader for kind, reader in READERS.items() if paths[0].lower().endswith(kind))
-    if reader == "read_parquet" and not paths[0].startswith("hf://"):
+    if paths[0].lower().endswith(".parquet") and not paths[0].startswith("hf://"):
         first = _schema(paths[0])
         for path in paths[1:]:
             schema = _schema(path)
@@ -174,7 +187,7 @@ def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
             for a, b in zip(first, schema, strict=True):
                 if _is_text(a.type) != _is_text(b.type) and not (_is_text(a.type) and pa.types.is_null(b.type)):
                     raise InputError(f"{a.name} is {b.type} in {path} and {a.type} in {paths[0]}", "give tables of one schema")
-    con.execute(f'create view "{name}" as from {reader}([{", ".join(map(literal, paths))}])')
+    con.execute(f"create view {sql.identifier(name)} as from {sql.table(paths)}")
 
 
 def _schema(path: str) -> pa.Schema:
@@ -201,20 +214,20 @@ def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> li
             f"there is no caption column {missing[0]}" if missing else "none of the columns has a name that captions are known by",
             f"text columns: {', '.join(texts) or 'none'}; name them: --captions {','.join(texts[:2]) or 'COLUMN'}",
         )
-    counts = con.sql(f"select {', '.join(f'count({_quoted(name)})' for name in names)}, count(*) from published").fetchall()[0]
+    counts = con.sql(f"select {', '.join(f'count({sql.identifier(name)})' for name in names)}, count(*) from published").fetchall()[0]
     if not counts[-1]:
         raise InputError("the tables hold no row", "give tables with rows in them")
     names = [name for name, number in zip(names, counts[:-1], strict=True) if number]
     if not names:
-        raise InputError("every caption is null", "name other columns: --captions COLUMN,...")
+        raise InputError(f"every caption is null in {', '.join(wanted) or 'all of its columns'}", "name other columns: --captions COLUMN,...")
     return names
 
 
 def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
     names = caption_columns(con, found.captions) if _readable(con, found) else list(found.captions) or ["org_caption", "re_caption"]
     columns = [  # a union of columns, unlike UNPIVOT, groups by `caption` at no cost
-        f"select position, row_number() over () as nth, {literal(name)} as caption, text "
-        f"from (select row_number() over () as position, {_quoted(name)} as text from published) where text is not null"
+        f"select position, row_number() over () as nth, {sql.literal(name)} as caption, text "
+        f"from (select row_number() over () as position, {sql.identifier(name)} as text from published) where text is not null"
         for name in names
     ]
     con.execute(f"create view captions as {' union all '.join(columns)}")
@@ -223,20 +236,12 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
     con.execute("create temp table caption_columns (caption varchar, place integer)")
     con.executemany("insert into caption_columns values (?, ?)", [(name, place) for place, name in enumerate(names, start=1)])
     there = {name for name, *_ in con.sql("describe published").fetchall()}
-    scored = [f"{_quoted(score)} as {_quoted(caption)}" for score, caption in SCORES.items() if score in there and caption in names]
+    scored = [f"{sql.identifier(score)} as {sql.identifier(caption)}" for score, caption in SCORES.items() if score in there and caption in names]
     if scored:
-        of = ", ".join(_quoted(caption) for score, caption in SCORES.items() if score in there and caption in names)
+        of = ", ".join(sql.identifier(caption) for score, caption in SCORES.items() if score in there and caption in names)
         con.execute(f"create view scores as unpivot (select {', '.join(scored)} from published) on {of} into name caption value cosine")
 
 
 def _readable(con: duckdb.DuckDBPyConnection, found: Parts) -> bool:
     """A run whose rows all failed has captions of no kind; its views exist all the same."""
     return bool(not found.ledger or con.sql("select 1 from published limit 1").fetchall())
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -5,12 +5,17 @@ Exit status: 0 done; 1 some shards failed, each named with its reason; 2 the use
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
+import re
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -18,24 +23,75 @@ from tqdm import tqdm
 
 from builder import run as runs
 from builder.core import Recipe
-from builder.errors import UserError
+from builder.errors import UserError, command
 from builder.executors import Outcome
-from builder.resolve import resolve
+from builder.resolve import pairs_of, resolve
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal that asks the process to end."""
 
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _signals():
+                return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"recap: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("recap: interrupted; the same command goes on where this one stopped", err=True)
-            sys.exit(130)
+            _stop(error.message, error.hint)
+        except (BrokenPipeError, click.ClickException):
+            raise  # click knows what to do
+        except OSError as error:  # a place that cannot be read or written
+            names = [str(name) for name in (error.filename, error.filename2) if name]
+            _stop(f"{' -> '.join(names) or type(error).__name__}: {error.strerror or error}", "")
+        except KeyboardInterrupt as end:
+            number = end.args[0] if isinstance(end, _Ended) else signal.SIGINT
+            said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+            _echo(f"recap: {said}; the same command goes on where this one stopped", err=True)
+            sys.exit(128 + number)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of use
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end like Ctrl-C, unless they are ignored, as under nohup."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise _Ended(number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(message: str, hint: str) -> None:
+    """One line, however many a file's name or a library makes of it, and what to type next. Exits with 2."""
+    lines = [" ".join(text.split("\n"))[:800] for text in (message, hint) if text]
+    _echo("\n  ".join([f"recap: {lines[0]}", *lines[1:]]), err=True)
+    sys.exit(2)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: captions, URLs and names come from anybody. In JSON it stands for the same character."""
+    return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    click.echo(printable(text).encode("utf-8", "replace").decode(), err=err)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +99,9 @@ class _Commands(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def main(verbose: bool) -> None:
     """Build, measure and publish recaptioned image-text data sets."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("builder").setLevel(logging.DEBUG if verbose else logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -67,13 +125,14 @@ def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
 @_settings
 @_run_option
 @_limit
+@click.option("--accept-failures", is_flag=True, help="Take shards as they are though this machine seems to be offline.")
 @_as_json
-def build(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | None, as_json: bool) -> None:
+def build(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | None, accept_failures: bool, as_json: bool) -> None:
     """Build RECIPE: a name, my_file.py:function or a recipe.json. The same command again goes on where it stopped.
 
     KEY=VALUE sets a parameter of the recipe, or of a stage: download.timeout_s=5.
     """
-    resolved = _resolve(recipe, settings, limit)
+    resolved = _resolve(recipe, [*settings, "download.accept_failures=true"] if accept_failures else settings, limit)
     run = run or Path("runs", resolved.name)
     with shown_progress() as progress:
         result = runs.build(resolved, run, progress=progress)
@@ -83,9 +142,9 @@ def build(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int |
         f"{run}: {len(result.done)} shards done, {len(result.failed)} failed",
     )
     for name, reason in result.failed.items():
-        click.echo(f"failed: {name}: {reason}", err=True)
+        _echo(f"failed: {name}: {reason}", err=True)
     if result.failed:
-        click.echo("the same command tries them again", err=True)
+        _echo("the same command tries them again", err=True)
         sys.exit(1)
 
 
@@ -141,7 +200,7 @@ def stats(place: str, captions: str, vocabulary: Path | None, concreteness: Path
     from builder.commit import write_atomically
 
     result = report.stats(place, _names(captions), report.Options(vocabulary, concreteness, tokenizer))
-    if Path(place, "select").is_dir():
+    if Path(place, "select").is_dir() and os.access(place, os.W_OK):
         write_atomically(Path(place, "stats.json"), report.to_json(result))
     absent = [f"{name}: {answer['absent']}" for name, answer in result.items() if "absent" in answer]
     _print(result, as_json, "\n".join([stats_table(result), *absent]))
@@ -164,15 +223,23 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
 
     with views.connect(place, _names(captions)) as con:
         try:
-            found = con.sql(query or sys.stdin.read())
+            statements = con.extract_statements(query or sys.stdin.read())
+            if any(statement.type == duckdb.StatementType.LOAD for statement in statements):
+                raise UserError("extensions are neither installed nor loaded here", "use a DuckDB shell of your own")
+            found = None
+            for statement in statements:
+                found = con.sql(statement)
             if found is None:
                 return
             if as_json:
-                click.echo(json.dumps(found.to_arrow_table().to_pylist(), ensure_ascii=False, default=str))
+                _echo(json.dumps(found.to_arrow_table().to_pylist(), ensure_ascii=False, default=str))
             else:
-                found.show(max_width=200)
+                with contextlib.redirect_stdout(io.StringIO()) as shown:
+                    found.show(max_width=200)
+                _echo(shown.getvalue().rstrip("\n"))
         except duckdb.Error as error:
-            raise UserError(str(error).strip(), "the views are published and ledger: recap sql RUN 'describe published'") from error
+            hint = f"the views are published and ledger: {command('recap', 'sql', place, 'describe published')}"
+            raise UserError(str(error).strip().replace("\n\n", " "), hint) from error
 
 
 @main.command()
@@ -189,8 +256,7 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
     from analysis import select as selection
     from builder.core import parse
 
-    pairs = dict(setting.partition("=")[::2] for setting in settings)
-    given = parse(selection.Given, pairs, what="recap select")
+    given = parse(selection.Given, pairs_of(settings), what="recap select")
     with selection.selecting(place, strategy.split("+"), given) as con:
         counts = dict(con.sql("select caption, count(*) from selected group by caption order by caption").fetchall())
         subset, table = selection.write(con, out)
@@ -207,10 +273,10 @@ def card(place: str, check: bool) -> None:
     from builder.versions import check_card
 
     if not check:
-        click.echo(preview_card(Path(place)))
+        _echo(str(preview_card(Path(place))))
         return
     problems = check_card(place)
-    click.echo("\n".join([f"{place}: {len(problems)} numbers, counts or columns do not agree with the data", *problems]))
+    _echo("\n".join([f"{place}: {len(problems)} numbers, counts or columns do not agree with the data", *problems]))
     sys.exit(1 if problems else 0)
 
 
@@ -223,9 +289,8 @@ def explore(place: str, out: Path, rows: int | None, captions: str) -> None:
     """Write a static page to look at captions: search, sort and filter in the browser, no server needed."""
     from cards.explore import explore as write_page
 
-    click.echo(
-        f"{write_page(place, out, rows=rows, captions=_names(captions))}\nlook at it: python -m http.server --bind 127.0.0.1 --directory {out}"
-    )
+    page = write_page(place, out, rows=rows, captions=_names(captions))
+    _echo(f"{page}\nlook at it: {command('python', '-m', 'http.server', '--bind', '127.0.0.1', '--directory', out)}")
 
 
 _version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
@@ -250,21 +315,27 @@ def publish(run: Path, target: str, version: str, dry_run: bool, rebase: bool, a
     _say_published(publish_run(run, target, version, dry_run=dry_run, rebase=rebase), target, version, as_json)
 
 
-def _say_published(result: Any, target: str, version: str, as_json: bool, removed: int | None = None) -> None:
+def _say_published(result: Any, target: str, version: str, as_json: bool, removal: Any = None) -> None:
     said = "would be published" if result.plan else "published" if result.new else "is there already, byte for byte; nothing to do"
     lines = [f"{result.place}: {result.rows} rows, {said}", *(f"  {name:<16} {value}" for name, value in result.plan.items())]
     if not result.plan:
-        load = f'"{target.removeprefix("hf://datasets/")}", revision="v{version}"' if target.startswith("hf://") else f'"{result.place}"'
+        load = f'"{target.removeprefix("hf://datasets/")}", revision="v{version}"' if target.startswith("hf://") else json.dumps(result.place)
         lines += [f"  at {result.commit}"] if result.commit else []
         lines += [
             "load it:",
             f"  datasets.load_dataset({load})",
-            f"  recap sql {target}@v{version} 'from published limit 5'",
-            f"  recap verify {target}@v{version}",
+            f"  {command('recap', 'sql', f'{target}@v{version}', 'from published limit 5')}",
+            f"  {command('recap', 'verify', f'{target}@v{version}')}",
         ]
-    if removed is not None:
-        lines.insert(1, f"  {removed} rows {'would be ' if result.plan else ''}removed")
-    _print(vars(result) | ({} if removed is None else {"removed": removed}), as_json, "\n".join(lines))
+    about = {}
+    if removal:
+        about = {"removed": removal.rows, "removed_of_ledger": removal.ledger_rows, "matched_nothing": removal.matched_nothing}
+        went = [f"  {removal.rows} rows {'would be ' if result.plan else ''}removed, and {removal.ledger_rows} that were in the ledger only"]
+        for kind, values in removal.matched_nothing.items():
+            went += [f"  no row has the {kind} {value}; later versions will not have it either" for value in values[:20]]
+            went += [f"  and {len(values) - 20} more of {kind}"] if values[20:] else []
+        lines[1:1] = went
+    _print(vars(result) | about, as_json, "\n".join(lines))
 
 
 @main.command()
@@ -291,7 +362,8 @@ def diff(a: str, b: str | None, columns: str, as_json: bool) -> None:
     from analysis.diff import diff_columns
 
     if bool(b) == bool(columns) or (columns and len(_names(columns)) != 2):
-        raise UserError("two versions or two columns are compared", f"recap diff {a} OTHER, or: recap diff {a} --columns org_caption,re_caption")
+        hint = f"{command('recap', 'diff', a)} OTHER, or: {command('recap', 'diff', a, '--columns', 'org_caption,re_caption')}"
+        raise UserError("two versions or two columns are compared", hint)
     if columns:
         found = diff_columns(a, *_names(columns))
         _print(found, as_json, "\n".join(f"{name:<21} {_listed(value)}" for name, value in found.items()))
@@ -331,20 +403,24 @@ def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool
     kinds = {"uids": "uid", "sha256": "sha256", "urls": "url", "domains": "domain"}
     values = {kinds[name]: [line.strip() for line in read_lines(path) if line.strip()] for name, path in files.items() if path}
     if not any(values.values()):
-        raise UserError("nothing to remove was named", f"for example: recap remove {target} --uids FILE --version {version}")
-    result, number = remove_rows(target, version, values, dry_run=dry_run, rebase=rebase)
-    _say_published(result, split(target)[0], version, as_json, removed=number)
+        named = " ".join(str(path) for path in files.values() if path)
+        raise UserError(
+            f"nothing to remove was named{f' in {named}' if named else ''}",
+            f"for example: {command('recap', 'remove', target, '--uids', 'FILE', '--version', version)}",
+        )
+    removal = remove_rows(target, version, values, dry_run=dry_run, rebase=rebase)
+    _say_published(removal.published, split(target)[0], version, as_json, removal)
     if not as_json and not dry_run:
         where = target_of(split(target)[0])
-        click.echo("Older versions still hold the rows; to delete those:")
+        _echo("Older versions still hold the rows; to delete those:")
         for older in where.versions():
             if by_number(older) < by_number(version):
-                click.echo(f"  {where.how_to_delete(older)}")
+                _echo(f"  {where.how_to_delete(older)}")
 
 
 @main.command()
 @click.option("--rows", default=2000, show_default=True, type=click.IntRange(min=1), help="URLs of the small web.")
-@click.option("--port", default=8642, show_default=True, help="Of the small web on 127.0.0.1.")
+@click.option("--port", default=8642, show_default=True, type=click.IntRange(1, 65535), help="Of the small web on 127.0.0.1.")
 @_run_option
 def demo(rows: int, port: int, run: Path | None) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
@@ -358,7 +434,7 @@ def demo(rows: int, port: int, run: Path | None) -> None:
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:
-    click.echo(json.dumps(data, indent=1, ensure_ascii=False, default=str) if as_json else text)
+    _echo(json.dumps(data, indent=1, ensure_ascii=False, default=str) if as_json else text)
 
 
 def _columns(table: list[dict[str, Any]]) -> str:
@@ -398,9 +474,9 @@ class shown_progress:
             self.bar.update(1)
         elif outcome.record:
             rows = ", ".join(f"{number} {status}" for status, number in outcome.record.rows.items())
-            click.echo(f"{name} {outcome.task.name}: {rows} ({outcome.record.seconds:.1f} s)", err=True)
+            _echo(f"{name} {outcome.task.name}: {rows} ({outcome.record.seconds:.1f} s)", err=True)
         else:
-            click.echo(f"{name} {outcome.task.name}: failed: {outcome.error}", err=True)
+            _echo(f"{name} {outcome.task.name}: failed: {outcome.error}", err=True)
 
 
 if __name__ == "__main__":

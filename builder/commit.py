@@ -31,16 +31,25 @@ def commit(stage: Stage, task: Task, rows: Mapping[str, int], seconds: float) ->
         os.replace(part, final)
     record = Record(
         key=task.key, inputs=dict(task.inputs), outputs=outputs, bytes=sizes,
-        rows={str(status): n for status, n in sorted(rows.items())}, seconds=round(seconds, 3), versions=versions(stage.libraries), day=_today(),
+        rows={str(status): n for status, n in sorted(rows.items())}, seconds=round(seconds, 3), versions=versions(stage.libraries), day=today(),
     )  # fmt: skip
     write_atomically(task.record, json.dumps(asdict(record), indent=1) + "\n")
-    task.failure.unlink(missing_ok=True)
+    for leftover in (task.failure, task.journal):
+        leftover.unlink(missing_ok=True)
     return record
 
 
-def _today() -> str:
-    """UTC day; SOURCE_DATE_EPOCH sets it, as reproducible-builds.org has it, for a build that gives the same bytes on another day."""
-    return datetime.fromtimestamp(float(os.environ.get("SOURCE_DATE_EPOCH") or time.time()), UTC).date().isoformat()
+def today() -> str:
+    """UTC day; SOURCE_DATE_EPOCH sets it, as reproducible-builds.org has it, for a build that gives the same bytes on another day.
+
+    Raises:
+        InputError: SOURCE_DATE_EPOCH is no time.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        return datetime.fromtimestamp(float(given or time.time()), UTC).date().isoformat()
+    except (ValueError, OverflowError, OSError) as error:
+        raise InputError(f"SOURCE_DATE_EPOCH is {given!r}, which is no time", "give seconds since 1970, or unset SOURCE_DATE_EPOCH") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

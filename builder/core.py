@@ -6,9 +6,12 @@ shard after another into files. A task is one shard's work order. Its record, wr
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import json
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -18,15 +21,20 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
+import charset_normalizer
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from fsspec import AbstractFileSystem
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from builder.errors import InputError, RecipeError
+from builder.errors import InputError, RecipeError, UserError, command
 
 Json = Any
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]
 T = TypeVar("T")
 Work = Callable[["Task"], Mapping[str, int]]
 """Does one task: writes its outputs and returns the number of rows by status."""
@@ -94,6 +102,11 @@ class Task:
     def failure(self) -> Path:
         return self.folder / f"{self.name}.failed"
 
+    @property
+    def journal(self) -> Path:
+        """What a stage may write down before it has finished; it goes when the record is there."""
+        return self.folder / f"{self.name}.journal"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -137,6 +150,14 @@ class Stage:
         """What a shard depends on where that is not outputs of earlier stages: name -> sha256."""
         return None
 
+    def makes_captions(self) -> tuple[str, ...]:
+        """Caption columns that it adds."""
+        return ()
+
+    def names_captions(self) -> tuple[str, ...]:
+        """Caption columns that its settings name; a stage before it makes each."""
+        return ()
+
     def check(self) -> None:
         """Look for what would fail hours later: a file that is not there, a setting that its library does not know.
 
@@ -154,19 +175,46 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class SourceSet:
+    """The data set whose URLs and alt text are recaptioned. `url` is the page that states its licence."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    url: str
+    license: str  # an id of the Hub; `unknown`: none is stated; `other`: one that the Hub has no id for
+    citation: str = ""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What makes a named artifact: its stages in order, and what its card says of it."""
 
-    name: str
+    name: Name
     stages: tuple[Stage, ...]
     title: str = ""
-    license: str = "cc-by-4.0"
+    license: str = "unknown"  # of the captions and the metadata: an id of the Hub, stated and not guessed
     description: str = ""
+    source: SourceSet | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stages, list | tuple) or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise RecipeError(f"recipe {self.name}: stages are a tuple of stages, not {self.stages!r:.80}", "Recipe(name, (Source(...), ...))")
         # Through the types once, so that 5 and 5.0 for a float are one setting and have one key.
         stages = tuple(parse(type(stage), asdict(stage), what=f"stage {stage.name}") for stage in self.stages)
         object.__setattr__(self, "stages", stages)
+        hints = get_type_hints(type(self), include_extras=True)
+        for about in hints.keys() - {"stages"}:
+            object.__setattr__(self, about, parse(hints[about], getattr(self, about), what=f"recipe: {about}"))
+        names = [stage.name for stage in stages]
+        for name in (name for name in names if names.count(name) > 1):
+            raise RecipeError(f"recipe {self.name} has two stages '{name}'", "leave one of them out")
+        made = ["org_caption"]
+        for stage in stages:
+            for missing in (name for name in stage.names_captions() if name not in made):
+                reason = f"stage {stage.name} names the caption '{missing}', which no stage before it makes"
+                raise RecipeError(reason, f"there are: {', '.join(made)}")
+            made += stage.makes_captions()
 
     def stage(self, name: str) -> Stage:
         for stage in self.stages:
@@ -178,24 +226,32 @@ class Recipe:
         """The resolved recipe, one setting a line, so that two of them can be compared."""
         stages = [{"stage": f"{type(s).__module__}:{type(s).__qualname__}", **asdict(s)} for s in self.stages]
         about = {"name": self.name, "title": self.title, "license": self.license, "description": self.description}
-        return json.dumps({**about, "stages": stages}, indent=2, ensure_ascii=False) + "\n"
+        # Left out where there is none: a recipe.json from before there were any stays as it is.
+        source = {"source": asdict(self.source)} if self.source else {}
+        return json.dumps({**about, **source, "stages": stages}, indent=2, ensure_ascii=False) + "\n"
 
     def portable(self) -> Recipe:
         """The recipe as it is published."""
         return replace(self, stages=tuple(stage.portable() for stage in self.stages))
 
     @classmethod
-    def from_json(cls, text: str) -> Recipe:
-        """The recipe that `to_json` wrote.
+    def from_json(cls, text: str | bytes, what: str = "recipe.json") -> Recipe:
+        """The recipe that `to_json` wrote. `what` is what an error calls it.
 
         Only stages of the package `builder` are loaded: a recipe.json may come from anybody.
         """
+        hint = "recap build writes one into its run"
         try:
-            data = json.loads(text)
-            stages = tuple(_stage_from_json(stage) for stage in data.pop("stages"))
+            data = _adapter(dict[str, Any]).validate_json(text)
+            written = parse(list[dict[str, Any]], data.pop("stages"), what="stages")
+            stages = tuple(_stage_from_json(dict(stage)) for stage in written)
             return cls(stages=stages, **data)
+        except ValidationError as error:
+            raise RecipeError(f"{what}: not a recipe.json: {_first(error)}", hint) from error
+        except UserError as error:
+            raise RecipeError(f"{what}: not a recipe.json: {error.message}", error.hint) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RecipeError(f"not a recipe.json: {error}") from error
+            raise RecipeError(f"{what}: not a recipe.json: {type(error).__name__}: {error}", hint) from error
 
 
 def _stage_from_json(data: dict[str, Json]) -> Stage:
@@ -218,11 +274,45 @@ def parse(kind: type[T], value: Json, *, what: str) -> T:
         RecipeError: with the field and what was expected there.
     """
     try:
-        return TypeAdapter(kind).validate_python(value)
+        checked: T = _adapter(kind).validate_python(value)
+        return checked
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{what}: {place + ': ' if place else ''}{first['msg']} (got {first['input']!r})") from error
+        raise RecipeError(f"{what}: {_first(error)}") from error
+
+
+def from_json(kind: type[T], text: str | bytes, *, what: str) -> T:
+    """JSON that may come from anybody, as a `kind`.
+
+    Raises:
+        InputError: with what was expected, and where.
+    """
+    try:
+        checked: T = _adapter(kind).validate_json(text)
+        return checked
+    except ValidationError as error:
+        raise InputError(f"{what} cannot be used: {_first(error)}", "get it again from where it was published") from error
+
+
+_adapters: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part)[:80] for part in first["loc"][:5])
+    if first["type"] == "json_invalid":  # of a file that is no JSON nothing is told: it may be any file
+        return str(first["msg"])[:200]
+    got = repr(first["input"])
+    return f"{place + ': ' if place else ''}{first['msg'][:200]} (got {got if len(got) <= 80 else got[:77] + '...'})"
+
+
+_OUTPUT = re.compile(r"\w+/\w[\w.-]*")  # relative to the run
 
 
 @dataclass(frozen=True)
@@ -240,13 +330,15 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record | None:
-        try:
-            record = cls(**json.loads(path.read_bytes()))
-            return replace(record, versions=_one_of_each(json.dumps(record.versions)))
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (ValueError, TypeError):
-            return None  # cut off by a crash of the machine: not done
+        try:
+            record: Record = _adapter(cls).validate_json(read_file(path))
+        except ValidationError:
+            return None  # cut off by a crash of the machine
+        if record.outputs.keys() != record.bytes.keys() or not all(map(_OUTPUT.fullmatch, record.outputs)):
+            return None
+        return replace(record, versions=_one_of_each(json.dumps(record.versions)))
 
 
 @cache
@@ -297,7 +389,45 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         InputError: it is not there, or not UTF-8.
     """
+    data = read_file(path)
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "give a text file, UTF-8, one value a line") from error
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        encoding = encoding_of(data)
+        hint = f"convert it: {command('iconv', '-f', encoding, '-t', 'utf-8', path)} > FILE"
+        raise InputError(f"{path} is not UTF-8; it looks like {encoding}", hint) from None
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        InputError: it is not there, or is no regular file: a pipe would be waited for.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is no regular file", "name a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", "name a file that is there") from error
+
+
+def matching(fs: AbstractFileSystem, path: str) -> list[str]:
+    """Regular files that a file's name, a folder or a pattern names. What is there is no pattern, the beginning of a path neither."""
+    if fs.isdir(path):
+        found = fs.find(path)
+    elif fs.exists(path):
+        found = [path]
+    else:
+        there, rest = path, ""
+        while there and not fs.exists(there):
+            there, slash, last = there.rpartition("/")
+            rest = f"{slash}{last}{rest}"
+        found = fs.glob(glob.escape(there) + rest)
+    return [name for name in found if fs.isfile(name)]
+
+
+def encoding_of(data: bytes) -> str:
+    """Which encoding bytes that are not UTF-8 look like."""
+    best = charset_normalizer.from_bytes(data[:100_000]).best()
+    return best.encoding if best else "an unknown one"

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import duckdb
+import pyarrow as pa
 
-from builder import tombstones
-from builder.core import Json, Stage, Task, Work, sha256_file, write_parquet
+from builder import sql, tombstones
+from builder.core import Count, Json, Stage, Task, Work, read_file, sha256_file, write_parquet
 from builder.errors import InputError
 
 
@@ -35,7 +35,7 @@ class Dedup(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
     paths: ClassVar[tuple[str, ...]] = ("tombstones",)
 
-    max_urls: int = 5
+    max_urls: Count = 5
     tombstones: str | None = None
 
     def settings(self) -> dict[str, Json]:
@@ -43,36 +43,42 @@ class Dedup(Stage):
             raise InputError(f"there is no file of tombstones {self.tombstones}", f"name the {tombstones.FILE} of a published version")
         return super().settings() | {"tombstones": self.tombstones and sha256_file(Path(self.tombstones))}
 
+    def check(self) -> None:
+        self._removed()
+
+    def _removed(self) -> pa.Table:
+        return tombstones.read(read_file(Path(self.tombstones)), self.tombstones) if self.tombstones else tombstones.table({})
+
     def survey(self, task: Task) -> Mapping[str, int]:
-        files = [str(path) for path in task.all_inputs("download")]
-        with duckdb.connect(config={"temp_directory": str(task.folder)}) as con:
+        files = task.all_inputs("download")
+        with sql.connect(task.folder) as con:
             table = con.sql(
-                """select image_sha256, count(distinct url) as urls from read_parquet(?) where status = 'ok'
-                   group by all having urls > ? order by all""",
-                params=[files, self.max_urls],
+                f"""select image_sha256, count(distinct url) as urls from {sql.table(files)} where status = 'ok'
+                    group by all having urls > {self.max_urls} order by all"""
             ).to_arrow_table()
         write_parquet(table, task.output())
         return {"images": table.num_rows}
 
     @contextmanager
     def open(self) -> Iterator[Work]:
-        with duckdb.connect(config={"threads": 1}) as con:
-            con.register("tombstones", tombstones.read(Path(self.tombstones)) if self.tombstones else tombstones.table({}))
+        with sql.connect(threads=1) as con:
+            con.register("tombstones", self._removed())
             removed = tombstones.MARKS.format(
                 rows="(select file_row_number as row, uid, url, image_sha256 as image from rows)", tombstones="tombstones"
             )
 
             def work(task: Task) -> Mapping[str, int]:
+                downloaded = sql.table(task.input("download"), file_row_number="true")
+                placeholders = sql.table(task.folder / "survey.parquet")
                 table = con.sql(
-                    f"""with rows as (from read_parquet($files, file_row_number = true)), removed as ({removed})
+                    f"""with rows as (from {downloaded}), removed as (select distinct row from ({removed}))
                        select uid,
                               case when removed.row is not null then 'removed' when urls is not null then 'duplicate_image' else status end as status,
                               case when removed.row is not null then 'named by a tombstone'
                                    when urls is not null then 'one image behind ' || urls || ' URLs' else error end as error
-                       from rows left join read_parquet($images) as images on rows.image_sha256 = images.image_sha256 and status = 'ok'
+                       from rows left join {placeholders} as images on rows.image_sha256 = images.image_sha256 and status = 'ok'
                             left join removed on rows.file_row_number = removed.row
-                       order by rows.file_row_number""",
-                    params={"files": str(task.input("download")), "images": str(task.folder / "survey.parquet")},
+                       order by rows.file_row_number"""
                 ).to_arrow_table()
                 write_parquet(table, task.output())
                 return Counter(table["status"].to_pylist())

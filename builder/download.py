@@ -4,10 +4,13 @@ Reads   source.
 Writes  `<shard>.tar` in img2dataset's webdataset layout (jpg, txt, json per sample, in row order);
         `<shard>.parquet` with the columns of `SCHEMA`.
 Survey  no uid may occur twice in the whole run.
+Raises  Outage, where it is this machine's network that failed and not the web: such a shard is not data.
 
-Resizing, face blurring, X-Robots-Tag and the tar layout are img2dataset's. Ours is the fetching: one deadline for a URL
-that a dripping server cannot stretch, retries with back-off, no connection to an address that is not public, limits on
-bytes and pixels before decoding, and a status with a reason for every URL.
+Resizing, face blurring, X-Robots-Tag and the tar layout are img2dataset's. Ours is the fetching: one deadline
+for a URL that a dripping server cannot stretch, names looked up without threads (c-ares) under a deadline of
+their own, retries with back-off, no connection to an address that is not public, limits on bytes and pixels
+before decoding, and a status with a reason for every URL. A body is judged in this order: is it an image, is
+it too large, is it the image of the metadata, can its faces be blurred, can it be decoded.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import hashlib
 import io
 import ipaddress
 import json
+import math
 import os
 import random
 import socket
@@ -25,21 +29,24 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 import aiohttp
-import duckdb
 import numpy as np
 import pyarrow as pa
 import yarl
 from PIL import Image
+from pydantic import Field
 
-from builder.core import Json, Stage, Status, Task, Work, read_rows, write_parquet
+from builder import sql
+from builder.core import Count, Json, Seconds, Stage, Status, Task, Work, read_rows, write_parquet
 from builder.errors import InputError
+from builder.network import NOT_PUBLIC, RESOLVER_SHARE, Network, NoAnswer, Outage, is_nameserver, is_off_limits
+from builder.urls import as_fetched
 
 SCHEMA = pa.schema(
     [
@@ -56,8 +63,6 @@ SCHEMA = pa.schema(
     ]
 )
 USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1)"
-NOT_PUBLIC = "not a public address"
-MAX_URL_CHARACTERS = 8192
 RESIZE_MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")  # img2dataset's
 _PILLOW_SAYS_NO = (OSError, ValueError, SyntaxError, MemoryError, RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, struct.error)
 
@@ -67,30 +72,35 @@ class Download(Stage):
     """How URLs become images. `timeout_s` covers everything about one URL: DNS, redirects, retries and the body."""
 
     name: ClassVar[str] = "download"
+    version: ClassVar[int] = 2
     reads: ClassVar[tuple[str, ...]] = ("source",)
     surveys: ClassVar[tuple[str, ...]] = ("source",)
-    libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "img2dataset", "aiohttp", "webdataset", "opencv-python-headless")
+    libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "img2dataset", "aiohttp", "aiodns", "webdataset", "opencv-python-headless")
 
-    image_px: int = 512
+    image_px: Count = 512
     resize_mode: str = "keep_ratio_largest"  # img2dataset's names
     resize_only_if_bigger: bool = True
-    encode_quality: int = 95
+    encode_quality: Annotated[int, Field(ge=1, le=100)] = 95
     blur_faces: bool = True  # where the metadata has face_bboxes
     verify_sha256: bool = True  # another image than the metadata's is hash_mismatch; off: kept under its measured hash
-    timeout_s: float = 10.0
-    retries: int = 2
-    max_bytes: int = 50_000_000
-    max_pixels: int = 64_000_000  # an image with alpha counts fourfold
+    timeout_s: Seconds = 10.0
+    retries: Annotated[int, Field(ge=0)] = 2
+    max_bytes: Count = 50_000_000
+    max_pixels: Count = 64_000_000  # an image with alpha counts fourfold
     allow_private: tuple[str, ...] = ()  # networks that may be connected to though they are not public, for example 127.0.0.1/32
     disallowed_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     user_agent_token: str = "recapkit"
-    concurrency: int = 64  # URLs in flight per worker
-    workers: int | None = None  # processes; one per core unless given
+    concurrency: Count = 64  # URLs in flight per worker
+    workers: Count | None = None  # processes; one per core unless given
+    nameservers: tuple[str, ...] = ()  # IP or IP:PORT, asked instead of the system's
+    accept_failures: bool = False  # commit also what looks like an outage of this machine's network
 
     def settings(self) -> dict[str, Json]:
-        settings = super().settings()
-        del settings["concurrency"]
-        return settings
+        keyless = ("concurrency", "nameservers", "accept_failures")
+        return {name: value for name, value in super().settings().items() if name not in keyless}
+
+    def portable(self) -> Stage:
+        return replace(self, nameservers=())  # this machine's
 
     def num_workers(self) -> int:
         return self.workers or os.cpu_count() or 1
@@ -103,14 +113,15 @@ class Download(Stage):
                 ipaddress.ip_network(network)
             except ValueError as error:
                 raise InputError(f"allow_private: {error}", "for example allow_private=127.0.0.1/32") from error
+        for server in self.nameservers:
+            if not is_nameserver(server):
+                raise InputError(f"nameservers: '{server}' is no address", "for example nameservers=1.1.1.1")
 
     def survey(self, task: Task) -> Mapping[str, int]:
-        files = [str(path) for path in task.all_inputs("source")]
-        with duckdb.connect(config={"temp_directory": str(task.folder)}) as con:
-            ((rows,),) = con.sql("select count(*) from read_parquet(?)", params=[files]).fetchall()
-            twice = con.sql(
-                "select uid, min((shard, row)), max((shard, row)) from read_parquet(?) group by uid having count(*) > 1 limit 1", params=[files]
-            ).fetchall()
+        source = sql.table(task.all_inputs("source"))
+        with sql.connect(task.folder) as con:
+            ((rows,),) = con.sql(f"select count(*) from {source}").fetchall()
+            twice = con.sql(f"select uid, min((shard, row)), max((shard, row)) from {source} group by uid having count(*) > 1 limit 1").fetchall()
         for uid, first, last in twice:
             raise InputError(
                 f"uid {uid} occurs twice: shard {first[0]} row {first[1]} and shard {last[0]} row {last[1]}; it must identify one row",
@@ -123,13 +134,12 @@ class Download(Stage):
         Image.MAX_IMAGE_PIXELS = None  # ours is the limit
         fetcher = _Fetcher(self)
         decoders = max(1, (os.cpu_count() or 1) // self.num_workers())
-        with asyncio.Runner() as runner, ThreadPoolExecutor(decoders) as decoder, ThreadPoolExecutor(self.concurrency) as resolver:
-            runner.get_loop().set_default_executor(resolver)  # asyncio resolves names there
+        with asyncio.Runner() as runner, ThreadPoolExecutor(decoders) as decoder:
 
             def work(task: Task) -> Mapping[str, int]:
                 rows = list(read_rows(task.input("source")))
                 with tempfile.TemporaryFile(dir=task.folder) as spool:  # images in the order of arrival
-                    done = runner.run(fetcher.fetch_all(rows, spool, decoder))
+                    done = runner.run(fetcher.shard(rows, spool, decoder))
                     return _write(task, rows, done, spool)
 
             yield work
@@ -145,6 +155,7 @@ class _Image:
     served_size: tuple[int | None, int | None] = (None, None)
     size: tuple[int | None, int | None] = (None, None)
     span: tuple[int, int] = (0, 0)  # place in the spool
+    retry_s: float = 0.0  # what another try takes before it can fail in the same way
 
 
 class _Fetcher:
@@ -161,17 +172,53 @@ class _Fetcher:
         self.directives = {d.lower() for d in settings.disallowed_directives}
         self.resizer = resizer.Resizer(
             settings.image_px, settings.resize_mode, settings.resize_only_if_bigger,
-            encode_quality=settings.encode_quality, blurrer=BoundingBoxBlurrer(),
+            encode_quality=settings.encode_quality, blurrer=_Blurrer(BoundingBoxBlurrer()),
         )  # fmt: skip
 
-    async def fetch_all(self, rows: list[dict[str, Any]], spool: Any, decoder: ThreadPoolExecutor) -> list[_Image]:
+    async def shard(
+        self,
+        rows: list[dict[str, Any]],
+        spool: Any,
+        decoder: ThreadPoolExecutor,
+    ) -> list[_Image]:
+        """One result per row.
+
+        Raises:
+            Outage: the results are this machine's doing.
+        """
+        network = Network(self.settings.nameservers, self.settings.timeout_s)
+        try:
+            results = await self.fetch_all(network, rows, spool, decoder)
+            if not self.settings.accept_failures and (reason := await network.outage()):
+                raise Outage(reason)
+            return results
+        finally:
+            await network.close()
+
+    async def fetch_all(
+        self,
+        network: Network,
+        rows: list[dict[str, Any]],
+        spool: Any,
+        decoder: ThreadPoolExecutor,
+    ) -> list[_Image]:
         """One result per row; `concurrency` URLs at a time."""
         results: list[_Image | None] = [None] * len(rows)
         queue = iter(enumerate(rows))
         loop = asyncio.get_running_loop()
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, socket_factory=self.connect_to)
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*,*/*;q=0.8"}
-        async with aiohttp.ClientSession(connector=connector, headers=headers, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()) as session:
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            ttl_dns_cache=300,
+            socket_factory=self.connect_to,
+            resolver=network,
+        )
+        async with aiohttp.ClientSession(
+            connector=connector,
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*,*/*;q=0.8"},
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            middlewares=(network.listen,),
+        ) as session:
 
             async def worker() -> None:
                 for index, row in queue:
@@ -208,15 +255,10 @@ class _Fetcher:
 
     async def fetch(self, session: aiohttp.ClientSession, row: Mapping[str, Any]) -> tuple[bytes | None, _Image]:
         """The body of a row's URL, or what stands in its way."""
-        try:
-            if len(row["url"]) > MAX_URL_CHARACTERS:
-                raise ValueError(f"over {MAX_URL_CHARACTERS} characters")
-            url = yarl.URL(row["url"])
-            if url.scheme not in ("http", "https") or not url.host or any(c in row["url"] for c in "\x00\r\n") or " " in url.host:
-                raise ValueError("not an http or https URL")
-            url.host.encode("idna")
-        except ValueError as error:
-            return None, _Image(Status.INVALID_URL, str(error))
+        text, error = as_fetched(row["url"])
+        if error := row["url_error"] or error:
+            return None, _Image(Status.INVALID_URL, error)
+        url = yarl.URL(text)
         deadline = time.monotonic() + self.settings.timeout_s
         try:
             async with asyncio.timeout(self.settings.timeout_s):
@@ -225,8 +267,8 @@ class _Fetcher:
                     if wait_s is None or attempt == self.settings.retries:
                         break
                     wait_s = max(wait_s, 0.25 * 2**attempt * random.uniform(0.75, 1.25))
-                    if time.monotonic() + wait_s > deadline:
-                        break
+                    if time.monotonic() + wait_s + failure.retry_s > deadline:
+                        break  # the reason that is known says more than `timeout`
                     await asyncio.sleep(wait_s)
                 return body, failure
         except TimeoutError:
@@ -259,18 +301,20 @@ class _Fetcher:
             return None, _Image(Status.BLOCKED, f"leads to {str(error)[:100]}"), None
         except (aiohttp.InvalidURL, aiohttp.TooManyRedirects, ValueError) as error:
             return None, _Image(Status.DEAD_LINK, f"{type(error).__name__}: {str(error)[:100]}"), None
-        except aiohttp.ClientConnectorDNSError:
-            return None, _Image(Status.DEAD_LINK, "the host name does not resolve"), 0.0
+        except aiohttp.ClientConnectorDNSError as error:
+            if isinstance(error.os_error, NoAnswer):
+                reason = f"no answer from the resolver: {error.os_error}"
+                again_s = 1.25 * RESOLVER_SHARE * self.settings.timeout_s  # this machine may be busy
+                return None, _Image(Status.UNAVAILABLE, reason, retry_s=again_s), 0.0
+            return None, _Image(Status.DEAD_LINK, "the host name does not resolve"), None
         except (aiohttp.ClientError, OSError) as error:
-            if NOT_PUBLIC in f"{error} {error.__cause__}":
+            if is_off_limits(error):
                 return None, _Image(Status.BLOCKED, NOT_PUBLIC), None
             return None, _Image(Status.UNAVAILABLE, f"{type(error).__name__}: {str(error)[:100]}"), 0.0
 
     def decode(self, row: Mapping[str, Any], body: bytes) -> tuple[_Image, bytes | None]:
-        """Check the hash, then the pixels, then decode, resize, blur and encode."""
+        """Check the header, the pixels, the hash and the faces, then decode, resize, blur and encode."""
         sha256 = hashlib.sha256(body).hexdigest()
-        if self.settings.verify_sha256 and row["sha256"] and row["sha256"] != sha256:
-            return _Image(Status.HASH_MISMATCH, "not the image of the metadata", sha256), None
         try:
             with Image.open(io.BytesIO(body)) as header:  # reads no pixels
                 width, height = header.size
@@ -280,12 +324,18 @@ class _Fetcher:
                 if width * height * (4 if alpha else 1) > self.settings.max_pixels:  # img2dataset flattens alpha in float64
                     reason = f"{width}x{height} pixels{' with alpha' if alpha else ''}, over {self.settings.max_pixels}"
                     return _Image(Status.TOO_LARGE, reason, sha256, (width, height)), None
+                if self.settings.verify_sha256 and row["sha256"] and row["sha256"] != sha256:
+                    reason = "not the image of the metadata"
+                    return _Image(Status.HASH_MISMATCH, reason, sha256, (width, height)), None
                 if ";16" in f"{header.mode} {header.tile}":
                     body = _eight_bits(header)
         except _PILLOW_SAYS_NO as error:
             return _Image(Status.UNDECODABLE, "empty body" if not body else type(error).__name__, sha256), None
-        boxes = row["face_bboxes"] if self.settings.blur_faces else None
-        jpg, new_width, new_height, _, _, trouble = self.resizer(io.BytesIO(body), boxes or None)
+        try:
+            faces = _faces(row["face_bboxes"] or []) if self.settings.blur_faces else []
+        except ValueError as error:  # unblurred it may not be kept
+            return _Image(Status.UNDECODABLE, str(error), sha256, (width, height)), None
+        jpg, new_width, new_height, _, _, trouble = self.resizer(io.BytesIO(body), faces or None)
         if jpg is None:
             return _Image(Status.UNDECODABLE, str(trouble)[:100], sha256, (width, height)), None
         return _Image(Status.OK, None, sha256, (width, height), (new_width, new_height)), jpg
@@ -299,6 +349,47 @@ class _Headers:
 
     def get_all(self, name: str, default: list[str]) -> list[str]:
         return list(self.headers.getall(name, default))
+
+
+def _faces(boxes: list[list[float | None] | None]) -> list[list[float]]:
+    """Face boxes, in shares of the image, cut to it.
+
+    Raises:
+        ValueError: one of them is in pixels, has its corners swapped or is no box at all.
+    """
+    faces = []
+    for box in boxes:
+        # a face at the border may reach over it; a box in pixels must not pass for one
+        corners = [min(max(x, 0.0), 1.0) for x in box or () if x is not None and -0.5 <= x <= 1.5]
+        x0, y0, x1, y1 = corners if box and len(box) == len(corners) == 4 else (1.0, 1.0, 0.0, 0.0)
+        if not (x0 < x1 and y0 < y1):
+            text = str(box) if len(str(box)) <= 55 else f"{str(box)[:52]}..."  # all of it in 100 characters
+            raise ValueError(f"face_bboxes: {text} is not [x0, y0, x1, y1] in 0..1")
+        faces.append(corners)
+    return faces
+
+
+class _Blurrer:
+    """img2dataset's blurring, of every pixel that a box touches.
+
+    Alone it rounds corners down and ends a box before the last line of the image, so that a face thinner than
+    a pixel, or in the last line, stays as it is.
+    """
+
+    def __init__(self, blur: Callable[..., np.ndarray[Any, Any]]) -> None:
+        self.blur = blur
+
+    def __call__(self, img: np.ndarray[Any, Any], bbox_list: list[list[float]]) -> np.ndarray[Any, Any]:
+        height, width = img.shape[:2]
+        one_more = np.pad(img, ((0, 1), (0, 1), (0, 0))[: img.ndim], "reflect")
+        boxes = []
+        for x0, y0, x1, y1 in bbox_list:
+            left, top = min(int(x0 * width), width - 1), min(int(y0 * height), height - 1)
+            right, bottom = max(math.ceil(x1 * width), left + 1), max(math.ceil(y1 * height), top + 1)
+            # half a pixel more, so that rounding down gives back these very numbers
+            corners = np.array([left, top, right, bottom]) + 0.5
+            boxes.append((corners / [width + 1, height + 1, width + 1, height + 1]).tolist())
+        return np.ascontiguousarray(self.blur(img=one_more, bbox_list=boxes)[:height, :width])
 
 
 def _eight_bits(image: Image.Image) -> bytes:

@@ -1,22 +1,28 @@
 """What can go wrong, as types.
 
 RecapError
+├── ShardError        one shard cannot be done and trying again would not help: recorded, named, the others go on (exit 1)
 └── UserError         the user must change something: one line, and the next command to type (exit 2)
     ├── RecipeError   an unknown recipe, parameter or setting, or a value of the wrong type
     ├── InputError    metadata, a model folder or a run directory that cannot be used as it is
     └── VersionError  a version that exists with other bytes, or a run that is not ready to be published
 
-A failed row is none of these: it is a `Status` in the data. A failed shard is recorded and named at the end (exit 1).
+A failed row is none of these: it is a `Status` in the data. Whatever else a shard raises is tried again, then recorded.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class RecapError(Exception):
     """Base of everything that recapkit raises on purpose."""
+
+
+class ShardError(RecapError):
+    """What is wrong with one shard's input, with the file's and the column's name."""
 
 
 class UserError(RecapError):
@@ -52,3 +58,8 @@ def telling_of_a_full_disk(place: object) -> Iterator[None]:
         if "No space left on device" in str(error):
             raise InputError(f"the disk of {place} is full", "free some space, then type the same command again") from error
         raise
+
+
+def command(*words: object) -> str:
+    """A command to type, quoted for a shell."""
+    return shlex.join(map(str, words))

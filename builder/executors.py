@@ -1,7 +1,7 @@
 """Where tasks run. An executor takes a stage and its tasks and yields an outcome for each, in any order.
 
-`local` is a pool of worker processes on this machine, each opening the stage once. A worker that dies, by the kernel's
-hand or by its library's, costs its tasks an attempt and nothing else.
+`local` runs them in worker processes on this machine, each of which opens the stage once. A worker that died or raised
+is replaced: it costs its own task an attempt, and nothing that it left behind reaches another shard.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ from __future__ import annotations
 import ctypes
 import logging
 import multiprocessing
-import multiprocessing.util
 import os
 import signal
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from builder.commit import commit, damaged_input
 from builder.core import Record, Stage, Task, Work
-from builder.errors import UserError, telling_of_a_full_disk
+from builder.errors import InputError, RecapError, ShardError, UserError, telling_of_a_full_disk
 
 ATTEMPTS = 3
+LEAVE_S = 60  # for a worker that has nothing to do to unload its model
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +37,7 @@ class Outcome:
     record: Record | None = None
     error: str = ""
     damaged: bool = False  # an input was damaged and has to be made again first
+    final: bool = False  # trying again would not help
 
 
 Executor = Callable[[Stage, Iterable[Task]], Iterator[Outcome]]
@@ -47,112 +47,170 @@ def local(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
     """Run tasks in `stage.num_workers()` processes.
 
     Raises:
-        UserError: from a worker, for what no other shard could survive either (a model that cannot be loaded, a full disk).
+        UserError: from a worker, for what no other shard could survive either: a model that cannot be loaded, a full disk.
     """
-    todo = deque((task, 1, False) for task in tasks)  # attempt, and whether it has to be alone: a worker died that may have been its own
-    running: dict[Future[Outcome], tuple[Task, int, bool]] = {}
+    todo = deque((task, 1) for task in tasks)
     num_workers = min(stage.num_workers(), len(todo))
     log_file = todo[0][0].folder / "worker.log"
-    pool = _pool(stage, num_workers, log_file)
+    workers: list[_Worker] = []
     try:
-        while todo or running:
-            broken = False
-            while todo and len(running) < num_workers and not (running and (todo[0][2] or any(alone for _, _, alone in running.values()))):
-                try:
-                    running[pool.submit(_run, todo[0][0])] = todo[0]
-                except BrokenProcessPool:  # a worker died while nobody waited
-                    broken = True
-                    break
-                todo.popleft()
-            done = set() if broken else wait(running, return_when=FIRST_COMPLETED).done
-            broken = broken or any(isinstance(future.exception(), BrokenProcessPool) for future in done)
-            ended = [(future, running.pop(future)) for future in (list(running) if broken else done)]
-            if broken:
-                wait(future for future, _ in ended)
-                _kill(pool)
-                pool = _pool(stage, num_workers, log_file)
-            dead = [future for future, _ in ended if isinstance(future.exception(), BrokenProcessPool)]
-            for future, (task, attempt, _) in ended:
-                if future in dead and len(dead) > 1:  # whose doing it was is not known
-                    todo.append((task, attempt, True))
+        while todo or any(worker.task for worker in workers):
+            while todo and len(workers) < num_workers:
+                workers.append(_Worker(stage, log_file))
+            for worker in workers:
+                if todo and not worker.task:
+                    worker.give(*todo.popleft())
+            for worker in _speaking(workers):
+                outcome = worker.hear()
+                if outcome is None:
                     continue
-                outcome = Outcome(task, error="a worker process died (out of memory?)") if future in dead else future.result()
-                if outcome.error and not outcome.damaged and attempt < ATTEMPTS:
-                    log.info("%s %s: %s; attempt %d of %d follows", stage.name, task.name, outcome.error, attempt + 1, ATTEMPTS)
-                    todo.append((task, attempt + 1, future in dead))
+                task, tries = outcome.task, worker.tries
+                if outcome.error:
+                    worker.kill()
+                    workers.remove(worker)
+                if outcome.error and not outcome.damaged and not outcome.final and tries < ATTEMPTS:
+                    log.info("%s %s: %s; attempt %d of %d follows", stage.name, task.name, outcome.error, tries + 1, ATTEMPTS)
+                    todo.append((task, tries + 1))
                 else:
                     yield outcome
+        for worker in workers:
+            worker.leave()
     finally:
-        _kill(pool)
+        for worker in workers:
+            worker.kill()
 
 
-def here(stage: Stage, survey: Task) -> Outcome:
-    """Do a survey in this process: it is a query over a few columns, done sooner than a worker starts."""
-    return _attempt(stage, survey, lambda: stage.survey)
+class _Worker:
+    """A process that opens the stage, says so, and then does the tasks that it is given, one after the other."""
+
+    def __init__(self, stage: Stage, log_file: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.stage, self.log_file = stage, log_file
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, stage, os.getpid(), log_file, log.getEffectiveLevel()))
+        self.process.start()
+        theirs.close()
+        self.is_open = False
+        self.task: Task | None = None
+        self.tries = 0
+
+    def give(self, task: Task, tries: int) -> None:
+        self.task, self.tries = task, tries
+        with suppress(OSError):  # it has died; whoever waits for it is told
+            self.pipe.send(task)
+
+    def hear(self) -> Outcome | None:
+        """What became of the task; None where all that it says is that it has opened the stage.
+
+        Raises:
+            UserError: the worker's, or that it died while it opened the stage.
+        """
+        try:
+            said = self.pipe.recv()
+        except (EOFError, OSError):
+            if not self.is_open:
+                reason = f"stage {self.stage.name} cannot start: its worker process died (out of memory?)"
+                raise InputError(reason, f"its last words are in {self.log_file}") from None
+            assert self.task is not None
+            said = Outcome(self.task, error="a worker process died (out of memory?)")
+        if isinstance(said, UserError):
+            raise said
+        if said is None:
+            self.is_open = True
+            return None
+        assert isinstance(said, Outcome)
+        self.task = None
+        return said
+
+    def leave(self) -> None:
+        self.pipe.close()
+        self.process.join(LEAVE_S)
+
+    def kill(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
-def _pool(stage: Stage, num_workers: int, log_file: Path) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, context, _start, (stage, os.getpid(), log_file, log.getEffectiveLevel()))
-
-
-def _kill(pool: ProcessPoolExecutor) -> None:
-    """End the workers: politely when they are idle, at once when they are not."""
-    processes = list((pool._processes or {}).values())
-    idle = not pool._pending_work_items
-    pool.shutdown(wait=idle, cancel_futures=True)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
+def _speaking(workers: list[_Worker]) -> list[_Worker]:
+    """Wait until at least one worker that is at work has said something or died."""
+    busy = [worker for worker in workers if worker.task]
+    ready = wait([*(worker.pipe for worker in busy), *(worker.process.sentinel for worker in busy)])
+    return [worker for worker in busy if worker.pipe in ready or worker.process.sentinel in ready]
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
-_stage: Stage
-_work: Work | None = None
-_stack = ExitStack()
 
-
-def _start(stage: Stage, parent: int, log_file: Path, level: int) -> None:
-    global _stage
-    _stage = stage
+def _serve(pipe: Connection, stage: Stage, parent: int, log_file: Path, level: int) -> None:
     die_with(parent)
-    multiprocessing.util.Finalize(None, _stack.close, exitpriority=10)  # models are unloaded when the worker ends by itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     with open(log_file, "ab") as file:  # what libraries print belongs there, not between the lines of the progress
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("builder").setLevel(level)
+    with ExitStack() as stack:
+        try:
+            with telling_of_a_full_disk(log_file.parent):
+                work = stack.enter_context(stage.open())
+        except UserError as error:
+            return pipe.send(error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
+            log.warning("%s: %s", stage.name, traceback.format_exc())
+            given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
+            return pipe.send(InputError(f"stage {stage.name} cannot start, {given}: {_said(error)}", f"more of it is in {log_file}"))
+        pipe.send(None)
+        while (task := _next(pipe)) is not None:
+            try:
+                pipe.send(attempt(stage, task, work))
+            except UserError as error:
+                pipe.send(error)
 
 
-def _run(task: Task) -> Outcome:
-    return _attempt(_stage, task, _open)
+def _next(pipe: Connection) -> Task | None:
+    """The next task; None where there will be none."""
+    try:
+        task: Task = pipe.recv()
+    except EOFError:
+        return None
+    return task
 
 
-def _open() -> Work:
-    global _work
-    _work = _work or _stack.enter_context(_stage.open())
-    return _work
+def attempt(stage: Stage, task: Task, work: Work) -> Outcome:
+    """Do one task and commit it, or say what went wrong with it.
 
-
-def _attempt(stage: Stage, task: Task, open_: Callable[[], Work]) -> Outcome:
-    for leftover in task.folder.glob(f".{task.name}.*.part"):
-        leftover.unlink()
+    Raises:
+        UserError: no other task of the stage could be done either.
+    """
+    _sweep(task)
     try:
         with telling_of_a_full_disk(task.run):
-            work = open_()
-            start = time.monotonic()  # loading a model is not the shard's doing
+            start = time.monotonic()
             rows = work(task)
             return Outcome(task, commit(stage, task, rows, time.monotonic() - start))
     except UserError:
+        _sweep(task)
         if damaged := damaged_input(task):
             return Outcome(task, error=damaged, damaged=True)
         raise
     except Exception as error:  # noqa: BLE001 - the one shard boundary: whatever it was, the other shards go on
         log.warning("%s %s: %s", stage.name, task.name, traceback.format_exc())
+        _sweep(task)
         damaged = damaged_input(task)
-        return Outcome(task, error=damaged or f"{type(error).__name__}: {error}".splitlines()[0], damaged=bool(damaged))
+        return Outcome(task, error=damaged or _said(error), damaged=bool(damaged), final=isinstance(error, ShardError))
+
+
+def _sweep(task: Task) -> None:
+    """Remove what an attempt that did not end has written."""
+    for leftover in task.folder.glob(f".{task.name}.*.part"):
+        leftover.unlink()
+
+
+def _said(error: Exception) -> str:
+    """In one line; what recapkit raises on purpose says all by itself."""
+    return (str(error) if isinstance(error, RecapError) else f"{type(error).__name__}: {error}").splitlines()[0]
 
 
 def die_with(parent: int) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from builder.core import sha256_file
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from typing_extensions import TypedDict
+
+from builder.core import from_json, read_file, sha256_file
 from builder.errors import InputError
 
 CHECKOUT = Path(__file__).parent.parent
@@ -29,7 +35,9 @@ def hub_model(model: str) -> tuple[str, str]:
         InputError: no revision; what a branch holds may change between two shards of one run.
     """
     name, _, revision = model.partition("@")
-    if len(revision) < 7:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        raise InputError(f"model {model} is neither a folder nor a Hub id", "name a folder, or a Hub model with its revision: user/name@0123abc")
+    if not re.fullmatch(r"[0-9a-f]{7,40}", revision):
         raise InputError(f"model {name} has no pinned revision", f"add the commit: {name}@<40 hex digits>, from its page's history")
     return name, revision
 
@@ -44,3 +52,50 @@ def identity(model: str) -> str:
 def _folder_sha256(folder: Path) -> str:
     lines = [f"{path.relative_to(folder)} {sha256_file(path)}" for path in sorted(folder.rglob("*")) if path.is_file()]
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+_CONFIGS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer_config.json")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def has_chat_template(folder: Path) -> bool:
+    """In a file of its own, or in that of the tokenizer or the processor."""
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    configs = (folder / name for name in ("tokenizer_config.json", "processor_config.json"))
+    return any("chat_template" in from_json(dict[str, Any], read_file(path), what=str(path)) for path in configs if path.exists())
+
+
+def check_files(folder: Path) -> None:
+    """Look whether weights and tokenizer are whole, without loading them.
+
+    Raises:
+        InputError: names the file.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in (folder / name for name in _CONFIGS if (folder / name).exists()):
+        from_json(dict[str, Any], read_file(path), what=str(path))
+    if (index := folder / "model.safetensors.index.json").exists():
+        listed = from_json(_Index, read_file(index), what=str(index))["weight_map"].values()
+        for missing in sorted(set(listed) - {path.name for path in weights}):
+            raise InputError(f"{index} names {missing}, which is not in the folder", "copy it into it")
+    elif not weights:
+        pickles = ", ".join(path.name for path in folder.glob("*.bin"))
+        reason = f"model folder {folder} has no weights as *.safetensors{f'; {pickles} may run code' if pickles else ''}"
+        raise InputError(reason, "copy model.safetensors, or open_clip_model.safetensors, into it")
+    elif len(weights) > 1 and not (folder / "model.safetensors").exists():
+        raise InputError(f"model folder {folder} has {len(weights)} files of weights and no {index.name}", "copy it into it")
+    for path in weights:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}", "copy it again") from error
+    if (path := folder / "tokenizer.json").exists():
+        try:
+            Tokenizer.from_buffer(read_file(path))
+        except Exception as error:  # the library raises no narrower one
+            raise InputError(f"{path} is no tokenizer: {str(error).splitlines()[0][:200]}", "copy it again") from error

@@ -24,15 +24,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from analysis import plots, report, views
 from builder import run as runs
-from builder import tombstones
+from builder import sql, tombstones
 from builder.commit import lock, write_atomically
-from builder.core import Recipe, Record, read_rows, sha256_file, write_parquet
-from builder.errors import VersionError, telling_of_a_full_disk
+from builder.core import Recipe, Record, from_json, read_rows, sha256_file, write_parquet
+from builder.errors import InputError, UserError, VersionError, command, telling_of_a_full_disk
 from builder.select import LEDGER, Select, schema
-from builder.target import MANIFEST, Published, Staged, check_version, link, target_of
+from builder.target import MANIFEST, Published, Staged, check_version, link, manifest_of, target_of
 from cards.card import card
 from cards.croissant import croissant
 
@@ -67,11 +68,29 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         telling_of_a_full_disk(run),
         lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"),
     ):
-        published = where.publish(stage(run, version, tombstones.of_target(where, version)), dry_run=dry_run, rebase=rebase)
+        try:
+            published = where.publish(stage(run, version, tombstones.of_target(where, version)), dry_run=dry_run, rebase=rebase)
+        except UserError as error:
+            raise _damaged(run, version) or error from error
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}
             write_atomically(run / "versions" / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
         return published
+
+
+def _damaged(run: Path, version: str) -> VersionError | None:
+    """What to do where a file to publish no longer has the bytes of its record; its record goes, so that a build makes it again."""
+    select = runs.plan(runs.load_recipe(run), run)["select"]
+    damaged = []
+    for name, record in select.done.items():
+        for output in (output for output, sha256 in record.outputs.items() if sha256_file(run / output) != sha256):
+            damaged.append(output)
+            (run / "select" / f"{name}.json").unlink(missing_ok=True)
+    if not damaged:
+        return None
+    (run / "versions" / f"v{version}.json").unlink(missing_ok=True)
+    hint = f"make it again, then publish: {command('recap', 'build', run / 'recipe.json', '--run', run)}"
+    return VersionError(f"{run}/{damaged[0]} no longer has the bytes of its record", hint)
 
 
 def stage(run: Path, version: str, removed: pa.Table) -> Staged:
@@ -81,29 +100,31 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
     plans = runs.plan(runs.load_recipe(run), run)
     select = plans["select"]
     key = _key(recipe, version, select.shards(), removed)
-    if record.exists() and json.loads(record.read_bytes())["key"] == key and (staged := _staged(folder, version)):
+    if staged := _staged(folder, version, record, key):
         return staged
     record.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     shards, found = _shards(run, select), views.parts(run)
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
-        raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: recap status {run}")
+        raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: {command('recap', 'status', run)}")
     staged = put_together(folder, recipe, version, shards, preview, found, removed, _made(plans))
     check(staged, found, removed)
     write_atomically(record, json.dumps({"key": key}) + "\n")
     return staged
 
 
-def _staged(folder: Path, version: str) -> Staged | None:
-    """What was staged, if nobody has changed it: sizes of all files, sha256 of the small ones."""
+def _staged(folder: Path, version: str, record: Path, key: str) -> Staged | None:
+    """What was staged under that key, if nobody has changed it: sizes of all files, sha256 of the small ones."""
     try:
-        staged = Staged(folder, version, json.loads((folder / MANIFEST).read_bytes()))
+        if from_json(dict[str, str], record.read_bytes(), what=str(record)).get("key") != key:
+            return None
+        staged = Staged(folder, version, manifest_of(LocalFileSystem(), str(folder)))
         for name, file in staged.files.items():
             path = folder / name
             if path.stat().st_size != file["bytes"] or (path.suffix != ".parquet" and sha256_file(path) != file["sha256"]):
                 return None
-    except (OSError, ValueError):
+    except (OSError, InputError):
         return None
     return staged
 
@@ -244,16 +265,16 @@ def check(staged: Staged, parts: views.Parts, removed: pa.Table) -> None:
         for uid, times in con.sql("select uid, count(*) from ledger where uid is not null group by uid having count(*) > 1 limit 1").fetchall():
             raise VersionError(f"uid {uid} occurs {times} times in the ledger")
         con.register("tombstones", removed)
-        named = f"({tombstones.named('published')}) union ({tombstones.named('ledger', 'null')})"
-        if removed.num_rows and (number := con.sql(f"select count(*) from ({named})").fetchall()[0][0]):
+        named = f"({tombstones.named('published')}) union all ({tombstones.named('ledger', 'null')})"
+        if removed.num_rows and (number := con.sql(f"select count(distinct row) from ({named})").fetchall()[0][0]):
             raise VersionError(
                 f"{number} rows are named by tombstones of the target: they were removed from an earlier version",
                 f"build without them: recap build ... dedup.tombstones={tombstones.FILE} (the file of the target's newest version)",
             )
-        texts = [f'"{name}"' for name, kind in zip(expected["data"].names, expected["data"].types, strict=True) if kind == pa.string()]
+        texts = [sql.identifier(name) for name, kind in zip(expected["data"].names, expected["data"].types, strict=True) if kind == pa.string()]
         pattern = SECRETS.replace(r"\b", "")
         for view, columns in (("published", texts), ("ledger", ["url", "error"])):
-            looks = f"regexp_matches(concat_ws(' ', {', '.join(columns)}), '{pattern}')"
+            looks = f"regexp_matches(concat_ws(' ', {', '.join(columns)}), {sql.literal(pattern)})"
             for (uid,) in con.sql(f"select uid from {view} where {looks} limit 1").fetchall():
                 raise VersionError(
                     f"the row {uid} of {view} holds what looks like a secret", "take it out: give its uid to recap remove, or to dedup.tombstones"

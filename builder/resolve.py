@@ -7,14 +7,16 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from builder.core import Recipe, parse
-from builder.errors import RecipeError
+from builder.core import Recipe, parse, read_file
+from builder.errors import RecipeError, UserError
 
 RecipeFunction = Callable[..., Recipe]
 
@@ -25,17 +27,14 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: an unknown name, parameter or setting, or a value of the wrong type.
     """
-    pairs = dict(_pair(setting) for setting in settings)
+    pairs = pairs_of(settings)
     of_stages = {key: pairs.pop(key) for key in list(pairs) if "." in key}
     if text.endswith(".json"):
         if pairs:
             raise RecipeError(f"a recipe.json has no parameter '{next(iter(pairs))}'", "name the stage: download.timeout_s=5")
-        try:
-            recipe = Recipe.from_json(Path(text).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{text} cannot be read: {error}") from error
+        recipe = Recipe.from_json(read_file(Path(text)), text)
     else:
-        recipe = _call(*_find(text), pairs)
+        recipe = _call(text, *_find(text), pairs)
     return _with_stage_settings(recipe, of_stages)
 
 
@@ -47,10 +46,14 @@ def recipe_functions(module: ModuleType) -> dict[str, RecipeFunction]:
 
 def _find(text: str) -> tuple[str, RecipeFunction]:
     path, _, name = text.rpartition(":")
-    module = _load(Path(path)) if path else importlib.import_module("recipes.datasets")
-    functions = recipe_functions(module)
+    with _telling_of_users_code(path):
+        module = _load(Path(path)) if path else importlib.import_module("recipes.datasets")
+        functions = recipe_functions(module)
     if name not in functions:
-        raise RecipeError(f"there is no recipe '{name}'", f"there are: {', '.join(functions)}; or my_file.py:function, or a recipe.json")
+        where = f" in {path}" if path else ""
+        raise RecipeError(
+            f"there is no recipe '{name}'{where}", f"there are: {', '.join(functions)}; or my_file.py:function (public, -> Recipe), or a recipe.json"
+        )
     return name, functions[name]
 
 
@@ -67,22 +70,57 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _pair(setting: str) -> tuple[str, str]:
-    key, equals, value = setting.partition("=")
-    if not equals:
-        raise RecipeError(f"'{setting}' is not key=value", "for example: rows_per_shard=1000")
-    return key, value
+@contextmanager
+def _telling_of_users_code(path: str) -> Iterator[None]:
+    """Where a user's own file goes wrong, in one line.
+
+    Raises:
+        RecipeError: with the file and the line.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{path}: {error.message}" if path and path not in error.message else error.message, error.hint) from error
+    except (Exception, SystemExit) as error:
+        if not path:
+            raise
+        last = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == Path(path).name]
+        line = error.lineno if isinstance(error, SyntaxError) else last[-1] if last else None
+        raise RecipeError(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", "mend the file") from error
 
 
-def _call(name: str, function: RecipeFunction, pairs: Mapping[str, str]) -> Recipe:
+def pairs_of(settings: Iterable[str]) -> dict[str, str]:
+    """`key=value` each.
+
+    Raises:
+        RecipeError: one is not, or a key is given twice.
+    """
+    pairs: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise RecipeError(f"'{setting}' is not key=value", "for example: rows_per_shard=1000")
+        if key in pairs:
+            raise RecipeError(f"'{key}' is given twice", f"leave one of them out: {key}={pairs[key]} or {key}={value}")
+        pairs[key] = value
+    return pairs
+
+
+def _call(text: str, name: str, function: RecipeFunction, pairs: Mapping[str, str]) -> Recipe:
     parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
     for key in pairs:
         if key not in parameters:
-            raise _unknown(f"recipe {name}", "parameter", key, parameters)
+            raise _unknown(f"recipe {text}", "parameter", key, parameters)
     missing = [key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in pairs]
     if missing:
-        raise RecipeError(f"recipe {name} needs {', '.join(missing)}", f"recap build {name} " + " ".join(f"{key}=..." for key in missing))
-    return function(**{key: _value(hints[key], value, key) for key, value in pairs.items()})
+        raise RecipeError(f"recipe {text} needs {', '.join(missing)}", f"recap build {text} " + " ".join(f"{key}=..." for key in missing))
+    with _telling_of_users_code(text.rpartition(":")[0]):
+        values = {key: _value(hints.get(key, str), value, key) for key, value in pairs.items()}
+    with _telling_of_users_code(text.rpartition(":")[0]):
+        recipe = function(**values)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{text} returned {type(recipe).__name__}, not a Recipe", "return Recipe(name, stages)")
+    return recipe
 
 
 def _with_stage_settings(recipe: Recipe, pairs: Mapping[str, str]) -> Recipe:

@@ -12,16 +12,17 @@ and the status.
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from builder.commit import lock, write_atomically
-from builder.core import Recipe, Record, Stage, Task, by_shard, sha256_file, task_key
-from builder.errors import InputError, telling_of_a_full_disk
-from builder.executors import Executor, Outcome, here, local
+from builder.commit import lock, today, write_atomically
+from builder.core import Recipe, Record, Stage, Task, by_shard, from_json, read_file, read_lines, sha256_file, task_key
+from builder.errors import InputError, RecipeError, command, telling_of_a_full_disk
+from builder.executors import Executor, Outcome, attempt, local
 from builder.source import Source
 
 
@@ -73,10 +74,9 @@ def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Pr
     """
     with telling_of_a_full_disk(run):
         adopt(recipe, run)
-        with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: recap status {run}"):
+        with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: {command('recap', 'status', run)}"):
             write_atomically(run / "recipe.json", recipe.to_json())
-            for stage in recipe.stages:
-                stage.check()
+            check(recipe)
             result = Result([], {})
             while _one_pass(recipe, run, executor, progress, result):  # again, for what turned out to be damaged
                 pass
@@ -89,10 +89,12 @@ def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress 
     plans: Plans = {}
     for stage in recipe.stages:
         (run / stage.name).mkdir(exist_ok=True)
+        for leftover in (run / stage.name).glob(".duckdb-*"):  # what a survey that was killed had spilled
+            shutil.rmtree(leftover)
         plans[stage.name] = plan_stage(stage, run, plans)
         while (todo := plans[stage.name]).todo:
             survey = todo.todo[0].name == "survey"
-            for outcome in [here(stage, todo.todo[0])] if survey else executor(stage, todo.todo):
+            for outcome in [attempt(stage, todo.todo[0], stage.survey)] if survey else executor(stage, todo.todo):
                 name = f"{stage.name}/{outcome.task.name}"
                 damaged |= outcome.damaged
                 if outcome.record:
@@ -115,25 +117,40 @@ def adopt(recipe: Recipe, run: Path) -> None:
     Raises:
         InputError: it is something else's.
     """
-    try:
-        old = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["name"]  # its stages may be of another version
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{run}/recipe.json is no recipe: {error}", "name another directory with --run") from error
-    except FileNotFoundError:
+    if not (run / "recipe.json").exists():
         if run.exists() and {path.name for path in run.iterdir()} - {".lock", ".recipe.json.part"}:
-            raise InputError(f"{run} is not empty and holds no run", "name another directory with --run") from None
+            raise InputError(f"{run} is not empty and holds no run", "name another directory with --run")
         run.mkdir(parents=True, exist_ok=True)
         return
-    if old != recipe.name:
-        raise InputError(f"{run} holds a run of recipe '{old}', not of '{recipe.name}'", f"name another directory: --run runs/{recipe.name}")
+    written = from_json(dict[str, Any], read_file(run / "recipe.json"), what=f"{run}/recipe.json")  # its stages may be of another version
+    if (old := written.get("name")) != recipe.name:
+        raise InputError(
+            f"{run}/recipe.json is of a run of recipe '{old}', not of '{recipe.name}'", f"name another directory: --run runs/{recipe.name}"
+        )
+
+
+def check(recipe: Recipe) -> None:
+    """Look for what would fail hours later.
+
+    Raises:
+        UserError: says what to change.
+    """
+    today()
+    before: list[str] = []
+    for stage in recipe.stages:
+        for missing in (name for name in (*stage.reads, *stage.surveys) if name not in before):
+            raise RecipeError(f"recipe {recipe.name}: stage {stage.name} reads stage '{missing}', which does not stand before it", "put it there")
+        before.append(stage.name)
+        stage.check()
+    if not before:
+        raise RecipeError(f"recipe {recipe.name} has no stages", "Recipe(name, (Source(...), ...))")
 
 
 def load_recipe(run: Path) -> Recipe:
     """The recipe of a run directory."""
-    try:
-        return Recipe.from_json((run / "recipe.json").read_text())
-    except FileNotFoundError:
-        raise InputError(f"{run} holds no run (no recipe.json)", "build one: recap build demo --run runs/demo") from None
+    if not (run / "recipe.json").exists():
+        raise InputError(f"{run} holds no run (no recipe.json)", "build one: recap build demo --run runs/demo")
+    return Recipe.from_json(read_file(run / "recipe.json"), f"{run}/recipe.json")
 
 
 def plan(recipe: Recipe, run: Path) -> Plans:
@@ -208,23 +225,30 @@ def _intact(run: Path, record: Record) -> bool:
 def estimate(recipe: Recipe, run: Path) -> list[dict[str, object]]:
     """Per stage: shards done and left, and rows, bytes on disk and hours that are left, as measured on the shards that are done.
 
-    Nothing is guessed: where no shard of a stage is done, bytes and hours are None.
+    Nothing is guessed: where no shard of a stage is done, bytes and hours are None. Of a subset, rows that the source has not
+    looked at yet count as if all of them were in it.
+
+    Raises:
+        UserError: what `check` finds.
     """
+    check(recipe)
     plans = plan(recipe, run)
-    survey = plans["source"].done.get("survey") if "source" in plans else None
-    source = next((stage for stage in recipe.stages if isinstance(stage, Source)), None)
-    total = survey.rows["rows"] if survey else source.num_rows() if source else None
+    source = plans["source"].stage if "source" in plans else None
+    surveyed = num_shards(plans) > 0
+    total = None if surveyed or not isinstance(source, Source) else source.num_rows()
+    of_shard = _rows_of_shards(run, plans) if surveyed else []
     table: list[dict[str, object]] = []
     for name, stage_plan in plans.items():
-        records = stage_plan.shards()
+        records, size = stage_plan.shards(), stage_plan.stage.shards_per_task
         done = sum(sum(record.rows.values()) for record in records)
-        left = None if total is None else total - done
+        undone = (index for index in range(_num_tasks(stage_plan.stage, plans)) if f"{index:05d}" not in stage_plan.done)
+        left = sum(sum(of_shard[index * size : (index + 1) * size]) for index in undone) if surveyed else total
         per_row = None if left is None or not done else left / done
         table.append(
             {
                 "stage": name,
                 "shards_done": len(records),
-                "shards_left": sum(task.name != "survey" for task in stage_plan.todo) + stage_plan.waiting if survey else None,
+                "shards_left": sum(task.name != "survey" for task in stage_plan.todo) + stage_plan.waiting if surveyed else None,
                 "rows_done": done,
                 "rows_left": left,
                 "bytes_left": None if per_row is None else round(per_row * sum(sum(record.bytes.values()) for record in records)),
@@ -236,13 +260,21 @@ def estimate(recipe: Recipe, run: Path) -> list[dict[str, object]]:
     return table
 
 
+def _rows_of_shards(run: Path, plans: Plans) -> list[int]:
+    """Rows of each source shard: those that the source kept, or, of a shard that is not done, those of the metadata."""
+    source = plans["source"]
+    assert isinstance(source.stage, Source)
+    done = {name: sum(record.rows.values()) for name, record in source.done.items()}
+    return [done.get(f"{index:05d}", rows) for index, rows in enumerate(source.stage.rows_of_shards(run))]
+
+
 def status(run: Path) -> list[dict[str, object]]:
-    """Per stage: shards done, to do, waiting and failed; rows by status; rows per second; seconds left at that rate."""
+    """Per stage: shards done, to do, waiting and failed; rows by status; rows per second of all workers; seconds left at that rate."""
     table: list[dict[str, object]] = []
     for name, plan_ in plan(load_recipe(run), run).items():
         records = plan_.shards()
         rows = sum((Counter(record.rows) for record in records), Counter[str]())
-        seconds = sum(record.seconds for record in records)
+        seconds = sum(record.seconds for record in records) / plan_.stage.num_workers()  # they work at the same time
         left = len(plan_.todo) + plan_.waiting
         table.append(
             {
@@ -252,7 +284,7 @@ def status(run: Path) -> list[dict[str, object]]:
                 "rows": dict(rows),
                 "rows_per_s": round(rows.total() / seconds, 1) if seconds else None,
                 "eta_s": round(left * seconds / len(records)) if records else None,
-                "failed": {path.stem: path.read_text().strip() for path in sorted((run / name).glob("*.failed")) if path.stem not in plan_.done},
+                "failed": {path.stem: read_lines(path)[0] for path in sorted((run / name).glob("*.failed")) if path.stem not in plan_.done},
             }
         )
     return table
@@ -269,6 +301,6 @@ def finished(run: Path) -> Plans:
     if left or not num_shards(plans):
         raise InputError(
             f"{run} is not complete: {', '.join(f'{n} {name} shards' for name, n in left.items())} left",
-            f"finish it: recap build {run}/recipe.json --run {run}",
+            f"finish it: {command('recap', 'build', run / 'recipe.json', '--run', run)}",
         )
     return plans

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,15 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from PIL import Image
 
-from builder.core import Json, Stage, Status, Task, Work, read_rows, write_parquet
-from builder.errors import InputError
+from builder.core import Count, Json, Stage, Status, Task, Work, from_json, read_file, read_rows, write_parquet
+from builder.errors import InputError, RecipeError
 from builder.imagetar import images
-from builder.model import hub_model, identity, model_folder
+from builder.model import check_files, hub_model, identity, model_folder
 
 MAX_CHARACTERS = 20_000  # a caption is cut here before tokenizing; no CLIP reads that far
 
@@ -41,16 +42,30 @@ class Score(Stage):
 
     model: str
     captions: tuple[str, ...] = ("org_caption", "re_caption")
-    batch: int = 128
-    precision: str = "fp32"
+    batch: Count = 128
+    precision: Literal["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in (name for name in self.captions if self.captions.count(name) > 1):
+            raise RecipeError(f"score.captions names '{name}' twice", "leave one of them out")
+
+    def names_captions(self) -> tuple[str, ...]:
+        return self.captions
 
     def settings(self) -> dict[str, Json]:
         return super().settings() | {"model": identity(self.model)}
 
     def check(self) -> None:
         folder = model_folder(self.model)
-        if folder and not (folder / "open_clip_config.json").exists():
+        if folder is None:
+            hub_model(self.model)
+            return
+        if not (folder / "open_clip_config.json").exists():
             raise InputError(f"model folder {folder} has no open_clip_config.json", "name a folder in open_clip's local-dir layout")
+        config = from_json(dict[str, Any], read_file(folder / "open_clip_config.json"), what=str(folder / "open_clip_config.json"))
+        if not isinstance(config.get("model_cfg"), dict):
+            raise InputError(f"{folder / 'open_clip_config.json'} has no model_cfg", "name a folder in open_clip's local-dir layout")
+        check_files(folder)
 
     @contextmanager
     def open(self) -> Iterator[Work]:
@@ -74,11 +89,16 @@ class Score(Stage):
                 text_BE, cut = clip.texts([row[name][:MAX_CHARACTERS] for row in batch])
                 cosines = (image_BE * text_BE).sum(1).tolist()
                 for row, cosine, was_cut in zip(batch, cosines, cut, strict=True):
-                    row |= {f"{name}_cosine": cosine if row[name] else None, f"{name}_cut": was_cut if row[name] else None}
+                    if not math.isfinite(cosine):
+                        row |= {"status": str(Status.CAPTION_FAILED), "error": f"the cosine of {name} is not finite"}
+                    elif row[name]:
+                        row |= {f"{name}_cosine": cosine, f"{name}_cut": was_cut}
         fields = [("uid", pa.string()), ("status", pa.string()), ("error", pa.string())]
         for name in self.captions:
             fields += [(f"{name}_cosine", pa.float64()), (f"{name}_cut", pa.bool_())]
-        write_parquet(pa.Table.from_pylist(table, pa.schema(fields)), task.output())
+        failed = {"uid", "status", "error"}
+        rows = (row if row["status"] == Status.OK else {name: row[name] for name in failed} for row in table)
+        write_parquet(pa.Table.from_pylist(list(rows), pa.schema(fields)), task.output())
         return Counter(row["status"] for row in table)
 
 
@@ -112,6 +132,9 @@ class Clip:
         self.tokenizer = open_clip.get_tokenizer(name)
         self.context = int(self.model.context_length)
         self.pad = int(self.tokenizer([""], context_length=self.context + 1)[0, -1])
+        tried = self.images([self.preprocess(Image.new("RGB", (64, 64)))]).sum() + self.texts(["a photo"])[0].sum()
+        if not tried.isfinite():
+            raise InputError(f"the vectors of model {settings.model} are not finite: its weights are damaged", "copy them again")
 
     def images(self, pictures: list[Any]) -> Any:
         """(B, 3, H, W) pictures -> (B, E) unit vectors."""

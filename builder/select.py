@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder.core import Stage, Status, Task, Work, write_parquet
-from builder.errors import InputError
+from builder import sql
+from builder.core import Count, Stage, Status, Task, Work, write_parquet
+from builder.errors import RecipeError
 
 COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("uid", pa.string(), "DataComp's id of the row: join on this"),
@@ -48,6 +48,7 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("clip_l14_similarity_score", pa.float32(), "from the metadata: cosine by OpenAI's ViT-L/14"),
 )
 SCHEMA = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
+PUBLISHED_BEFORE = ("re_caption_condition_diverse_topk",)  # a caption that has columns of its own in the schema
 ROW_GROUP_ROWS = 100_000  # about 100 MB before compression
 LEDGER = pa.schema([("uid", pa.string()), ("url", pa.string()), ("status", pa.string()), ("error", pa.string())])
 
@@ -93,28 +94,31 @@ class Select(Stage):
     reads: ClassVar[tuple[str, ...]] = ("source", "download", "caption", "score")
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
 
-    shards_per_file: int = 20
+    shards_per_file: Count = 20
     captions: tuple[str, ...] = ()
 
     @property
     def shards_per_task(self) -> int:
         return self.shards_per_file
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         for name in self.captions:
-            if not name.isidentifier():
-                raise InputError(f"'{name}' cannot be the name of a column", "letters, digits and _")
+            if name in SCHEMA.names and name not in PUBLISHED_BEFORE:
+                raise RecipeError(f"select.captions names '{name}', which is a column of every version", "give the caption another name")
+
+    def names_captions(self) -> tuple[str, ...]:
+        return ("re_caption", *self.captions)
 
     @contextmanager
     def open(self) -> Iterator[Work]:
         join, target = _JOIN.format(word=_WORD, captions="".join(map(_caption_sql, self.captions))), schema(self.captions)
-        with duckdb.connect(config={"threads": 1}) as con:
+        with sql.connect(threads=1) as con:
 
             def work(task: Task) -> Mapping[str, int]:
                 parts = []
                 for files in zip(*(task.all_inputs(stage) for stage in self.reads), strict=True):
                     for stage, file in zip(self.reads, files, strict=True):
-                        con.execute(f"create or replace temp view {stage} as from read_parquet('{str(file).replace(chr(39), chr(39) * 2)}')")
+                        con.execute(f"create or replace temp view {stage} as from {sql.table(file)}")
                     ((same, rows),) = con.sql(
                         "select count(*) filter (source.uid is not distinct from download.uid and source.uid is not distinct from caption.uid "
                         "and source.uid is not distinct from score.uid), count(*) from source positional join download "
@@ -143,4 +147,4 @@ def _caption_sql(name: str) -> str:
     """What a further caption adds to the join. The published alt-text-conditioned one has columns of its own in the schema."""
     if name == "re_caption_condition_diverse_topk":
         return f", {name}, len(regexp_extract_all({name}, '{_WORD}')) as re_condition_length"
-    return f', "{name}", "{name}_finish_reason", "{name}_num_tokens"'
+    return "".join(f", {sql.identifier(name + suffix)}" for suffix in ("", "_finish_reason", "_num_tokens"))

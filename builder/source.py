@@ -7,29 +7,40 @@ Survey  finds the files, checks their columns and cuts them into slices of `rows
 
 from __future__ import annotations
 
+import codecs
+import csv
+import difflib
 import hashlib
+import io
+import itertools
 import json
+import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import duckdb
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from builder.core import Json, Record, Stage, Status, Task, Work, sha256_file, write_parquet
-from builder.errors import InputError
+from builder.core import Count, Json, Record, Stage, Status, Task, Work, encoding_of, from_json, matching, read_file, sha256_file, write_parquet
+from builder.errors import InputError, ShardError
+from builder.urls import as_fetched
 
 SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
-        ("url", pa.string()),
+        ("url", pa.string()),  # as it is fetched
+        ("url_found", pa.string()),  # as it stood in the metadata, where that differs
+        ("url_error", pa.string()),  # why it cannot be fetched
         ("org_caption", pa.string()),
         ("sha256", pa.string()),  # as claimed by the metadata
         ("original_width", pa.int64()),
@@ -43,6 +54,10 @@ SCHEMA = pa.schema(
     ]
 )
 OPTIONAL = ("sha256", "original_width", "original_height", "clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
+
+NEEDED = ("uid", "url", "org_caption")
+SETTING = {"uid": "uid_column", "url": "url_column", "org_caption": "caption_column"}
+MAX_FIELD_CHARACTERS, MAX_HEAD_CHARACTERS = 1 << 24, 1 << 20
 
 LAYOUTS: Mapping[str, Mapping[str, str]] = {  # our column -> theirs; without uid, one is derived from URL and caption
     "datacomp": {"uid": "uid", "url": "url", "org_caption": "text"},
@@ -59,12 +74,14 @@ class Source(Stage):
     """Where the rows come from.
 
     `files` is a folder, a glob or one file, local or any fsspec URL. `layout` is found by the columns unless it is named.
-    `url_column`, `caption_column` and `uid_column` name columns in tables of any other layout. `subset` is a file of uids in
+    `url_column`, `caption_column` and `uid_column` name columns in tables of any other layout; those of a table without
+    a header are column0, column1 and so on. `encoding` is that of CSV and TSV files. `subset` is a file of uids in
     DataComp's format (.npy, dtype u8,u8, sorted), as `recap select` writes it: other rows are left out.
     """
 
     name: ClassVar[str] = "source"
-    libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
+    version: ClassVar[int] = 2
+    libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "yarl")
     paths: ClassVar[tuple[str, ...]] = ("files", "subset")
 
     files: str
@@ -72,12 +89,16 @@ class Source(Stage):
     url_column: str | None = None
     caption_column: str | None = None
     uid_column: str | None = None
-    rows_per_shard: int = 10_000
-    limit: int | None = None
+    encoding: str = "utf-8"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None  # of a CSV; found unless given
+    rows_per_shard: Count = 10_000
+    limit: Count | None = None
     subset: str | None = None
 
     def settings(self) -> dict[str, Json]:
         settings: dict[str, Json] = {"layout": self.layout, "columns": [self.url_column, self.caption_column, self.uid_column]}
+        settings |= {"encoding": self.encoding} if self.encoding != "utf-8" else {}
+        settings |= {"delimiter": self.delimiter} if self.delimiter else {}
         if self.subset and not Path(self.subset).is_file():
             raise InputError(f"there is no subset {self.subset}", "make one: recap select PLACE STRATEGY --out FOLDER")
         return settings | ({"subset": sha256_file(Path(self.subset))} if self.subset else {})
@@ -86,13 +107,16 @@ class Source(Stage):
         return True
 
     def check(self) -> None:
-        if self.rows_per_shard < 1:
-            raise InputError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1", "for example rows_per_shard=10000")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit is {self.limit}; it must be at least 1", "for example --limit 1000")
+        try:
+            if not codecs.lookup(self.encoding)._is_text_encoding:
+                raise LookupError(f"{self.encoding} is no encoding of text")
+        except LookupError as error:
+            raise InputError(f"source.encoding: {error}", "for example source.encoding=cp1252") from error
         if self.layout not in ("auto", *LAYOUTS):
             raise InputError(f"there is no layout '{self.layout}'", f"there are: auto, {', '.join(LAYOUTS)}")
         self.find()
+        if self.subset:
+            _subset(self.subset)
 
     def survey_inputs(self, run: Path) -> dict[str, str]:
         try:
@@ -113,13 +137,21 @@ class Source(Stage):
             if _ending(path) != "parquet":
                 return None
             with _open_parquet(name, fs, path) as file:
+                self.columns(name, file.schema_arrow.names)
                 total += file.metadata.num_rows
+        if not total:
+            raise InputError(f"{self.files} has no rows", "name other files: metadata='path/*.parquet'")
         return total if self.limit is None else min(total, self.limit)
 
     def find(self) -> list[tuple[str, fsspec.AbstractFileSystem, str]]:
         """Name below the folder, file system and path of each file, in the order of the names."""
-        fs, path = fsspec.core.url_to_fs(self.files)
-        found = [p for p in ([path] if fs.isfile(path) else fs.find(path) if fs.isdir(path) else fs.glob(path)) if _ending(p)]
+        try:
+            fs, path = fsspec.core.url_to_fs(self.files)
+            found = [p for p in matching(fs, path) if _ending(p)]
+        except (ImportError, ValueError, OSError) as error:
+            raise InputError(
+                f"{self.files} cannot be looked at: {_line(error)}", "name a folder, a glob in quotes or a file: metadata='path/*.parquet'"
+            ) from error
         if not found:
             raise InputError(f"no parquet, csv or tsv file at {self.files}", "name a folder, a glob in quotes or a file: metadata='path/*.parquet'")
         root = _common_folder(found)
@@ -132,7 +164,7 @@ class Source(Stage):
             local = path
             if _ending(path) != "parquet":
                 local = str(task.output(f".{index}.parquet"))
-                _to_parquet(path, local, fs)
+                self.to_parquet(name, fs, path, local)
             with _open_parquet(name, fs if local == path else fsspec.filesystem("file"), local) as file:
                 num_rows = file.metadata.num_rows
                 self.columns(name, file.schema_arrow.names)
@@ -151,13 +183,16 @@ class Source(Stage):
         return {"shards": slices[-1]["shard"] + 1, "rows": sum(s["stop"] - s["start"] for s in slices)}
 
     def shard_inputs(self, run: Path, index: int) -> dict[str, str]:
-        survey = run / "source" / "survey.parquet"
-        return {f"{file}[{start}:{stop}]": sha for file, sha, start, stop in _slices(survey, survey.stat().st_mtime_ns)[index]}
+        return {f"{file}[{start}:{stop}]": sha for file, sha, start, stop in _slices_of(run)[index]}
+
+    def rows_of_shards(self, run: Path) -> list[int]:
+        """Rows of the metadata in each shard, as surveyed."""
+        return [sum(stop - start for _, _, start, stop in slices) for _, slices in sorted(_slices_of(run).items())]
 
     @contextmanager
     def open(self) -> Iterator[Work]:
         files = {name: (fs, path) for name, fs, path in self.find()}
-        subset = np.load(self.subset) if self.subset else None
+        subset = _subset(self.subset) if self.subset else None
 
         def work(task: Task) -> Mapping[str, int]:
             parts = []
@@ -181,7 +216,7 @@ class Source(Stage):
         """Our column -> the file's column.
 
         Raises:
-            InputError: a needed column is missing; says which, and which there are.
+            InputError: a needed column is missing; says which, and which are nearest to it.
         """
         named = {"uid": self.uid_column, "url": self.url_column, "org_caption": self.caption_column}
         given = {ours: theirs for ours, theirs in named.items() if theirs}
@@ -190,48 +225,185 @@ class Source(Stage):
             layouts = {"given": given}
         optional = {column: column for column in OPTIONAL if column in found}
         for layout in layouts.values():
-            if all(layout[needed] in found for needed in ("uid", "url", "org_caption") if needed in layout):
+            if all(layout[needed] in found for needed in NEEDED if needed in layout):
                 return optional | {ours: theirs for ours, theirs in layout.items() if theirs in found}
-        closest = min(layouts.values(), key=lambda layout: len(set(layout.values()) - set(found)))
-        missing = [theirs for ours, theirs in closest.items() if theirs not in found and ours in ("uid", "url", "org_caption")]
+        lower = {column.lower(): column for column in found}
+        closest = min(layouts.values(), key=lambda layout: len({theirs.lower() for theirs in layout.values()} - set(lower)))
+        missing = {ours: theirs for ours, theirs in closest.items() if theirs not in found and ours in NEEDED}
+        near = {ours: difflib.get_close_matches(theirs.lower(), lower, 1) for ours, theirs in missing.items()}
+        meant = [f"{SETTING[ours]}={lower[names[0]]}" for ours, names in near.items() if names]
+        shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if found[20:] else "")
         raise InputError(
-            f"{name}: no column {' and no column '.join(repr(c) for c in missing)}; found: {', '.join(found)}",
-            "name yours: url_column=... caption_column=... (and uid_column=... if there is one)",
+            f"{name}: no column {' and no column '.join(repr(theirs) for theirs in missing.values())}; found: {shown}",
+            f"did you mean {' '.join(meant)}?" if meant else "name yours: url_column=... caption_column=... (and uid_column=... if there is one)",
         )
 
     def read(self, name: str, fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int) -> pa.Table:
-        """Rows [start, stop) of one file, with our columns; touches only the row groups that hold them."""
+        """Rows [start, stop) of one file, with our columns; touches only the row groups that hold them.
+
+        Raises:
+            ShardError: these rows cannot be read; names the file and the column.
+        """
         with _open_parquet(name, fs, path) as file:
             columns = self.columns(name, file.schema_arrow.names)
+            for theirs in columns.values():
+                kind = file.schema_arrow.field(file.schema_arrow.names.index(theirs)).type
+                if theirs == columns["url"] and (pa.types.is_primitive(kind) or pa.types.is_nested(kind)):
+                    raise ShardError(f"{name}: column '{theirs}' is {kind}, not URLs")
+                if file.schema_arrow.names.count(theirs) > 1:
+                    raise ShardError(f"{name}: there are several columns '{theirs}'")
             parts, first = [], 0
-            try:
-                for group in range(file.num_row_groups):
-                    last = first + file.metadata.row_group(group).num_rows
-                    if first < stop and last > start:
-                        part = file.read_row_group(group, columns=sorted(set(columns.values())))
-                        parts.append(part.slice(max(start - first, 0), min(stop, last) - max(start, first)))
-                    first = last
-            except (OSError, pa.ArrowInvalid) as error:
-                raise InputError(
-                    f"{name} cannot be read: {str(error).splitlines()[0]}", "get the file again, then type the same command again"
-                ) from error
+            for group in range(file.num_row_groups):
+                last = first + file.metadata.row_group(group).num_rows
+                if first < stop and last > start:
+                    part = _read_row_group(name, file, group, sorted(set(columns.values())))
+                    parts.append(part.slice(max(start - first, 0), min(stop, last) - max(start, first)))
+                first = last
         table = pa.concat_tables(parts)
-        arrays: dict[str, pa.Array] = {ours: table[theirs].combine_chunks() for ours, theirs in columns.items()}
-        arrays["org_caption"], repaired = _utf8(arrays["org_caption"])
-        arrays["url"], _ = _utf8(arrays["url"])
-        if "uid" not in arrays:
-            pairs = zip(arrays["url"].to_pylist(), arrays["org_caption"].to_pylist(), strict=True)
+        arrays: dict[str, pa.Array] = {}
+        for ours, theirs in columns.items():
+            try:
+                column = table[theirs].combine_chunks()
+                if ours in ("url", "org_caption"):
+                    arrays[ours], repaired = _utf8(column)
+                else:
+                    arrays[ours] = _cast(column, SCHEMA.field(ours).type)
+                    arrays[ours].validate(full=True)  # text in it may be no UTF-8
+            except (pa.ArrowException, OverflowError) as error:
+                raise ShardError(f"{name}: column '{theirs}' is {table[theirs].type}, not {SCHEMA.field(ours).type}: {_line(error)}") from error
+            if ours == "org_caption":
+                arrays["org_caption_repaired"] = repaired
+        found = arrays["url"].to_pylist()
+        if "uid" not in arrays:  # of the URL as it was found: another spelling of it is another row
+            pairs = zip(found, arrays["org_caption"].to_pylist(), strict=True)
             arrays["uid"] = pa.array(hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:32] for url, caption in pairs)
         if arrays["uid"].null_count:
-            raise InputError(f"{name}: {arrays['uid'].null_count} rows have no uid", "leave uid_column out to derive uids from URL and caption")
-        arrays["org_caption_repaired"] = repaired
+            reason = f"{name}: {arrays['uid'].null_count} rows have no {columns['uid']}"
+            raise ShardError(f"{reason}; without source.uid_column uids are derived from URL and caption")
+        urls = [as_fetched(url) for url in found]
+        arrays["url"] = pa.array([url for url, _ in urls], pa.string())
+        arrays["url_error"] = pa.array([error for _, error in urls], pa.string())
+        arrays["url_found"] = pa.array([was if was != url else None for was, (url, _) in zip(found, urls, strict=True)], pa.string())
         for field in SCHEMA:
             if field.name not in arrays and field.name not in ("shard", "row"):
                 arrays[field.name] = pa.nulls(len(table), field.type)
+        return pa.table({name: arrays[name] for name in SCHEMA.names if name in arrays})
+
+    def to_parquet(self, name: str, fs: fsspec.AbstractFileSystem, path: str, target: str) -> None:
+        """A CSV or TSV as parquet, every column a string; quoted line breaks make slicing the text itself impossible.
+
+        Raises:
+            InputError: a line that is no row, text in another encoding, or no header and columns that could be anything.
+        """
+        csv.field_size_limit(MAX_FIELD_CHARACTERS)
+        start = 1
         try:
-            return pa.table({n: _cast(arrays[n], SCHEMA.field(n).type) for n in SCHEMA.names if n in arrays})
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise InputError(f"{name}: {', '.join(columns[n] for n in OPTIONAL if n in columns)}: {error}", "leave that column out") from error
+            with fs.open(path, "rb", compression="infer") as raw, io.TextIOWrapper(raw, encoding=_bom_too(self.encoding), newline="") as text:
+                head = text.readline(MAX_FIELD_CHARACTERS)
+                while head.count('"') % 2 and len(head) < MAX_HEAD_CHARACTERS and (more := text.readline(MAX_FIELD_CHARACTERS)):
+                    head += more  # a quoted line break
+                if "\0" in head:
+                    raise InputError(f"{name} holds NUL characters: it looks like utf-16", "say so: source.encoding=utf-16-le (or utf-16)")
+                options = self._dialect(name, path, head)
+                reader = csv.reader(itertools.chain(io.StringIO(head, newline=""), text), strict=True, **options)
+                rows = (row for row in reader if row)  # an empty line is no row
+                first = next(rows, None)
+                if first is None:
+                    raise InputError(f"{name} is empty", "leave it out")
+                names = self._header(name, first)
+                schema = pa.schema([(column, pa.string()) for column in names or self._headless(name, first)])
+                with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+                    batch = [] if names else [first]
+                    start = reader.line_num + 1
+                    for row in rows:
+                        if len(row) != len(schema):
+                            reason = f"{name}, line {start}: {len(row)} fields, not {len(schema)}"
+                            raise InputError(reason, "mend that line, or give the table as parquet")
+                        batch.append(row)
+                        start = reader.line_num + 1
+                        if len(batch) == 10_000:
+                            writer.write_table(_strings(batch, schema))
+                            batch = []
+                    writer.write_table(_strings(batch, schema))
+        except UnicodeError as error:  # the part of the file with what could not be read
+            looks = encoding_of(error.object) if isinstance(error, UnicodeDecodeError) else "another one"
+            raise InputError(f"{name} is not {self.encoding}; it looks like {looks}", f"if so, say it: source.encoding={looks}") from None
+        except csv.Error as error:
+            raise InputError(f"{name}, line {start}: {error}", "mend that line, or give the table as parquet") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{name} cannot be read: {_line(error)}", "get the file again, then type the same command again") from error
+
+    @property
+    def _known(self) -> set[str | None]:
+        """Names that columns are known by."""
+        return {theirs for layout in LAYOUTS.values() for theirs in layout.values()} | {self.url_column, self.caption_column, self.uid_column}
+
+    def _dialect(self, name: str, path: str, head: str) -> dict[str, Any]:
+        """How the fields of a file are parted; a TSV knows no quotes.
+
+        Raises:
+            InputError: the first line is a URL and something else in more than one way.
+        """
+        if _ending(path) == "tsv":
+            return {"delimiter": self.delimiter or "\t", "quoting": csv.QUOTE_NONE}
+        parted = {mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), []) for mark in self.delimiter or ",;\t|"}
+        if header := next((mark for mark, cells in parted.items() if self._known & set(cells)), None):
+            return {"delimiter": header}
+        with_url = [mark for mark, cells in parted.items() if len(cells) > 1 and any(map(_is_url, cells))]
+        if len(with_url) > 1:
+            marks = " or ".join(map(repr, with_url))
+            raise InputError(f"{name} has no header, and its first line can be parted by {marks}", f"say which: source.delimiter='{with_url[0]}'")
+        return {"delimiter": with_url[0] if with_url else max(parted, key=lambda mark: len(parted[mark]))}
+
+    def _header(self, name: str, first: list[str]) -> list[str]:
+        """The names in a table's first line; none where it is a row already: a URL is no column's name."""
+        if not self._known & set(first) and any(map(_is_url, first)):
+            return []
+        if twice := next((column for column in first if first.count(column) > 1), None):
+            raise InputError(f"{name}: there are several columns '{twice}'", "give each column a name of its own")
+        return first
+
+    def _headless(self, name: str, first: list[str]) -> list[str]:
+        """Names for the columns of a table without a header: of two, the URL is the one that looks like it."""
+        if self.url_column or self.layout == "cc3m":
+            return [f"column{n}" for n in range(len(first))]
+        if len(first) != 2 or all(map(_is_url, first)):
+            places = [f"column{n}" for n, cell in enumerate(first) if _is_url(cell)]
+            raise InputError(
+                f"{name} has no header, and {len(first)} columns: which are URL and caption is not known",
+                f"name them: source.url_column={places[0]} source.caption_column=column...",
+            )
+        return ["url" if _is_url(cell) else "caption" for cell in first]
+
+
+def _is_url(cell: str) -> bool:
+    return re.match(r"\s*https?://", cell, re.IGNORECASE) is not None
+
+
+def _bom_too(encoding: str) -> str:
+    """UTF-8 with the mark that Excel begins with, too."""
+    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+
+
+def _strings(rows: list[list[str]], schema: pa.Schema) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [[] for _ in schema]
+    return pa.table([pa.array([cell or None for cell in column], pa.string()) for column in columns], schema)
+
+
+def _read_row_group(name: str, file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+    try:
+        return file.read_row_group(group, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        for column in columns:
+            try:
+                file.read_row_group(group, columns=[column])
+            except (OSError, pa.ArrowException) as of_column:
+                raise ShardError(f"{name}: column '{column}' of row group {group} cannot be read: {_line(of_column)}") from error
+        raise ShardError(f"{name}: row group {group} cannot be read: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -239,7 +411,7 @@ def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
     if pa.types.is_large_binary(strings.type):
         strings = strings.cast(pa.binary())
     if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type) or pa.types.is_binary(strings.type)):
-        strings = strings.cast(pa.string())
+        strings = strings.cast(pa.string())  # of a dictionary, say; of a list it fails
     strings = pc.fill_null(strings, pa.scalar("", strings.type))
     try:
         strings.cast(pa.binary()).cast(pa.string()).validate(full=True)
@@ -273,6 +445,9 @@ def _common_folder(paths: list[str]) -> str:
 @contextmanager
 def _open_parquet(name: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[pq.ParquetFile]:
     with fs.open(path, "rb") as handle:
+        if handle.read(4) != b"PAR1":
+            raise InputError(f"{name} is not a parquet file: it does not begin as one", "get the file again, or leave it out of the glob")
+        handle.seek(0)
         try:
             file = pq.ParquetFile(handle)
         except (OSError, pa.ArrowInvalid) as error:
@@ -282,20 +457,9 @@ def _open_parquet(name: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterat
         yield file
 
 
-def _to_parquet(path: str, target: str, fs: fsspec.AbstractFileSystem) -> None:
-    """A CSV or TSV as parquet, every column a string; quoted line breaks make slicing the text itself impossible."""
-    with duckdb.connect() as con:
-        if not isinstance(fs, fsspec.get_filesystem_class("file")):
-            con.register_filesystem(fs)
-            path = fs.unstrip_protocol(path)
-        options = "all_varchar=true, comment=''" + (", delim='\\t', quote='', escape=''" if _ending(path) == "tsv" else "")
-        try:
-            first = con.execute(f"select * from read_csv(?, {options}, header=false) limit 1", [path]).fetchone() or ()
-            header = not any("://" in (cell or "") for cell in first)  # a URL is no column's name
-            quoted = target.replace("'", "''")
-            con.execute(f"copy (select * from read_csv(?, {options}, header={header})) to '{quoted}' (format parquet)", [path])
-        except duckdb.Error as error:
-            raise InputError(f"{Path(path).name} cannot be read: {str(error).splitlines()[0]}", "give it as parquet") from error
+def _slices_of(run: Path) -> dict[int, list[tuple[str, str, int, int]]]:
+    survey = run / "source" / "survey.parquet"
+    return _slices(survey, survey.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
@@ -311,7 +475,10 @@ class _Hashes:
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
-        self.known: dict[str, list[Json]] = json.loads(cache.read_text()) if cache.exists() else {}
+        self.known: dict[str, list[Json]] = {}
+        if cache.is_file():
+            with suppress(InputError):  # cut off by a crash of the machine: they are computed again
+                self.known = from_json(dict[str, list[Any]], read_file(cache), what=str(cache))
         self.seen: dict[str, list[Json]] = {}
 
     def of(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -328,6 +495,21 @@ class _Hashes:
             part = self.cache.with_suffix(".part")
             part.write_text(json.dumps(self.seen))
             part.replace(self.cache)
+
+
+def _subset(path: str) -> np.ndarray[Any, Any]:
+    """The uids of a subset.
+
+    Raises:
+        InputError: it is none in DataComp's format.
+    """
+    try:
+        found = np.load(io.BytesIO(read_file(Path(path))), allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no subset: {_line(error)}", "make one: recap select PLACE STRATEGY --out FOLDER") from error
+    if not isinstance(found, np.ndarray) or found.dtype != np.dtype("u8,u8") or found.ndim != 1 or (np.sort(found) != found).any():
+        raise InputError(f"{path} is no subset: not a sorted array of u8,u8", "make one: recap select PLACE STRATEGY --out FOLDER")
+    return found
 
 
 def _in_subset(uids: pa.ChunkedArray, subset: np.ndarray[Any, Any]) -> pa.Array:

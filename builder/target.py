@@ -7,25 +7,58 @@ either one followed by @v1.2.0  one version of it
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, NotRequired, Protocol
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import Field, NonNegativeInt
+from typing_extensions import TypedDict
 
 from builder.commit import lock, sync
-from builder.core import sha256_file
-from builder.errors import InputError, VersionError
+from builder.core import Name, Recipe, from_json, sha256_file
+from builder.errors import InputError, VersionError, command
 
 HUB = "hf://datasets/"
 MANIFEST = "manifest.json"
-VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
+VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
 OURS = ("data/", "ledger/", "plots/")  # folders of a version: nothing that is not in its manifest may lie there
+_NAMES = (
+    r"^(README\.md|(recipe|stats|croissant)\.json|tombstones\.parquet|plots/\w[\w.-]*"
+    r"|data/(train|preview)-[0-9]{5,}-of-[0-9]{5,}\.parquet|ledger/train-[0-9]{5,}-of-[0-9]{5,}\.parquet)$"
+)
+_Label = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.+ -]{1,200}$")]
+
+
+class File(TypedDict):
+    """Of a version; `rows` where it is a parquet file."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: NonNegativeInt
+    rows: NotRequired[NonNegativeInt]
+
+
+class Splits(TypedDict):
+    train: NonNegativeInt
+    preview: NonNegativeInt
+    ledger: NonNegativeInt
+
+
+class Manifest(TypedDict):
+    """What a version promises. It may come from a stranger: its files are inside the version, and of the kinds that one has."""
+
+    name: Name
+    version: Annotated[str, Field(pattern=f"^{VERSION.pattern}$")]
+    rows: Splits
+    bytes: Splits
+    content: NotRequired[_Label]
+    made_with: NotRequired[dict[_Label, _Label]]
+    made_on: NotRequired[dict[_Label, Annotated[list[_Label], Field(max_length=2)]]]
+    files: dict[Annotated[str, Field(pattern=_NAMES)], File]
 
 
 @dataclass(frozen=True)
@@ -90,6 +123,8 @@ def target_of(text: str) -> Target:
     Raises:
         InputError: an address that is neither a folder nor a Hub data set.
     """
+    if not text.strip():
+        raise InputError("the target has no name", f"name a folder, or {HUB}user/name")
     if text.startswith(HUB):
         from builder.hub import Hub
 
@@ -109,6 +144,63 @@ def version_files(place: str) -> tuple[AbstractFileSystem, str]:
     if not versions or (version and version not in versions):
         raise InputError(f"{text} has no version {version or ''}".rstrip(), f"it has: {', '.join(versions) or 'none'}")
     return target.files(version or versions[-1])
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that was opened: its manifest and its recipe can be used."""
+
+    fs: AbstractFileSystem
+    root: str
+    manifest: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def read(self, name: str) -> bytes:
+        return content(self.fs, self.root, name)
+
+
+def open_version(place: str) -> Version:
+    """The version that `place` names.
+
+    Raises:
+        InputError: there is none, or its manifest or its recipe is not what a version has.
+    """
+    fs, root = version_files(place)
+    recipe = Recipe.from_json(content(fs, root, "recipe.json"), f"{root}/recipe.json")
+    return Version(fs, root, manifest_of(fs, root), recipe)
+
+
+def manifest_of(fs: AbstractFileSystem, root: str) -> dict[str, Any]:
+    manifest: dict[str, Any] = dict(from_json(Manifest, content(fs, root, MANIFEST), what=f"{root}/{MANIFEST}"))
+    for name in (name for name, file in manifest["files"].items() if name.endswith(".parquet") and "rows" not in file):
+        raise InputError(f"{root}/{MANIFEST} cannot be used: files.{name} has no rows", "get it again from where it was published")
+    return manifest
+
+
+def content(fs: AbstractFileSystem, root: str, name: str) -> bytes:
+    """All of a small file of a version.
+
+    Raises:
+        InputError: it is missing, or no regular file inside the version.
+    """
+    if isinstance(fs, LocalFileSystem) and not is_inside(root, name):
+        reason = "is no regular file of this folder" if os.path.lexists(f"{root}/{name}") else "is missing"
+        raise InputError(f"{root}/{name} {reason}", "publish the run again, under a new version")
+    try:
+        read: bytes = fs.cat_file(f"{root}/{name}")
+    except FileNotFoundError as error:
+        raise InputError(f"{root}/{name} is missing", "publish the run again, under a new version") from error
+    return read
+
+
+def is_inside(root: str, name: str) -> bool:
+    """Is it a regular file below `root`, neither a link nor behind one?"""
+    path = os.path.join(os.path.realpath(root), name)
+    return os.path.realpath(path) == path and os.path.isfile(path)
 
 
 def check_version(version: str) -> None:
@@ -146,7 +238,7 @@ class Folder:
         return LocalFileSystem(), os.path.abspath(self.path / f"v{version}")
 
     def how_to_delete(self, version: str) -> str:
-        return f"rm -r {self.path / f'v{version}'}"
+        return command("rm", "-r", self.path / f"v{version}")
 
     def publish(self, staged: Staged, *, dry_run: bool = False, rebase: bool = False) -> Published:
         """Raises:
@@ -158,7 +250,7 @@ class Folder:
             for leftover in self.path.glob(".staging-*"):
                 shutil.rmtree(leftover)
             if final.exists():
-                if (final / MANIFEST).read_bytes() != (staged.folder / MANIFEST).read_bytes():
+                if content(LocalFileSystem(), str(final), MANIFEST) != (staged.folder / MANIFEST).read_bytes():
                     raise VersionError(
                         f"{final} exists and holds other bytes; a version never changes",
                         f"publish under a new one: --version {next_version(self.versions())}",
@@ -169,13 +261,13 @@ class Folder:
                 size = sum(size for _, size in staged.promised().values())
                 return Published(str(final), rows, False, plan={"files": len(staged.promised()), "bytes": size})
             staging = self.path / f".staging-{staged.tag}"
-            held = self._held()
+            held = {} if all((staged.folder / name).exists() for name in staged.files) else self._held()
             for name, (sha256, size) in staged.promised().items():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                source = staged.folder / name
-                link(source if source.exists() else held[sha256], staging / name)
+                source = staged.folder / name if (staged.folder / name).exists() else held[sha256]
+                link(source, staging / name)
                 if sha256_file(staging / name) != sha256 or (staging / name).stat().st_size != size:
-                    raise VersionError(f"{source} is not what the manifest says", "it was changed after it was built; type the same command again")
+                    raise VersionError(f"{source} is not what the manifest says: it was changed", "get it from a copy, or make it again")
             for path in sorted(staging.rglob("*"), reverse=True):
                 if path.is_file():
                     path.chmod(0o444)
@@ -195,9 +287,9 @@ class Folder:
         """sha256 -> file, of what the versions hold."""
         held: dict[str, Path] = {}
         for version in self.versions():
-            folder = self.path / f"v{version}"
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            held |= {file["sha256"]: folder / name for name, file in manifest["files"].items()}
+            fs, root = self.files(version)
+            files = manifest_of(fs, root)["files"]
+            held |= {file["sha256"]: Path(root, name) for name, file in files.items() if is_inside(root, name)}
         return held
 
 

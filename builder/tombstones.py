@@ -7,44 +7,64 @@ cannot be read from it. A domain covers its subdomains.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import string
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builder.core import write_parquet
-from builder.target import Target
+from builder.errors import InputError
+from builder.target import Target, content
+from builder.urls import as_fetched, domain
 
 FILE = "tombstones.parquet"
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 SCHEMA = pa.schema([("kind", pa.string()), ("mark", pa.string())])
 
-MARKS = """
+MARKS = r"""
 with hosts as (
-    select *, string_split(rtrim(lower(regexp_extract(coalesce(url, ''), '^[a-zA-Z]+://(?:[^/?#]*@)?([^/:?#]+)', 1)), '.'), '.') as host from {rows}
+    select *, string_split(rtrim(lower(regexp_extract(coalesce(url, ''), '^[a-zA-Z]+://(?:[^/?#]*@)?(\[[^\]]*\]|[^/:?#]+)', 1)), '.'), '.') as host
+    from {rows}
 ), marked as (
     select row, unnest(
-        [sha256('uid:' || lower(uid)), sha256('sha256:' || lower(image)), sha256('url:' || url)]
+        [sha256('uid:' || translate(uid, 'ABCDEFGHIJKLMNOPQRSTUVWXYZ', 'abcdefghijklmnopqrstuvwxyz')),
+         sha256('sha256:' || lower(image)), sha256('url:' || url)]
         || [sha256('domain:' || array_to_string(host[k:], '.')) for k in range(1, len(host) + 1)]
     ) as mark from hosts
 )
-select distinct row from marked semi join {tombstones} as tombstones on marked.mark = tombstones.mark
+select row, mark from marked where mark in (select mark from {tombstones})
 """
-"""Rows, of a table of row, uid, image (sha256) and url, that a table of tombstones names. Also for a bare DuckDB shell."""
+"""(row, mark) of a table of row, uid, image (sha256) and url, where a table of tombstones has the mark. Also for a bare DuckDB shell.
+
+The host that it sees is the one that is connected to, for URLs are published as they are fetched (`urls.as_fetched`).
+"""
 
 
 def table(values: Mapping[str, Iterable[str]]) -> pa.Table:
-    """Tombstones of values by kind, sorted."""
+    """Tombstones of values by kind, sorted.
+
+    Raises:
+        InputError: a value names nothing.
+    """
     marks = sorted({(kind, mark(kind, value)) for kind, named in values.items() for value in named})
     return pa.table([[kind for kind, _ in marks], [hashed for _, hashed in marks]], SCHEMA)
 
 
 def mark(kind: str, value: str) -> str:
-    if kind != "url":
-        value = value.lower()
-    if kind == "domain":
-        value = value.strip(".")
-    return hashlib.sha256(f"{kind}:{value}".encode()).hexdigest()
+    """What stands for a value: uids and hashes in lower case, URLs and domains as they are fetched."""
+    one_form: dict[str, Callable[[str], str]] = {"url": lambda url: as_fetched(url)[0], "domain": domain}
+    meant = one_form.get(kind, _lower)(value)
+    if not meant:
+        raise InputError(f"{value!r} is no {kind}", "take it out of the file")
+    return hashlib.sha256(f"{kind}:{meant}".encode("utf-8", "replace")).hexdigest()
+
+
+def _lower(text: str) -> str:
+    """ASCII letters only: what is lower case beyond them is not the same everywhere."""
+    return text.translate(_LOWER)
 
 
 def merged(*tables: pa.Table) -> pa.Table:
@@ -52,8 +72,22 @@ def merged(*tables: pa.Table) -> pa.Table:
     return pa.Table.from_pylist([{"kind": kind, "mark": hashed} for kind, hashed in sorted(rows)], SCHEMA)
 
 
-def read(path: Path) -> pa.Table:
-    return pq.read_table(path, schema=SCHEMA)
+def read(data: bytes, name: object) -> pa.Table:
+    """Raises:
+    InputError: it is no table of tombstones.
+    """
+    try:
+        found = pq.read_table(pa.BufferReader(data))
+        found = found.select(SCHEMA.names).cast(SCHEMA)
+        found.validate(full=True)
+        if (
+            not pc.all(pc.fill_null(pc.match_substring_regex(found["mark"], "^[0-9a-f]{64}$"), False), min_count=0).as_py()
+            or found["kind"].null_count
+        ):
+            raise ValueError("a mark is no hash")
+        return found
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{name} holds no tombstones: {str(error).splitlines()[0][:200]}", f"name the {FILE} of a published version") from error
 
 
 def write(tombstones: pa.Table, path: Path) -> None:
@@ -61,7 +95,7 @@ def write(tombstones: pa.Table, path: Path) -> None:
 
 
 def named(view: str, image: str = "sha256") -> str:
-    """SQL of the uids of a version's view that the table `tombstones` names."""
+    """SQL of (row, mark): the uids of a version's view that the table `tombstones` names."""
     return MARKS.format(rows=f"(select uid as row, uid, url, {image} as image from {view})", tombstones="tombstones")
 
 
@@ -72,6 +106,5 @@ def of_target(target: Target, version: str) -> pa.Table:
     for known in [version] if version in versions else versions:
         fs, root = target.files(known)
         if fs.exists(f"{root}/{FILE}"):  # versions of before there were any have none
-            with fs.open(f"{root}/{FILE}", "rb") as file:
-                found.append(pq.read_table(file, schema=SCHEMA))
+            found.append(read(content(fs, root, FILE), f"{root}/{FILE}"))
     return merged(*found)

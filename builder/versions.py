@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,12 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from analysis import report, views
-from builder import tombstones
-from builder.core import Recipe, sha256_file, write_parquet
-from builder.errors import InputError, VersionError, telling_of_a_full_disk
+from builder import sql, tombstones
+from builder.core import Recipe, from_json, sha256_file, write_parquet
+from builder.errors import InputError, VersionError, command, telling_of_a_full_disk
 from builder.publish import PREVIEW, PREVIEW_ROWS, Shard, captions_of, check, put_together
 from builder.select import LEDGER, ROW_GROUP_ROWS, schema
-from builder.target import MANIFEST, OURS, Published, by_number, check_version, split, target_of, version_files
+from builder.target import OURS, VERSION, Published, Version, by_number, check_version, is_inside, open_version, split, target_of
 from cards.card import card
 from cards.croissant import croissant
 
@@ -35,13 +37,20 @@ def verify(place: str) -> dict[str, Any]:
     Returns `{"place", "version", "files", "bytes", "problems": [...]}`; no problem, and the version is what was published.
 
     Raises:
-        InputError: there is no such version, or its manifest or recipe cannot be read.
+        InputError: there is no such version, or its manifest or recipe cannot be used.
     """
-    fs, root, recipe, manifest = _opened(place)
+    version = open_version(place)
+    fs, root, manifest = version.fs, version.root, version.manifest
     there = {path.removeprefix(f"{root}/") for path in fs.find(root)}
     problems, total, whole = [f"{name} is missing" for name in manifest["files"] if name not in there], 0, set()
+    named = os.path.basename(os.path.realpath(root)) if version.is_local else root.rpartition("@")[2]
+    if VERSION.fullmatch(named.removeprefix("v")) and named != f"v{manifest['version']}":
+        problems.append(f"{named} holds version {manifest['version']}: it was renamed")
     for name, promised in manifest["files"].items():
         if name not in there:
+            continue
+        if version.is_local and not is_inside(root, name):
+            problems.append(f"{name} is no regular file of this folder")
             continue
         sha256, size, end = _read_once(fs, f"{root}/{name}")
         total += size
@@ -50,27 +59,25 @@ def verify(place: str) -> dict[str, Any]:
             continue
         whole.add(name)
         if name.endswith(".parquet"):
-            footer = pq.read_metadata(pa.BufferReader(b"PAR1" + end[-8 - int.from_bytes(end[-8:-4], "little") :]))
-            expected = {"data": schema(captions_of(recipe)), "ledger": LEDGER}.get(name.partition("/")[0], tombstones.SCHEMA)
-            if not footer.schema.to_arrow_schema().equals(expected):
-                problems.append(f"{name} has another schema than the recipe's")
-            if footer.num_rows != promised["rows"]:
-                problems.append(f"{name} has {footer.num_rows} rows, not {promised['rows']}")
+            problems += _other_rows(name, end, promised.get("rows"), version.recipe)
     extra = sorted(name for name in there - set(manifest["files"]) if name.startswith(OURS))
     problems += [f"{name} is not in the manifest" for name in extra]
-    text = fs.cat_file(f"{root}/README.md").decode() if "README.md" in whole else ""
+    text = fs.cat_file(f"{root}/README.md").decode("utf-8", "replace") if "README.md" in whole else ""
     if text and (f"{manifest['rows']['train']:,} rows" not in text or f"version {manifest['version']}" not in text):
         problems.append(f"README.md speaks of another version or number of rows than {manifest['version']} and {manifest['rows']['train']:,}")
     return {"place": place, "version": manifest["version"], "files": len(manifest["files"]), "bytes": total, "problems": problems}
 
 
-def _opened(place: str) -> tuple[AbstractFileSystem, str, Recipe, dict[str, Any]]:
-    """File system, root, recipe and manifest of a version."""
-    fs, root = version_files(place)
+def _other_rows(name: str, end: bytes, promised: int | None, recipe: Recipe) -> list[str]:
+    """What is wrong with the schema or the number of rows of a parquet file, by its last bytes."""
     try:
-        return fs, root, Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode()), json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"{place} is no whole version: {error}", "publish the run again, under a new version") from error
+        footer = pq.read_metadata(pa.BufferReader(b"PAR1" + end[-8 - int.from_bytes(end[-8:-4], "little") :]))
+        found = footer.schema.to_arrow_schema()
+    except (OSError, pa.ArrowException) as error:
+        return [f"{name} is no parquet file: {str(error).splitlines()[0][:200]}"]
+    expected = {"data": schema(captions_of(recipe)), "ledger": LEDGER}.get(name.partition("/")[0], tombstones.SCHEMA)
+    problems = [] if found.equals(expected) else [f"{name} has another schema than the recipe's"]
+    return problems + ([] if footer.num_rows == promised else [f"{name} has {footer.num_rows} rows, not {promised}"])
 
 
 def _read_once(fs: AbstractFileSystem, path: str) -> tuple[str, int, bytes]:
@@ -84,33 +91,45 @@ def _read_once(fs: AbstractFileSystem, path: str) -> tuple[str, int, bytes]:
     return digest.hexdigest(), size, end
 
 
-def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dry_run: bool = False, rebase: bool = False) -> tuple[Published, int]:
+@dataclass(frozen=True)
+class Removed:
+    """What a removal published, the rows that went and those of the ledger that are told nothing of any more, and what named no row."""
+
+    published: Published
+    rows: int
+    ledger_rows: int
+    matched_nothing: dict[str, list[str]]  # by kind
+
+
+def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dry_run: bool = False, rebase: bool = False) -> Removed:
     """A new version of `TARGET` (its newest) or `TARGET@v1.2.0` without the rows that `values` name, by kind: uid, sha256, url, domain.
 
-    Only shards that hold such a row are read and written; the others are taken over as they are. The version's tombstones
-    name what was removed, by hashes. Returns what was published, and the number of rows removed.
+    Rows that are in the ledger only are told nothing of any more, and what names no row now is kept out of later versions.
+    What is read is held against the base's manifest first: of a version on the Hub the shards that hold such a row, the
+    others being taken over there by their hashes.
 
     Raises:
-        InputError: no row matches, or there is no version to remove from.
+        InputError: there is no version to remove from, or all of it was removed before.
+        VersionError: the base is not what was published.
     """
     check_version(version)
-    text, base = split(target)
+    text, named = split(target)
     where = target_of(text)
     versions = where.versions()
     older = [known for known in versions if by_number(known) < by_number(version)]
-    if base not in versions if base else not older:
-        raise InputError(f"{text} has no version {base or f'older than {version}'}", f"its versions: {', '.join(versions) or 'none'}")
-    base = base or older[-1]
-    fs, root = where.files(base)
-    manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
-    recipe = Recipe.from_json(fs.cat_file(f"{root}/recipe.json").decode())
-    removed = tombstones.merged(tombstones.of_target(where, version), tombstones.table(values))
+    if named not in versions if named else not older:
+        raise InputError(f"{text} has no version {named or f'older than {version}'}", f"its versions: {', '.join(versions) or 'none'}")
+    base = open_version(f"{text}@v{named or older[-1]}")
+    before = tombstones.of_target(where, version)
+    removed = tombstones.merged(before, tombstones.table(values))
+    _hold_against_manifest(base, [name for name in base.manifest["files"] if base.is_local or not name.startswith(OURS)])
     with tempfile.TemporaryDirectory(prefix="recap-remove-") as folder, telling_of_a_full_disk(folder):
-        rewritten, number = _rewrite(fs, root, Path(folder), removed, {"data": schema(captions_of(recipe)), "ledger": LEDGER})
-        if not number:
-            raise InputError(f"no row of {text} {base} matches: nothing to remove", f'look for it: recap sql {text} "select uid, url from published"')
+        rewritten, rows, ledger_rows, marks = _rewrite(base, Path(folder), removed)
+        if not rewritten and removed.num_rows == before.num_rows and version not in versions:
+            hint = f"look for it: {command('recap', 'sql', text, 'select uid, url from ledger')}"
+            raise InputError(f"no row of {text} matches, and all of it is kept out already: nothing to remove", hint)
         shards: dict[str, list[Shard]] = {"data": [], "ledger": []}
-        for name, file in manifest["files"].items():
+        for name, file in base.manifest["files"].items():
             if (kind := name.partition("/")[0]) in shards and name != PREVIEW:
                 path = rewritten.get(name)
                 shards[kind].append(
@@ -118,50 +137,64 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
                     if path
                     else Shard(None, file["sha256"], file["bytes"], file["rows"])
                 )
-        found = views.version_parts(fs, root)
-        here = {f"{root}/{name}": str(path) for name, path in rewritten.items()}
-        published, ledger = ([here.get(fs._strip_protocol(path), path) for path in paths] for paths in (found.published, found.ledger))
+        found = views.version_parts(base.fs, base.root)
+        here = {f"{base.root}/{name}": str(path) for name, path in rewritten.items()}
+        published, ledger = ([here.get(base.fs._strip_protocol(path), path) for path in paths] for paths in (found.published, found.ledger))
         found = views.Parts(published, ledger, found.filesystem)
         with views.connect(found) as con:
-            preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schema(captions_of(recipe))).to_pylist()
+            preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schema(captions_of(base.recipe))).to_pylist()
         if not preview:
-            raise VersionError(f"no row of {text} {base} would be left: nothing to publish", f"delete its versions: {where.how_to_delete(base)}")
-        staged = put_together(
-            Path(folder) / "version",
-            recipe,
-            version,
-            shards,
-            preview,
-            found,
-            removed,
-            {name: manifest[name] for name in ("made_with", "made_on") if name in manifest},
-        )
+            hint = f"delete its versions: {where.how_to_delete(named or older[-1])}"
+            raise VersionError(f"no row of {target} would be left: nothing to publish", hint)
+        made: dict[str, Any] = {name: base.manifest[name] for name in ("made_with", "made_on") if name in base.manifest}
+        staged = put_together(Path(folder) / "version", base.recipe, version, shards, preview, found, removed, made)
         check(staged, found, removed)
-        return where.publish(staged, dry_run=dry_run, rebase=rebase), number
+        matched_nothing = {
+            kind: [value for value in dict.fromkeys(of_kind) if tombstones.mark(kind, value) not in marks] for kind, of_kind in values.items()
+        }
+        return Removed(where.publish(staged, dry_run=dry_run, rebase=rebase), rows, ledger_rows, matched_nothing)
 
 
-def _rewrite(fs: AbstractFileSystem, root: str, folder: Path, removed: pa.Table, schemas: Mapping[str, pa.Schema]) -> tuple[dict[str, Path], int]:
-    """The shards of a version that hold a row to remove, without it; and how many published rows that were."""
-    found = views.version_parts(fs, root)
+def _hold_against_manifest(version: Version, names: Iterable[str]) -> None:
+    """Raises:
+    VersionError: a file is not what was published.
+    """
+    for name in names:
+        promised = version.manifest["files"][name]
+        regular = not version.is_local or is_inside(version.root, name)
+        if not regular or _read_once(version.fs, f"{version.root}/{name}")[:2] != (promised["sha256"], promised["bytes"]):
+            raise VersionError(
+                f"{version.root}/{name} is not what the manifest says: it was changed after it was published",
+                f"get it from a copy; all that differs: {command('recap', 'verify', version.root)}",
+            )
+
+
+def _rewrite(version: Version, folder: Path, removed: pa.Table) -> tuple[dict[str, Path], int, int, set[str]]:
+    """Shards that hold a row to remove, without it; published rows and further rows of the ledger that go; the marks that named one."""
+    found = views.version_parts(version.fs, version.root)
+    schemas = {"data": schema(captions_of(version.recipe)), "ledger": LEDGER}
     rewritten: dict[str, Path] = {}
     with views.connect(found) as con:
         con.register("tombstones", removed)
         con.execute(
-            f"create temp table gone as with named as ({tombstones.named('published')}) "
-            "select uid, true as published from published where uid in (select row from named) union all "
-            f"select row, false from ({tombstones.named('ledger', 'null')}) where row not in (select row from named)"
+            f"""create temp table named as select row as uid, mark, true as published from ({tombstones.named("published")})
+                union all select row, mark, false from ({tombstones.named("ledger", "null")});
+                create temp table gone as select uid, bool_or(published) as published from named where uid is not null group by uid"""
         )
         for path in (*found.published, *found.ledger):
-            con.from_parquet([path]).create_view("shard", replace=True)
+            con.execute(f"create or replace temp view shard as from {sql.table(path)}")
             if not con.sql("select 1 from shard where uid in (select uid from gone) limit 1").fetchall():
                 continue
-            name = fs._strip_protocol(path).removeprefix(f"{root}/")
+            name = version.fs._strip_protocol(path).removeprefix(f"{version.root}/")
+            if not version.is_local:
+                _hold_against_manifest(version, [name])
             rewritten[name] = folder / name.replace("/", "-")
             kind = name.partition("/")[0]
             kept = con.sql(_WITHOUT_GONE[kind]).to_arrow_table()
             write_parquet(kept.cast(schemas[kind]), rewritten[name], row_group_size=ROW_GROUP_ROWS)
-        ((number,),) = con.sql("select count(*) from gone where published").fetchall()
-    return rewritten, number
+        ((rows, ledger_rows),) = con.sql("select count(*) filter (published), count(*) filter (not published) from gone").fetchall()
+        marks = {mark for (mark,) in con.sql("select distinct mark from named").fetchall()}
+    return rewritten, rows, ledger_rows, marks
 
 
 _WITHOUT_GONE = {
@@ -176,8 +209,10 @@ _WITHOUT_GONE = {
 
 def check_card(place: str) -> list[str]:
     """What in a version's statistics and card no longer agrees with its data: all of it is computed again."""
-    fs, root, recipe, manifest = _opened(place)
-    stored = json.loads(fs.cat_file(f"{root}/stats.json"))
+    version = open_version(place)
+    fs, root, recipe, manifest = version.fs, version.root, version.recipe, version.manifest
+    stored = from_json(dict[str, dict[str, Any]], version.read("stats.json"), what=f"{root}/stats.json")
+    readme, json_ld = (version.read(name).decode("utf-8", "replace") for name in ("README.md", "croissant.json"))
     found = views.version_parts(fs, root)
     problems = []
     with views.connect(found) as con:
@@ -189,8 +224,12 @@ def check_card(place: str) -> list[str]:
         if columns != schema(captions_of(recipe)).names:
             return [*problems, f"the columns are {', '.join(columns)}; the card describes {', '.join(schema(captions_of(recipe)).names)}"]
         sample = con.sql("from published limit 1").to_arrow_table().to_pylist()
-    with fs.open(f"{root}/{PREVIEW}", "rb") as file:
-        if (number := pq.read_metadata(file).num_rows) != manifest["rows"]["preview"]:
+    try:
+        number = pq.read_metadata(pa.BufferReader(version.read(PREVIEW))).num_rows
+    except (OSError, pa.ArrowException) as error:
+        problems.append(f"{PREVIEW} is no parquet file: {str(error).splitlines()[0][:200]}")
+    else:
+        if number != manifest["rows"]["preview"]:
             problems.append(f"the preview has {number:,} rows, the manifest says {manifest['rows']['preview']:,}")
     files = fs.find(root, detail=True)
     for name, folder in (("train", "data/train-"), ("preview", "data/preview-"), ("ledger", "ledger/train-")):
@@ -208,11 +247,10 @@ def check_card(place: str) -> list[str]:
                 else "no longer agrees with the data"
             )
             problems.append(f"stats.json: {query} {what}")
-    expected = card(recipe, manifest, stored, sample[0] if sample else {}).splitlines()
-    given = fs.cat_file(f"{root}/README.md").decode().splitlines()
-    for number, (line, wanted) in enumerate(zip_longest(given, expected, fillvalue=""), start=1):
+    expected = card(recipe, manifest, again, sample[0] if sample else {}).splitlines()
+    for number, (line, wanted) in enumerate(zip_longest(readme.splitlines(), expected, fillvalue=""), start=1):
         if line != wanted:
             problems.append(f"README.md, line {number}: '{line[:80]}', not '{wanted[:80]}'")
-    if fs.cat_file(f"{root}/croissant.json").decode() != croissant(recipe, manifest):
+    if json_ld != croissant(recipe, manifest):
         problems.append("croissant.json is not that of the recipe and the manifest")
     return problems

@@ -23,7 +23,9 @@ import io
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -36,10 +38,11 @@ from PIL import Image
 
 from analysis.views import Parts, connect, parts
 from builder import run as runs
+from builder import sql
 from builder.errors import InputError, telling_of_a_full_disk
 from builder.imagetar import images
 from builder.select import columns
-from builder.target import MANIFEST, version_files
+from builder.target import open_version
 
 PAGE = Path(__file__).parent / "explorer"
 FILES = ("index.html", "explorer.js", "explorer.css")
@@ -56,18 +59,35 @@ def explore(place: str | Path, out: Path, *, rows: int | None = None, captions: 
         InputError: there is nothing to show in `place`, or `out` holds something else than such a page.
     """
     out = out.absolute()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not all((out / name).is_file() for name in (*FILES, "data.json")):
-        raise InputError(f"{out} is there already and is no page of recap explore", "name a folder that does not exist yet: --out DIR")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    _only_a_page(out)
     try:
-        with telling_of_a_full_disk(out):
-            _write(parts(place, captions), place, part, rows or ROWS)
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}", "name another folder: --out DIR") from error
+    with tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}-", dir=out.parent) as folder, telling_of_a_full_disk(out):
+        page, before = Path(folder, "page"), Path(folder, "before")
+        _write(parts(place, captions), place, page, rows or ROWS)
+        _only_a_page(out)  # still
+        if out.exists():
+            os.replace(out, before)
+        os.replace(page, out)
     return out / "index.html"
+
+
+def _only_a_page(out: Path) -> None:
+    """Raises:
+    InputError: `out` holds something that is not of such a page, and would be lost with it.
+    """
+    if not out.exists() or not any(out.iterdir() if out.is_dir() else [out]):
+        return
+    if not all((out / name).is_file() for name in (*FILES, "data.json")):
+        raise InputError(f"{out} is there already and is no page of recap explore", "name a folder that does not exist yet: --out DIR")
+    for path in out.rglob("*"):
+        name = path.relative_to(out).as_posix()
+        if not path.is_dir() and not re.fullmatch(r"index\.html|explorer\.(js|css)|data\.json|rows/\d+\.json\.gz|thumbs/\d+/\d+\.jpg", name):
+            raise InputError(f"{path} is no part of the page that recap explore wrote", "move it away, or name another folder: --out DIR")
 
 
 def _write(found: Parts, place: str | Path, folder: Path, room: int) -> None:
@@ -102,13 +122,9 @@ def _about(place: str | Path) -> dict[str, Any]:
     if (Path(place) / "recipe.json").exists() and (Path(place) / "select").is_dir():
         recipe = runs.load_recipe(Path(place))
         return {"title": recipe.title or recipe.name, "version": "not published", "license": recipe.license}
-    fs, root = version_files(str(place))
-    manifest, recipe_json = (json.loads(fs.cat_file(f"{root}/{name}")) for name in (MANIFEST, "recipe.json"))
-    return {
-        "title": recipe_json.get("title") or manifest["name"],
-        "version": f"version {manifest['version']}",
-        "license": recipe_json.get("license", ""),
-    }
+    version = open_version(str(place))
+    title = version.recipe.title or version.manifest["name"]
+    return {"title": title, "version": f"version {version.manifest['version']}", "license": version.recipe.license}
 
 
 def _tars(run: Path) -> list[Path]:
@@ -123,9 +139,11 @@ def _table_view(con: duckdb.DuckDBPyConnection) -> str:
     """Somebody else's table as if it were published: with uid, url and key, made up where there is none."""
     there = [name for name, *_ in con.sql("describe published").fetchall()]
     url = next((name for name in ("url", "URL", "image_url", "coco_url") if name in there), None)
-    made = {"uid": "cast(row_number() over () as varchar)", "url": f'"{url}"' if url else "null::varchar", "key": "null::varchar"}
-    added = [f"{sql} as {name}" for name, sql in made.items() if name not in there]
-    renamed = [f'"{name}" as "{name}_there"' for name in there if name.lower() in ("status", "error")]  # the page has columns of these names
+    made = {"uid": "cast(row_number() over () as varchar)", "url": sql.identifier(url) if url else "null::varchar", "key": "null::varchar"}
+    added = [f"{expression} as {name}" for name, expression in made.items() if name not in there]
+    renamed = [
+        f"{sql.identifier(name)} as {sql.identifier(f'{name}_there')}" for name in there if name.lower() in ("status", "error")
+    ]  # the page has columns of these names
     every = f"* rename ({', '.join(renamed)})" if renamed else "*"
     con.execute(f"create temp view shown as select {', '.join([*added, every])} from published")
     return "shown"

@@ -1,0 +1,52 @@
+"""DuckDB, opened and quoted in one place: nothing that a name or a path holds is taken for SQL or for a pattern.
+
+Every connection spills into a private folder that goes with it, and neither installs nor loads extensions.
+"""
+
+from __future__ import annotations
+
+import glob
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from builder.errors import InputError
+
+READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
+
+
+@contextmanager
+def connect(spill: Path | None = None, **config: Any) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB with `config`. What does not fit its memory goes into a folder in `spill`, or the system's for temporary files."""
+    with tempfile.TemporaryDirectory(prefix=".duckdb-", dir=spill) as folder:
+        closed: dict[str, Any] = {
+            "autoinstall_known_extensions": False, "autoload_known_extensions": False, "allow_community_extensions": False,
+            "custom_extension_repository": folder, "extension_directory": folder,
+        }  # fmt: skip
+        with duckdb.connect(config={"temp_directory": folder, **closed, **config}) as con:
+            con.execute("set lock_configuration = true")
+            yield con
+
+
+def identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str | PathLike[str]) -> str:
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def table(paths: str | PathLike[str] | Iterable[str | PathLike[str]], **options: str) -> str:
+    """SQL of the rows of files of one kind, in their order. Names are taken as they are: neither globs nor `key=value` folders."""
+    names = [str(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
+    reader = next(reader for kind, reader in READERS.items() if names[0].lower().endswith(kind))
+    for name in (name for name in names if "\\" in name and glob.has_magic(name)):  # DuckDB has no way to write that
+        raise InputError(f"{name}: a backslash beside one of *?[ in a path cannot be read", "give the file or its folder another name")
+    listed = ", ".join(literal(glob.escape(name)) for name in names)
+    settings = "".join(f", {key} = {value}" for key, value in {"hive_partitioning": "false", **options}.items())
+    return f"{reader}([{listed}]{settings})"
