@@ -23,6 +23,7 @@ from recipes import datasets
 from recipes.demo import web
 
 ROWS, TURNS = 1200, 5
+SHARDS = (200, ROWS)  # rows a shard: the engine drains at the end of each
 
 
 def plain(engine: Engine, tars: list[Path]) -> int:
@@ -32,39 +33,47 @@ def plain(engine: Engine, tars: list[Path]) -> int:
     for tar in tars:
         for _, image in images(tar):
             picture = Image.open(io.BytesIO(image)).convert("RGB")
-            prompts.append(engine.prompt(engine.specs[0], picture, {}))
+            prompts.append(engine.prompt(engine.specs[0], picture, {})[0])
     return len(engine.llm.generate(prompts, engine.sampling["re_caption"], use_tqdm=False))
 
 
 def stage(settings: Caption, engine: Engine, tasks: list[Task]) -> int:
-    return sum(settings.caption(engine, task)["ok"] for task in tasks)
+    number = 0
+    for task in tasks:
+        number += settings.caption(engine, task)["ok"]
+        task.journal.unlink()  # as the commit does
+    return number
+
+
+def tasks_of(run: Path, site: Path, rows_per_shard: int) -> tuple[Caption, list[Task]]:
+    """Caption tasks of a run that is built as far as that."""
+    recipe = datasets.demo(web=str(site), rows_per_shard=rows_per_shard)
+    runs.build(replace(recipe, stages=recipe.stages[:3]), run)
+    settings = recipe.stage("caption")
+    assert isinstance(settings, Caption)
+    (run / "caption").mkdir()
+    found = runs.plan(recipe, run)["caption"].todo
+    return settings, [replace(task, key=task_key(settings, task.inputs, task.name)) for task in found]
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        site, run = Path(folder, "web"), Path(folder, "run")
+        site = Path(folder, "web")
         web.make(site, rows=ROWS, port=8653)
-        recipe = datasets.demo(web=str(site), rows_per_shard=200)
         with web.serve(site, 8653):
-            runs.build(replace(recipe, stages=recipe.stages[:3]), run)
-        settings = recipe.stage("caption")
-        assert isinstance(settings, Caption)
-        plans = runs.plan(recipe, run)
-        (run / "caption").mkdir()
-        tasks = [replace(task, key=task_key(settings, task.inputs, task.name)) for task in plans["caption"].todo]
+            by_size = {size: tasks_of(Path(folder, f"run-{size}"), site, size) for size in SHARDS}
+        settings, whole = by_size[ROWS]
         engine = Engine(settings)
-        ours, bare = [], []
-        plain(engine, [tasks[0].input("download", ".tar")])  # warm
+        tars = [task.input("download", ".tar") for task in whole]
+        rates: dict[str, list[float]] = {"bare": [], **{f"shards_of_{size}": [] for size in SHARDS}}
+        plain(engine, tars)  # warm
         for turn in range(TURNS):
-            for who in ("ours", "bare") if turn % 2 else ("bare", "ours"):
+            for who in list(rates) if turn % 2 else list(reversed(rates)):
                 start = time.perf_counter()
-                if who == "ours":
-                    number = stage(settings, engine, tasks)
-                    ours.append(number / (time.perf_counter() - start))
-                else:
-                    number = plain(engine, [task.input("download", ".tar") for task in tasks])
-                    bare.append(number / (time.perf_counter() - start))
-        keep("caption", {"unit": "images/s", "images": number, **ratio(ours, bare)})
+                number = plain(engine, tars) if who == "bare" else stage(settings, engine, by_size[int(who.rpartition("_")[2])][1])
+                rates[who].append(number / (time.perf_counter() - start))
+        compared = {who: ratio(found, rates["bare"]) for who, found in rates.items() if who != "bare"}
+        keep("caption", {"unit": "images/s", "images": number, **compared})
         engine.close()
 
 

@@ -1,6 +1,7 @@
 """The data set card: a pure function of recipe, manifest, statistics and one row.
 
-Every number in it comes from the statistics. Captions are untrusted: they appear only inside code blocks, as JSON.
+Every number in it comes from the statistics. Captions are untrusted: they appear only inside code blocks, as
+JSON, cut at `SHOWN_CHARACTERS`. Domains are untrusted too: see `_domain`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from huggingface_hub import DatasetCardData
 
 from analysis import report as reports
 from analysis.plots import PLOTS
-from builder.core import Recipe
+from builder.core import Recipe, SourceSet
 from builder.select import LEDGER, Select, columns
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))  # fmt: skip
 
+SHOWN_CHARACTERS = 2_000  # of a string in the row or in a setting: a caption of 1 MB is no card of 1 MB
+ADDRESS = "an IP address"  # the only name with white space in the answer of links.sql: its own
 _DTYPES = {"double": "float64", "float": "float32"}
 
 
@@ -48,14 +51,12 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
         "letters and digits, exact. Numbers on a sample say so in their query. Each number's SQL is named in `stats.json` with its hash.",
         "## Every source row",
         _table(("status", "rows", "%"), [(r["status"], f"{r['rows']:,}", f"{r['percent']}") for r in of(report, "rows_by_status")]),
-        "The config `ledger` holds all of them, with the reason of each failure. Links that still gave an image:",
-        _table(
-            ("domain", "links", "alive, %"),
-            [(_inline(r["name"]), f"{r['links']:,}", f"{r['alive_percent']}") for r in of(report, "links") if r["what"] == "tld"],
-        ),
+        "The config `ledger` holds all of them, with the reason of each failure. Links by top-level domain: "
+        "alive where the image came (`ok`, `caption_failed`), changed where another came (`hash_mismatch`).",
+        _links([r for r in of(report, "links") if r["what"] == "tld"]),
         "## How it was made",
         "\n\n".join(_stage(stage, manifest.get("made_on", {}).get(stage.name, [])) for stage in recipe.stages),
-        f"With {', '.join(f'{name} {number}' for name, number in manifest['made_with'].items())}." if manifest.get("made_with") else "",
+        f"With {', '.join(_plain(f'{name} {number}') for name, number in manifest['made_with'].items())}." if manifest.get("made_with") else "",
         "## Columns",
         _table(("column", "type", "what"), [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)]),
         "`preview` repeats the first rows of `train`.",
@@ -77,10 +78,11 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
         'for sample in webdataset.WebDataset("images/00000.tar", shardshuffle=False).decode("pil"):\n'
         '    print(sample["json"]["uid"], sample["jpg"].size, sample["txt"])\n```',
         "## Licence and attribution",
-        f"Captions and metadata: {recipe.license}. The images belong to their owners and are not part of this data set.",
+        f"{_licence(recipe)} The images belong to their owners and are not part of this data set.",
+        _source(recipe.source),
         "## Citing",
         f"Name {recipe.title}, {f'version {version}, ' if version else ''}and: What If We Recaption Billions of Web Images with "
-        "LLaMA-3? (arXiv 2406.08478).",
+        f"LLaMA-3? (arXiv 2406.08478).{_citation(recipe.source)}",
         "## Removal",
         "To have a row removed, open a discussion here with its uid, its URL or the sha256 of the image. A new version goes without it, and none "
         "that follows brings it back (`tombstones.parquet` holds hashes only).",
@@ -99,6 +101,8 @@ def _front(recipe: Recipe, manifest: Mapping[str, Any], published: Sequence[tupl
 
     return DatasetCardData(
         license=recipe.license,
+        license_link=license_link(recipe),
+        source_datasets=["extended"] if recipe.source else None,
         pretty_name=recipe.title,
         task_categories=["zero-shot-classification", "text-retrieval", "image-to-text", "text-to-image"],
         size_categories=[next((name for limit, name in _SIZES if rows["train"] < limit), "n>1T")],
@@ -123,9 +127,51 @@ def _residue(found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _inline(text: str) -> str:
-    """Untrusted text in a table: letters, digits, dots and dashes."""
-    return re.sub(r"[^\w.-]", "?", text)[:60]
+def _links(found: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for row in found:
+        # Older statistics have no `changed_percent`; `card --check` reads them and says the query is another.
+        shares = row["alive_percent"], row.get("changed_percent", "-")
+        lines.append((_domain(row["name"]), f"{row['links']:,}", *map(str, shares)))
+    return _table(("domain", "links", "alive, %", "changed, %"), lines)
+
+
+def _domain(name: str) -> str:
+    """Untrusted text in a table: letters, digits, dots and dashes; and our own label."""
+    return name if name == ADDRESS else re.sub(r"[^\w.-]", "?", name)[:60]
+
+
+def _plain(text: str) -> str:
+    """Untrusted text in a sentence: what names and versions of libraries are made of."""
+    return re.sub(r"[^\w.+ -]", "?", text)[:200]
+
+
+def _licence(recipe: Recipe) -> str:
+    return {
+        "unknown": "The recipe states no licence for captions and metadata: `license=...` does.",
+        "other": "Captions and metadata: under terms of their own, none of the Hub's licences.",
+    }.get(recipe.license, f"Captions and metadata: {recipe.license}.")
+
+
+def _source(source: SourceSet | None) -> str:
+    if source is None:
+        return (
+            "The recipe does not say which data set its URLs and alt text come from, so none is credited: "
+            "`source_set=...` of `recap_datacomp_1b` says it, or `source=SourceSet(...)` in your own recipe."
+        )
+    terms = {"unknown": "it states no licence", "other": "under terms of its own"}
+    name = f"{source.name}, <{source.url}>" if source.url else source.name
+    return f"URLs and alt text come from {name}: {terms.get(source.license, source.license)}."
+
+
+def _citation(source: SourceSet | None) -> str:
+    return f" The source set: {source.citation}." if source and source.citation else ""
+
+
+def license_link(recipe: Recipe) -> str | None:
+    """The page of terms that are none of the Hub's licences: the source set's, where they are its terms."""
+    source = recipe.source
+    return source.url or None if source and recipe.license == source.license == "other" else None
 
 
 def _stage(stage: Any, days: Sequence[str]) -> str:
@@ -134,9 +180,18 @@ def _stage(stage: Any, days: Sequence[str]) -> str:
 
 
 def _code(value: Any) -> str:
-    """JSON in an indented block: no line of it can end the block, whatever a caption says."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=vars)
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    """JSON, strings cut, in an indented block: no line of it can end the block, whatever a caption says."""
+    text = json.dumps(_cut(json.loads(json.dumps(value, default=vars))), indent=2, ensure_ascii=False)
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def _cut(value: Any) -> Any:
+    """JSON whose strings have at most `SHOWN_CHARACTERS`, and say how many they had."""
+    if isinstance(value, str) and len(value) > SHOWN_CHARACTERS:
+        return f"{value[:SHOWN_CHARACTERS]}… ({len(value):,} characters)"
+    if isinstance(value, list):
+        return [_cut(each) for each in value]
+    return {name: _cut(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:

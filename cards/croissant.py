@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from builder.core import Recipe
+from builder.core import Recipe, SourceSet
 from builder.select import LEDGER, Select, columns
+from cards.card import license_link
 
 _TYPES = {
     pa.string(): "sc:Text",
@@ -51,10 +52,11 @@ def croissant(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": recipe.name,
         "description": f"{recipe.title}. {recipe.description} {manifest['rows']['train']:,} rows.",
-        "license": _LICENCES.get(recipe.license, recipe.license),
+        "license": license_link(recipe) or _LICENCES.get(recipe.license, recipe.license),
         "url": "https://arxiv.org/abs/2406.08478",
         "version": manifest["version"],
         "citeAs": f"{recipe.title}, version {manifest['version']}, made with recapkit",
+        **({"isBasedOn": _source(recipe.source)} if recipe.source else {}),
         "distribution": [
             {"@type": "cr:FileSet", "@id": f"{name}-files", "name": f"{name}-files", "encodingFormat": "application/x-parquet", "includes": pattern}
             for name, (pattern, _) in sets.items()
@@ -69,3 +71,10 @@ def croissant(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         ],
     }  # fmt: skip
     return json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+
+
+def _source(source: SourceSet) -> dict[str, str]:
+    """The source set; of schema.org's vocabulary, which Croissant builds on and leaves as it is."""
+    licence = _LICENCES.get(source.license, source.license)
+    about = {"name": source.name, "url": source.url, "license": licence, "citation": source.citation}
+    return {"@type": "sc:Dataset", **{name: value for name, value in about.items() if value}}

@@ -1,4 +1,6 @@
--- Distinct word trigrams against subset size, the first captions of each column. Exact up to 100,000; beyond, `approximate` (HyperLogLog, see benchmarks/README.md for its error).
+-- Distinct word trigrams against subset size, the first captions of each column. Exact up to 100,000; beyond,
+-- `approximate`: HyperLogLog, whose error has a sigma of 3.2 % however many there are, see
+-- benchmarks/approximate.py.
 with totals as (
     select caption, count(*) as number from captions group by caption
 ), texts as not materialized (
