@@ -110,7 +110,7 @@ OTHER_DOWNLOADS = {
 
 def test_every_setting_of_the_download_but_its_parallelism_changes_its_key() -> None:
     """A setting that is added later has to be decided upon here."""
-    assert set(asdict(Download())) == {*OTHER_DOWNLOADS, "workers", "concurrency"}
+    assert set(asdict(Download())) == {*OTHER_DOWNLOADS, "workers", "concurrency", "nameservers", "accept_failures"}
     keys = {key(Download(**{name: value})) for name, value in OTHER_DOWNLOADS.items()}
     assert len(keys - {key(Download())}) == len(OTHER_DOWNLOADS)
 

@@ -11,8 +11,8 @@ from conftest import recap
 
 STATUS = {  # fault -> status with verification, as the demo's web plants them
     "ok": {"ok"}, "flaky": {"ok"}, "redirect": {"ok"}, "gone": {"dead_link"}, "slow": {"timeout"}, "private": {"blocked"}, "noai": {"opted_out"},
-    "placeholder": {"hash_mismatch"}, "changed": {"hash_mismatch"}, "html": {"hash_mismatch"}, "empty": {"hash_mismatch"},
-    "truncated": {"undecodable"}, "bomb": {"hash_mismatch"},
+    "placeholder": {"hash_mismatch"}, "changed": {"hash_mismatch"}, "html": {"undecodable"}, "empty": {"undecodable"},
+    "truncated": {"undecodable"}, "bomb": {"too_large"},
 }  # fmt: skip
 
 

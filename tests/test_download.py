@@ -25,14 +25,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faulty import Page, Visit, Web, redirect, response
+from nameserver import NOBODY, SILENCE, A, Nameserver
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+import builder.network
 from builder import source
 from builder.core import Status, Task, sha256_file, write_parquet
 from builder.dedup import Dedup
 from builder.download import SCHEMA, Download, _Fetcher
 from builder.errors import InputError
+from builder.network import Outage, has_default_route
 from recipes.demo import web as demo_web
 
 LOOPBACK = ("127.0.0.1/32",)
@@ -66,14 +69,17 @@ class Done:
 
 
 def download(run: Path, rows: Sequence[str | Row], *, shard: int = 0, **settings: Any) -> Done:
-    """Run the stage over one shard of source rows, given as URLs or as more columns; uids are their numbers."""
+    """Run the stage over one shard of source rows, given as URLs or as more columns; uids are their numbers.
+
+    Names are asked of nobody unless `nameservers` says of whom: no packet leaves this machine.
+    """
     table = [{"uid": str(n), "org_caption": f"caption {n}"} | ({"url": row} if isinstance(row, str) else row) for n, row in enumerate(rows)]
     for folder in ("source", "download"):
         (run / folder).mkdir(parents=True)
     name = f"source/{shard:05d}.parquet"
     write_parquet(pa.Table.from_pylist(table, source.SCHEMA), run / name)
     task = Task(run, "download", f"{shard:05d}", "", {name: sha256_file(run / name)})
-    with Download(**{"allow_private": LOOPBACK, **settings}).open() as work:
+    with Download(**{"allow_private": LOOPBACK, "nameservers": (NOBODY,), **settings}).open() as work:
         start = time.monotonic()
         counts = Counter({str(status): n for status, n in work(task).items()})
         seconds = time.monotonic() - start
@@ -136,10 +142,10 @@ EXPECT = {  # fault -> status with sha256 verified, status without
     "noai": ("opted_out", "opted_out"),
     "placeholder": ("hash_mismatch", "duplicate_image"),
     "changed": ("hash_mismatch", "ok"),
-    "html": ("hash_mismatch", "undecodable"),
-    "empty": ("hash_mismatch", "undecodable"),
+    "html": ("undecodable", "undecodable"),
+    "empty": ("undecodable", "undecodable"),
     "truncated": ("undecodable", "undecodable"),
-    "bomb": ("hash_mismatch", "too_large"),
+    "bomb": ("too_large", "too_large"),
 }
 
 
@@ -271,11 +277,6 @@ def test_a_connection_that_is_refused_is_unavailable(tmp_path: Path) -> None:
     assert statuses(tmp_path, {"refused": f"http://127.0.0.1:{port}/x.jpg"}, retries=1) == {"refused": "unavailable"}
 
 
-def test_a_host_that_does_not_exist_is_a_dead_link(tmp_path: Path) -> None:
-    done = download(tmp_path, ["http://nothing.invalid/x.jpg"], retries=0)
-    assert [(row["status"], row["error"]) for row in done.rows] == [("dead_link", "the host name does not resolve")]
-
-
 RUBBISH = {  # answers that are none
     "not-http": b"SSH-2.0-OpenSSH_9.6\r\n",
     "nul": b"\0" * 1000,
@@ -343,6 +344,265 @@ def test_redirects_are_followed_but_not_for_ever(tmp_path: Path, web: Web) -> No
     assert got == {**dict.fromkeys(("moved", "found", "see other", "temporary", "permanent"), "ok"), "itself": "dead_link", "deeper": "dead_link"}
     assert web.requests["/itself"] <= 20
     assert sum(number for path, number in web.requests.items() if path.startswith("/deeper")) <= 20
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+def test_names_that_nobody_answers_do_not_hold_up_their_neighbours(tmp_path: Path, web: Web) -> None:
+    """As many as there are places, before those that are fine; they are given up within their deadline."""
+    web.put("/", response(JPG))
+    dead, fine = [f"dead{n}.example" for n in range(64)], [f"fine{n}.example" for n in range(20)]
+    with Nameserver(dict.fromkeys(dead, SILENCE) | {name: ["127.0.0.1"] for name in fine}) as server:
+        urls = [f"http://{name}:{web.port}/" for name in [*dead, *fine]]
+        done = download(tmp_path, urls, timeout_s=2, nameservers=(server.address,))
+    assert done.statuses == ["unavailable"] * 64 + ["ok"] * 20
+    assert {row["error"].partition(":")[0] for row in done.rows[:64]} == {"no answer from the resolver"}
+    assert done.seconds < 3
+
+
+def test_only_a_name_server_can_say_that_a_host_does_not_exist(tmp_path: Path, web: Web) -> None:
+    web.put("/", response(JPG))
+    names = {
+        "fine.example": ["127.0.0.1"],
+        "no-address.example": ["ns.example"],
+        "nothing.example": "NXDOMAIN",
+        "broken.example": "SERVFAIL",
+        "refused.example": "REFUSED",
+        "silent.example": SILENCE,
+    }
+    with Nameserver(names) as server:
+        urls = [f"http://{name}:{web.port}/" for name in names]
+        done = download(tmp_path / "a", urls, timeout_s=1, nameservers=(server.address,))
+    assert done.statuses == ["ok", "dead_link", "dead_link", "unavailable", "unavailable", "unavailable"]
+    assert [row["error"] for row in done.rows[1:3]] == ["the host name does not resolve"] * 2
+    assert [row["error"].partition(":")[0] for row in done.rows[3:]] == ["no answer from the resolver"] * 3
+    nobody = download(tmp_path / "b", [*urls[:1], web.base + "/"], nameservers=(NOBODY,))
+    assert nobody.statuses == ["unavailable", "ok"]
+
+
+def test_a_name_is_asked_for_again_where_that_may_help(tmp_path: Path, web: Web) -> None:
+    asked = []
+    for retries in (0, 2):
+        with Nameserver({"broken.example": "SERVFAIL"}) as server:
+            urls = ["http://broken.example/", "http://nothing.example/", web.base + "/"]
+            download(tmp_path / str(retries), urls, retries=retries, nameservers=(server.address,))
+            asked.append({name: server.asked[name, A] for name in ("broken.example", "nothing.example")})
+    once, thrice = asked
+    assert once["broken.example"] > 0
+    assert thrice == {"broken.example": 3 * once["broken.example"], "nothing.example": 1}
+
+
+def test_a_name_that_takes_longer_than_others_is_waited_for(tmp_path: Path, web: Web) -> None:
+    web.put("/", response(JPG))
+    names = {name: ["127.0.0.1"] for name in [*(f"quick{n}.example" for n in range(20)), "slow.example"]}
+    with Nameserver(names, late_s={"slow.example": 0.7}) as server:
+        urls = [f"http://{name}:{web.port}/" for name in names]
+        done = download(tmp_path, urls, concurrency=1, retries=0, nameservers=(server.address,))
+    assert done.statuses == ["ok"] * 21
+
+
+def test_names_are_whole(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search domain that answers for whatever is in it does not bring dead hosts to life."""
+    web.put("/", response(JPG))
+    monkeypatch.setenv("LOCALDOMAIN", "wildcard.example")
+    with Nameserver({"gone.example.wildcard.example": ["127.0.0.1"]}) as server:
+        urls = [f"http://gone.example:{web.port}/", web.base + "/"]
+        done = download(tmp_path, urls, nameservers=(server.address,))
+        assert {name for name, _ in server.asked} == {"gone.example"}
+    assert done.statuses == ["dead_link", "ok"]
+
+
+def test_names_of_this_machine_need_no_name_server(tmp_path: Path, web: Web) -> None:
+    web.put("/", response(JPG))
+    lines = [line.partition("#")[0].split() for line in Path("/etc/hosts").read_text().splitlines()]
+    names = {name for address, *names in filter(None, lines) if address == "127.0.0.1" for name in names}
+    names |= {"localhost"}
+    done = download(tmp_path, [f"http://{name}:{web.port}/" for name in sorted(names)], nameservers=(NOBODY,))
+    assert done.statuses == ["ok"] * len(names)
+
+
+def test_no_answer_of_a_name_server_leads_to_an_address_that_is_not_public(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        web, other, v6 = (stack.enter_context(Web(host)) for host in ("127.0.0.3", "127.0.0.2", "::1"))
+        names = {
+            "loopback.example": ["127.0.0.2"],
+            "v6.example": ["::1"],
+            "mapped.example": ["::ffff:127.0.0.2"],
+            "both.example": ["127.0.0.2", "::1"],
+            "private.example": ["10.0.0.1"],
+            "cloud.example": ["169.254.169.254"],
+        }
+        server = stack.enter_context(Nameserver(names | {"fine.example": ["127.0.0.3"]}))
+        ports = {"v6.example": v6.port}
+        urls = {name: f"http://{name}:{ports.get(name, other.port)}/secret" for name in names}
+        redirects = {f"to {name}": web.put(f"/{name}", redirect(url)) for name, url in urls.items()}
+        web.put("/", response(JPG))
+        fine = {"fine": f"http://fine.example:{web.port}/"}
+        got = statuses(
+            tmp_path,
+            urls | redirects | fine,
+            allow_private=("127.0.0.3/32",),
+            nameservers=(server.address,),
+        )
+        assert got == dict.fromkeys([*urls, *redirects], "blocked") | {"fine": "ok"}
+        assert [somebody.connections for somebody in (other, v6)] == [0, 0]
+
+
+def test_a_name_server_is_named_by_its_address() -> None:
+    Download(nameservers=("127.0.0.1", "127.0.0.1:5353", "::1", "[::1]:5353")).check()
+    for server in ("", "ns.example", "127.0.0.1:99999", "127.0.0.1,127.0.0.2", "127.0.0.1#53", "é"):
+        with pytest.raises(InputError, match="nameservers"):
+            Download(nameservers=(server,)).check()
+
+
+def test_what_is_this_machine_s_is_neither_in_the_key_nor_published() -> None:
+    here = Download(nameservers=("127.0.0.1:53",), accept_failures=True)
+    assert here.settings() == Download().settings()
+    assert here.portable() == Download(accept_failures=True)
+
+
+# --- an outage of this machine -----------------------------------------------------------------------------
+
+
+ENDING = "; the shard is not committed: see to the network, then type the same command again "
+ENDING += "(--accept-failures takes it as it is)"
+
+
+def outage(run: Path, rows: Sequence[str | Row], **settings: Any) -> str:
+    """The message with which the shard fails, after which nothing is left of it."""
+    with pytest.raises(Outage) as raised:
+        download(run, rows, **settings)
+    assert not list((run / "download").iterdir())
+    assert str(raised.value).endswith(ENDING)
+    assert "\n" not in str(raised.value)
+    return str(raised.value).removesuffix(ENDING)
+
+
+@pytest.mark.parametrize("hosts", [40, 1])
+@pytest.mark.parametrize("reply", ["SERVFAIL", SILENCE, None])
+def test_a_machine_without_a_resolver_commits_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hosts: int,
+    reply: str | None,
+) -> None:
+    """And not a shard of dead links; whoever insists may have it."""
+    monkeypatch.setattr(builder.network, "PROBE_S", 0.5)
+    names = [f"host{n}.example" for n in range(hosts)]
+    urls = [f"http://{names[n % hosts]}/{n}.jpg" for n in range(40)]
+    with Nameserver(dict.fromkeys(["", *names], reply or SILENCE)) as server:
+        settings: Row = {"timeout_s": 1, "nameservers": (server.address if reply else NOBODY,)}
+        message = outage(tmp_path / "a", urls, **settings)
+        done = download(tmp_path / "b", urls, accept_failures=True, **settings)
+    why = "the resolver gives no answer for the root either"
+    assert message == f"{hosts} of {hosts} hosts could not be reached, and {why}"
+    assert done.counts == {"unavailable": 40}
+
+
+def test_one_dead_domain_behind_a_working_resolver_is_the_web_s(tmp_path: Path) -> None:
+    with Nameserver({"broken.example": "SERVFAIL"}) as server:
+        done = download(tmp_path, ["http://broken.example/x.jpg"] * 3, nameservers=(server.address,))
+        assert server.asked["", 2] == 1
+    assert done.statuses == ["unavailable"] * 3
+
+
+@pytest.mark.parametrize("root", ["NXDOMAIN", "SERVFAIL"])
+def test_a_shard_of_dead_names_is_data(tmp_path: Path, web: Web, root: str) -> None:
+    """Names that do not exist say that the resolver works, whatever it makes of the root."""
+    web.put("/", response(JPG))
+    names = [f"host{n}.example" for n in range(60)]
+    with Nameserver({"": root} | {name: ["127.0.0.1"] for name in names[:20]}) as server:
+        urls = [f"http://{name}:{web.port}/" for name in names]
+        done = download(tmp_path, urls, nameservers=(server.address,))
+    assert done.statuses == ["ok"] * 20 + ["dead_link"] * 40
+
+
+def test_half_of_the_hosts_is_not_most_of_them(tmp_path: Path, web: Web) -> None:
+    web.put("/", response(JPG))
+    fine, broken = ([f"{kind}{n}.example" for n in range(21)] for kind in ("fine", "broken"))
+    names = {name: ["127.0.0.1"] for name in fine} | dict.fromkeys(["", *broken], "SERVFAIL")
+    with Nameserver(names) as server:
+        urls = [f"http://{name}:{web.port}/" for name in (*fine, *broken)]
+        done = download(tmp_path / "half", urls, nameservers=(server.address,))
+        assert done.counts == {"ok": 21, "unavailable": 21}
+        message = outage(tmp_path / "most", urls[1:], nameservers=(server.address,))
+    assert message.startswith("21 of 41 hosts ")
+
+
+def test_a_machine_without_a_route_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses that refuse are the web's as long as there is a way out."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    urls = [f"http://127.0.0.{n}:{port}/x.jpg" for n in range(10, 30)]
+    settings: Row = {"retries": 0, "allow_private": ("127.0.0.0/8",)}
+    monkeypatch.setattr(builder.network, "has_default_route", lambda: True)
+    assert download(tmp_path / "route", urls, **settings).counts == {"unavailable": 20}
+    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+    message = outage(tmp_path / "none", urls, **settings)
+    assert message == "20 of 20 hosts could not be reached, and this machine has no default route"
+    assert download(tmp_path / "few", urls[1:], **settings).counts == {"unavailable": 19}
+    assert download(tmp_path / "b", urls, accept_failures=True, **settings).counts == {"unavailable": 20}
+
+
+def test_a_host_that_spoke_once_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An HTTP status, a redirect, a body that stops: all of them came over a network that works."""
+    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+
+    def stops(visit: Visit) -> None:
+        visit.send(response(JPG)[:-100])
+        visit.sleep(60)
+
+    with ExitStack() as stack:
+        webs = [stack.enter_context(Web(f"127.0.0.{n}")) for n in range(10, 31)]
+        for n, web in enumerate(webs):
+            pages = [stops, response(status="404 Gone"), response(status="503 Busy"), redirect("/nowhere")]
+            web.put("/", pages[n % 4])
+            web.put("/nowhere", b"")
+        urls = [f"{web.base}/" for web in webs]
+        done = download(tmp_path, urls, timeout_s=1, retries=0, allow_private=("127.0.0.0/8",))
+    assert done.counts == {"timeout": 6, "dead_link": 5, "unavailable": 10}
+
+
+def test_hosts_that_are_not_public_are_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+    done = download(tmp_path, [f"http://10.0.0.{n}/x.jpg" for n in range(40)])
+    assert done.counts == {"blocked": 40}
+
+
+def test_the_demo_s_web_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one host, given by its address."""
+    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    done = download(tmp_path, [f"http://127.0.0.1:{port}/{n}.jpg" for n in range(40)], retries=0)
+    assert done.counts == {"unavailable": 40}
+
+
+ANY = "0" * 32
+ROUTES = {  # IPv4 table, IPv6 table, whether there is a way out
+    "default": ("eth0 00000000 010200C0 0003 0 0 0 00000000 0 0 0", "", True),
+    "default without a gateway": ("tun0 00000000 00000000 0001 0 0 0 00000000 0 0 0", "", True),
+    "of a network": ("eth0 000200C0 00000000 0001 0 0 0 00FFFFFF 0 0 0", "", False),
+    "rejecting": ("* 00000000 00000000 0200 0 0 0 00000000 0 0 0", "", False),
+    "down": ("eth0 00000000 010200C0 0002 0 0 0 00000000 0 0 0", "", False),
+    "v6": ("", f"{ANY} 00 {ANY} 00 fe80{ANY[5:]}1 00000400 00000002 00000000 00000003 eth0", True),
+    "v6, on every machine": ("", f"{ANY} 00 {ANY} 00 {ANY} ffffffff 00000001 00000000 00200200 lo", False),
+    "v6, of a network": ("", f"fd{ANY[2:]} 40 {ANY} 00 {ANY} 00000100 00000001 00000000 00000001 lan", False),
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_route_to_everywhere_is_found_in_the_kernel_s_tables(tmp_path: Path, name: str) -> None:
+    ipv4, ipv6, expected = ROUTES[name]
+    head = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT"
+    (tmp_path / "route").write_text(f"{head}\n{ipv4}")
+    (tmp_path / "ipv6_route").write_text(ipv6)
+    assert has_default_route(tmp_path / "route", tmp_path / "ipv6_route") is expected
+
+
+def test_a_kernel_that_shows_no_routes_is_believed_to_have_one(tmp_path: Path) -> None:
+    assert has_default_route(tmp_path / "route", tmp_path / "ipv6_route")
 
 
 # --- where it may connect to ----------------------------------------------------------------------------------------------
@@ -423,7 +683,7 @@ def test_what_is_no_url_is_never_connected_to(tmp_path: Path, web: Web) -> None:
         "", " ", "not a url", "ftp://x/y", "http://", "https://", "http:///x.jpg", "//127.0.0.1/x.jpg", "/x.jpg", "http://host:99999/",
         "http://host:port/", "http://[::1", "http://[x]/", "http://a..b/", f"http://{'a' * 64}.com/", "http://" + "x" * 2_000_000,
         "x" * 2_000_000, "javascript:alert(1)", "data:image/png;base64,AAAA", "file:///etc/passwd", f"{web.base}/nul\x00.jpg",
-        f"{web.base}/x.jpg\n", f"{web.base}/x\r\nHost: other/.jpg", "http://127.0.0.1\x00.example/",
+        f"{web.base}/x\r\nHost: other/.jpg", "http://127.0.0.1\x00.example/",
     ]  # fmt: skip
     done = download(tmp_path, no_urls)
     assert [row["url"][:40] for row in done.rows if row["status"] != "invalid_url"] == []
@@ -537,7 +797,7 @@ def test_the_hash_is_of_the_bytes_as_served(tmp_path: Path, web: Web) -> None:
     packed = gzip.compress(JPG)
     rows = [{"url": web.put("/ok", response(JPG))}, {"url": web.put("/gzip", response(packed, "Content-Encoding: gzip"))}]
     done = download(tmp_path / "a", [*rows, rows[1] | {"sha256": sha256(JPG)}, rows[0] | {"sha256": sha256(JPG)}])
-    assert done.statuses == ["ok", "undecodable", "hash_mismatch", "ok"]
+    assert done.statuses == ["ok", "undecodable", "undecodable", "ok"]
     assert [row["image_sha256"] for row in done.rows] == [sha256(JPG), sha256(packed), sha256(packed), sha256(JPG)]
 
 
@@ -550,6 +810,36 @@ def test_another_image_than_the_metadata_s(tmp_path: Path, web: Web) -> None:
     lax = download(tmp_path / "lax", rows, verify_sha256=False)
     assert lax.statuses == ["ok"] * 4
     assert {row["image_sha256"] for row in strict.rows + lax.rows} == {sha256(JPG)}
+
+
+SOFT_404 = {  # what a server sends in place of the image, and with which reason it is out
+    "a page": (b"<!doctype html><title>Not found</title>", "undecodable", "UnidentifiedImageError"),
+    "nothing": (b"", "undecodable", "empty body"),
+    "a bomb": (picture(101, 100), "too_large", "101x100 pixels, over 10000"),
+    "another image": (JPG, "hash_mismatch", "not the image of the metadata"),
+    "another image, without its pixels": (
+        JPG[: JPG.index(b"\xff\xda")],
+        "hash_mismatch",
+        "not the image of the metadata",
+    ),
+    "another image of 16 bits, without its pixels": (
+        png(40, 30, 16, 2, []),
+        "hash_mismatch",
+        "not the image of the metadata",
+    ),
+}
+
+
+def test_what_is_no_image_is_not_called_another_image(tmp_path: Path, web: Web) -> None:
+    """A header is read before the hash is compared, pixels only after that."""
+    claimed = {"sha256": sha256(b"the image of the metadata")}
+    urls = [web.put(f"/{n}", response(body)) for n, (body, _, _) in enumerate(SOFT_404.values())]
+    rows = [{"url": url} | claimed for url in urls]
+    done = download(tmp_path, rows, max_pixels=10_000)
+    got = {name: (row["status"], row["error"]) for name, row in zip(SOFT_404, done.rows, strict=True)}
+    assert got == {name: (status, reason) for name, (_, status, reason) in SOFT_404.items()}
+    assert [row["image_sha256"] for row in done.rows] == [sha256(body) for body, _, _ in SOFT_404.values()]
+    assert (done.rows[3]["image_width"], done.rows[3]["image_height"]) == (64, 48)
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------------
@@ -738,12 +1028,95 @@ def test_metadata_without_faces_changes_nothing(tmp_path: Path, web: Web) -> Non
     assert done.images["0"] == done.images["1"]
 
 
-def test_boxes_that_are_none_cost_their_own_row_only(tmp_path: Path, web: Web) -> None:
-    url, nan = web.put("/", response(noise(64))), float("nan")
-    boxes = [[[nan] * 4], [[0.1]], [[]], [[0.9, 0.9, 0.1, 0.1]], [[-1, -1, 2, 2]], [[1e300, 0, 1, 1]], [[0.5, 0.5, 0.5, 0.5]]]
-    done = download(tmp_path, [*[{"url": url, "face_bboxes": box} for box in boxes], url])
-    assert done.statuses[-1] == "ok"
-    assert set(done.statuses) <= {"ok", "undecodable"}
+NAN, INF = float("nan"), float("inf")
+NO_BOXES: dict[str, list[Any]] = {
+    "in pixels": [[10, 20, 50, 60]],
+    "one of two in pixels": [[0.1, 0.1, 0.2, 0.2], [10, 20, 50, 60]],
+    "left and right swapped": [[0.9, 0.1, 0.1, 0.9]],
+    "top and bottom swapped": [[0.1, 0.9, 0.9, 0.1]],
+    "of no width": [[0.5, 0.5, 0.5, 0.9]],
+    "beside the image": [[1.1, 0.1, 1.2, 0.2]],
+    "not a number": [[0.1, 0.1, NAN, 0.2]],
+    "infinite": [[0.1, 0.1, INF, 0.2]],
+    "too big": [[-1, -1, 2, 2]],
+    "three numbers": [[0.1, 0.1, 0.2]],
+    "five numbers": [[0.1, 0.1, 0.2, 0.2, 0.9]],
+    "a null among them": [[0.1, None, 0.2, 0.2]],
+    "null": [None],
+    "empty": [[]],
+}
+
+
+def test_an_image_whose_faces_cannot_be_blurred_is_not_kept(tmp_path: Path, web: Web) -> None:
+    url = web.put("/", response(noise(64)))
+    rows = [{"url": url, "face_bboxes": boxes} for boxes in NO_BOXES.values()]
+    done = download(tmp_path / "blurred", rows)
+    assert dict(zip(NO_BOXES, done.statuses, strict=True)) == dict.fromkeys(NO_BOXES, "undecodable")
+    reasons = dict(zip(NO_BOXES, (row["error"] for row in done.rows), strict=True))
+    assert reasons["in pixels"] == "face_bboxes: [10.0, 20.0, 50.0, 60.0] is not [x0, y0, x1, y1] in 0..1"
+    assert reasons["one of two in pixels"] == reasons["in pixels"]
+    assert all(reason.endswith(" is not [x0, y0, x1, y1] in 0..1") for reason in reasons.values())
+    assert {row["image_width"] for row in done.rows} == {64}
+    plain = download(tmp_path / "plain", rows, blur_faces=False)
+    assert plain.statuses == ["ok"] * len(rows)
+
+
+def test_a_reason_about_a_box_stays_short_however_long_the_box(tmp_path: Path, web: Web) -> None:
+    row = {"url": web.put("/", response(noise(64))), "face_bboxes": [[1 / 3] * 1000]}
+    (row,) = download(tmp_path, [row]).rows
+    assert len(row["error"]) == 100
+    assert row["error"].endswith("... is not [x0, y0, x1, y1] in 0..1")
+
+
+def test_boxes_do_not_hide_what_became_of_the_link(tmp_path: Path, web: Web) -> None:
+    face = {"face_bboxes": [[10, 20, 50, 60]]}
+    rows = {
+        "dead_link": {"url": f"{web.base}/gone"},
+        "hash_mismatch": {"url": web.put("/other", response(noise(64))), "sha256": sha256(b"another")},
+        "too_large": {"url": web.put("/bomb", response(picture(101, 100)))},
+    }
+    done = download(tmp_path, [row | face for row in rows.values()], max_pixels=10_000)
+    assert done.statuses == list(rows)
+
+
+def test_a_face_at_the_border_may_reach_over_it(tmp_path: Path, web: Web) -> None:
+    url = web.put("/", response(noise(256)))
+    rows = [{"url": url, "face_bboxes": [box]} for box in ([0.75, 0.75, 1.2, 1.5], [0.75, 0.75, 1.0, 1.0])]
+    done = download(tmp_path, rows)
+    assert done.images["0"] == done.images["1"]
+    plain = download(tmp_path / "plain", rows, blur_faces=False)
+    assert done.pixels("0")[192:, 192:].std() < plain.pixels("0")[192:, 192:].std() / 4
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "size"),
+    [(30.2, 30.2, 0.6), (10.1, 30, 0.2), (63.4, 63.4, 0.6), (63.999, 0, 0.001), (0, 63.2, 0.5)],
+)
+def test_a_face_of_less_than_a_pixel_is_blurred(
+    tmp_path: Path,
+    web: Web,
+    x: float,
+    y: float,
+    size: float,
+) -> None:
+    """A black picture with a white pixel where the face is; img2dataset alone leaves it white."""
+    image = Image.new("RGB", (64, 64))
+    image.putpixel((int(x), int(y)), (255, 255, 255))
+    box = [x / 64, y / 64, (x + size) / 64, (y + size) / 64]
+    row = {"url": web.put("/", response(encoded(image))), "face_bboxes": [box]}
+    blurred = download(tmp_path / "blurred", [row], encode_quality=100).pixels("0")
+    plain = download(tmp_path / "plain", [row], encode_quality=100, blur_faces=False).pixels("0")
+    assert plain[int(y), int(x)].min() > 200
+    assert blurred[int(y), int(x)].max() < 0.75 * 255
+
+
+def test_a_face_in_a_line_of_pixels_is_blurred(tmp_path: Path, web: Web) -> None:
+    lines = np.random.default_rng(0).integers(0, 256, (64, 1, 3), dtype=np.uint8)
+    url = web.put("/", response(encoded(Image.fromarray(lines))))
+    row = {"url": url, "face_bboxes": [[0.0, 0.25, 1.0, 0.75]]}
+    blurred = download(tmp_path / "blurred", [row]).pixels("0")
+    plain = download(tmp_path / "plain", [row], blur_faces=False).pixels("0")
+    assert blurred[20:44].std() < 0.75 * plain[20:44].std()
 
 
 def test_grey_pictures_have_faces_too(tmp_path: Path, web: Web) -> None:

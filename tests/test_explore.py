@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from builder.core import write_parquet
+from builder.core import Recipe, write_parquet
+from builder.dedup import Dedup
 from builder.errors import InputError
 from builder.select import LEDGER, SCHEMA
 from cards.explore import explore
@@ -71,8 +72,9 @@ def version(folder: Path, table: pa.Table, ledger: pa.Table) -> Path:
     for kind, part in (("data", table), ("ledger", ledger)):
         (folder / kind).mkdir(parents=True)
         write_parquet(part, folder / kind / "train-00000-of-00001.parquet")
-    (folder / "manifest.json").write_text(json.dumps({"name": "tiny", "version": "1.2.3"}))
-    (folder / "recipe.json").write_text(json.dumps({"title": "<b>Tiny</b>", "license": "cc-by-4.0"}))
+    counts = {"train": 0, "preview": 0, "ledger": 0}
+    (folder / "manifest.json").write_text(json.dumps({"name": "tiny", "version": "1.2.3", "rows": counts, "bytes": counts, "files": {}}))
+    (folder / "recipe.json").write_text(Recipe("tiny", (Dedup(),), title="<b>Tiny</b>", license="cc-by-4.0").to_json())
     return folder
 
 

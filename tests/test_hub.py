@@ -177,7 +177,8 @@ def test_rows_are_removed_and_stay_removed(server: Server, staged: Staged) -> No
     hub().publish(staged)
     rows = pq.read_table(staged.folder / "data/train-00000-of-00001.parquet").to_pylist()
     named = {"uid": [rows[0]["uid"]], "sha256": [rows[5]["sha256"]], "url": [rows[9]["url"]]}
-    published, number = remove("hf://datasets/me/demo", "0.1.1", named)
+    removal = remove("hf://datasets/me/demo", "0.1.1", named)
+    published, number = removal.published, removal.rows
     assert (published.new, number) == (True, 3)
     there = server.repo("me/demo")
     kept = pq.read_table(pa.BufferReader(there.read("data/train-00000-of-00001.parquet", "v0.1.1"))).to_pylist()
@@ -188,15 +189,15 @@ def test_rows_are_removed_and_stay_removed(server: Server, staged: Staged) -> No
     ledger = pq.read_table(pa.BufferReader(there.read("ledger/train-00000-of-00001.parquet", "v0.1.1"))).to_pylist()
     assert len(ledger) == 240
     assert [row["uid"] for row in ledger if row["status"] == "removed"] == [None] * 3
-    assert not remove("hf://datasets/me/demo", "0.1.1", named)[0].new
+    assert not remove("hf://datasets/me/demo", "0.1.1", named).published.new
 
 
 def test_a_domain_goes_with_its_subdomains(staged: Staged, tmp_path: Path) -> None:
     Folder(tmp_path / "out").publish(staged)
-    with pytest.raises(InputError, match=r"no row of .* matches"):
-        remove(str(tmp_path / "out"), "0.1.1", {"domain": ["example.org", "7.0.0.1"]})
+    nothing = remove(str(tmp_path / "out"), "0.1.1", {"domain": ["example.org", "7.0.0.1"]})
+    assert (nothing.rows, nothing.ledger_rows, nothing.matched_nothing) == (0, 0, {"domain": ["example.org", "7.0.0.1"]})
     with pytest.raises(VersionError, match=r"no row of .* would be left"):
-        remove(str(tmp_path / "out"), "0.1.1", {"domain": ["0.0.1"]})
+        remove(str(tmp_path / "out"), "0.1.2", {"domain": ["0.0.1"]})
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import duckdb
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, fill, mounted, recap
+from conftest import ROOT, fill, mounted, recap, web_of
 
 from builder.errors import InputError, VersionError
 from builder.publish import publish
@@ -123,6 +123,36 @@ def test_other_bytes_under_a_version_are_refused(copied_run: Path, tmp_path: Pat
     }
 
 
+def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(copied_run: Path, tmp_path: Path) -> None:
+    """Publishing again for ever would not mend it."""
+    publish(copied_run, str(tmp_path / "first"), "1.0.0")
+    file = copied_run / "select" / "00000.parquet"
+    whole = file.read_bytes()
+    data = bytearray(whole)
+    data[len(data) // 2] ^= 1
+    file.chmod(0o644)
+    file.unlink()  # the published one is another name of it
+    file.write_bytes(data)
+    with pytest.raises(VersionError, match=r"select/00000\.parquet no longer has the bytes of its record") as told:
+        publish(copied_run, str(tmp_path / "out"), "1.0.1")
+    assert told.value.hint == f"make it again, then publish: recap build {copied_run}/recipe.json --run {copied_run}"
+    with web_of(copied_run):
+        recap("build", copied_run / "recipe.json", "--run", copied_run)
+    assert file.read_bytes() == whole
+    assert publish(copied_run, str(tmp_path / "out"), "1.0.1").new
+
+
+def test_a_target_without_a_name_is_refused(copied_run: Path) -> None:
+    with pytest.raises(InputError, match="the target has no name"):
+        publish(copied_run, "", "1.0.0")
+
+
+@pytest.mark.parametrize("version", ["01.2.3", "1.02.3", "1.2", "v1.2.3", "1.2.3.4", " 1.2.3", "1.2.3\n", "١.2.3", ""])
+def test_what_is_no_version_is_refused(copied_run: Path, tmp_path: Path, version: str) -> None:
+    with pytest.raises(VersionError, match="is not a version"):
+        publish(copied_run, str(tmp_path / "out"), version)
+
+
 def test_a_dry_run_publishes_nothing(copied_run: Path, tmp_path: Path) -> None:
     assert not publish(copied_run, str(tmp_path / "out"), "1.0.0", dry_run=True).new
     assert list((tmp_path / "out").glob("[!.]*")) == []
@@ -188,7 +218,7 @@ def test_verify_tells_of_what_it_cannot_read(version: Path, tmp_path: Path) -> N
     assert missing == "README.md is missing"
     assert damaged.startswith(f"data/{file.name} has ")
     (place / "recipe.json").unlink()
-    with pytest.raises(InputError, match="is no whole version"):
+    with pytest.raises(InputError, match="is missing|cannot be used|not a recipe"):
         verify(str(place))
 
 

@@ -12,7 +12,7 @@ from builder.caption import Caption
 from builder.core import Recipe
 from builder.dedup import Dedup
 from builder.download import Download
-from builder.errors import RecipeError
+from builder.errors import RecipeError, UserError
 from builder.resolve import resolve
 from builder.source import Source
 from recipes import datasets as recipes
@@ -97,7 +97,7 @@ def test_the_papers_recipe_takes_tuples_and_switches() -> None:
         ([], (1, 0.5, False, (), (1, 2), "here", 9)),
         (["coats=3", "share=2", "fast=true", "tags=a,b", "sizes=7", "place=there", "limit=5"], (3, 2.0, True, ("a", "b"), (7,), "there", 5)),
         (["coats=-3", "share=1e-3", "fast=1", "tags=a", "sizes=", "place=none", "limit=None"], (-3, 0.001, True, ("a",), (), None, None)),
-        (["fast=no", "tags=none", "place=a,b=c", "coats=3", "coats=4"], (4, 0.5, False, ("none",), (1, 2), "a,b=c", 9)),
+        (["fast=no", "tags=none", "place=a,b=c", "coats=4"], (4, 0.5, False, ("none",), (1, 2), "a,b=c", 9)),
     ],
 )
 def test_values_get_the_types_of_the_function(my_file: Path, settings: list[str], title: tuple[object, ...]) -> None:
@@ -178,12 +178,12 @@ def test_a_users_file_is_found_from_where_the_user_is(my_file: Path, monkeypatch
 
 @pytest.mark.parametrize("name", ["", "nope", "_hidden", "no_recipe", "Dedup"])
 def test_only_public_functions_that_return_a_recipe_are_recipes(my_file: Path, name: str) -> None:
-    with pytest.raises(RecipeError, match=f"no recipe '{name}'\n.*mine, other"):
+    with pytest.raises(RecipeError, match=f"no recipe '{name}' in .*\n.*mine, other"):
         resolve(f"{my_file}:{name}")
 
 
 def test_a_users_function_says_what_it_needs(my_file: Path) -> None:
-    with pytest.raises(RecipeError, match="recipe other needs metadata, model"):
+    with pytest.raises(RecipeError, match="other needs metadata, model"):
         resolve(f"{my_file}:other")
 
 
@@ -233,5 +233,27 @@ def test_a_recipe_json_has_no_parameters_only_settings(tmp_path: Path) -> None:
 def test_a_recipe_json_that_cannot_be_used_is_a_users_mistake(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "recipe.json").write_bytes(content)
-    with pytest.raises(RecipeError, match=r"recipe\.json"):
+    with pytest.raises(UserError, match=r"recipe\.json"):
         resolve(str(tmp_path / "recipe.json"))
+
+
+def test_a_key_is_given_once() -> None:
+    with pytest.raises(RecipeError, match=r"'rows_per_shard' is given twice\n.*rows_per_shard=5 or rows_per_shard=6"):
+        resolve("demo", ["rows_per_shard=5", "rows_per_shard=6"])
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("def mine( -> Recipe:", r"bad\.py, line 2: SyntaxError"),
+        ("import nowhere_at_all", r"bad\.py, line 2: ModuleNotFoundError"),
+        ("def mine() -> Recipe:\n    return 1 / 0", r"bad\.py, line 3: ZeroDivisionError"),
+        ("def mine() -> Recipe:\n    return None", "returned NoneType, not a Recipe"),
+    ],
+)
+def test_what_is_wrong_in_a_users_file_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "bad", raising=False)
+    (tmp_path / "bad.py").write_text(f"from builder.core import Recipe\n{body}\n")
+    with pytest.raises(RecipeError, match=says):
+        resolve(f"{tmp_path / 'bad.py'}:mine")

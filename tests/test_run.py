@@ -12,24 +12,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import fill, mounted, recap
 
-from builder import executors
 from builder.commit import lock
-from builder.core import Recipe, Record, Stage, Task, sha256_file
+from builder.core import Recipe, Record, Stage, Task, Work, sha256_file
 from builder.dedup import Dedup
 from builder.download import Download
-from builder.errors import InputError
-from builder.executors import Executor, Outcome, local
+from builder.errors import InputError, RecipeError
+from builder.executors import Executor, Outcome, attempt, local
 from builder.resolve import resolve
-from builder.run import Result, build, finished, plan, status
+from builder.run import build, estimate, finished, plan, status
 from builder.source import Source
 from recipes.demo import web
 
@@ -64,10 +65,9 @@ def recipe(site: Site, *, rows: int = ROWS, max_urls: int = 2) -> Recipe:
 
 def here(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
     """What a worker process does with its tasks, in this one: no start-up, and one attempt."""
-    executors._stage, executors._work = stage, None
-    with executors._stack:
+    with stage.open() as work:
         for task in tasks:
-            yield executors._run(task)
+            yield attempt(stage, task, work)
 
 
 def done_by(recipe: Recipe, run: Path, executor: Executor = here) -> list[str]:
@@ -301,7 +301,8 @@ def test_a_directory_that_holds_something_else_is_left_alone(site: Site, tmp_pat
 def test_what_a_build_leaves_that_ended_at_once_can_be_gone_on_with(tmp_path: Path, left: Sequence[str]) -> None:
     for name in left:
         (tmp_path / name).touch()
-    assert build(Recipe("empty", ()), tmp_path) == Result([], {})
+    with pytest.raises(RecipeError, match="recipe empty has no stages"):  # and not that the directory is somebody else's
+        build(Recipe("empty", ()), tmp_path)
 
 
 def test_a_second_build_is_refused_while_one_is_at_work(site: Site, run: Path) -> None:
@@ -375,10 +376,19 @@ class Fragile(Stage):
 
     @contextmanager
     def open(self) -> Iterator[Work]:
+        with open(Path(self.notes) / "openings", "a") as file:
+            file.write("x")
+        if self.does[0] == "not open":
+            raise OSError("model.safetensors is cut off")
+        if self.does[0] == "die opening":
+            os.kill(os.getpid(), signal.SIGKILL)
+
         def work(task: Task) -> Mapping[str, int]:
             notes, does = Path(self.notes), self.does[int(task.name)]
             with open(notes / f"{task.name}.attempts", "a") as file:
                 file.write("x")
+            with open(notes / "processes", "a") as file:
+                print(task.name, os.getpid(), file=file)
             if does.startswith("until ") and not (notes / "repaired").exists():
                 does = does.removeprefix("until ")
             if does.startswith("wait for "):
@@ -497,6 +507,36 @@ def test_the_status_of_a_run_with_a_users_stage_names_failed_shards(users_file: 
     ]
 
 
+def test_a_worker_that_raised_is_not_used_again(users_file: Path, tmp_path: Path) -> None:
+    """What it left behind, requests in an engine, say, would reach the shards after it."""
+    build(fragile(users_file, tmp_path, "raise", "work", "raise", "work"), tmp_path / "run", executor=local_after_source)
+    used: dict[str, list[str]] = {}
+    for line in (tmp_path / "processes").read_text().splitlines():
+        name, process = line.split()
+        used.setdefault(process, []).append(name)
+    assert all(name not in ("00000", "00002") for names in used.values() for name in names[:-1])
+    assert attempts(tmp_path) == {"00000": 3, "00001": 1, "00002": 3, "00003": 1}
+
+
+@pytest.mark.parametrize(("first", "says"), [("not open", "model.safetensors is cut off"), ("die opening", "worker process died")])
+def test_a_stage_that_cannot_be_opened_is_tried_once_and_ends_the_build(users_file: Path, tmp_path: Path, first: str, says: str) -> None:
+    three = fragile(users_file, tmp_path, first, "work", "work")
+    with pytest.raises(InputError, match=rf"stage fragile cannot start.*{says}"):
+        build(three, tmp_path / "run", executor=local_after_source)
+    assert (tmp_path / "openings").read_text() == "x"
+    assert not attempts(tmp_path)
+
+
+def test_rate_and_time_left_are_those_of_all_workers(users_file: Path, tmp_path: Path) -> None:
+    four = fragile(users_file, tmp_path, "work", "raise", "work", "raise", workers=2)
+    build(four, tmp_path / "run", executor=here)
+    for name in ("00000", "00002"):
+        path = tmp_path / "run" / "fragile" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 10.0}))
+    row = status(tmp_path / "run")[1]
+    assert (row["rows_per_s"], row["eta_s"]) == (0.2, 10)  # a row in 10 s from each of two; two more at once
+
+
 def test_a_worker_that_dies_does_not_fail_the_shard_next_to_it(users_file: Path, tmp_path: Path) -> None:
     """Two workers; whenever shard 1 kills its own, shard 0 is at work in the other."""
     pair = fragile(users_file, tmp_path, "take long", "wait for 00000.attempts die", workers=2)
@@ -526,10 +566,20 @@ def test_a_shard_whose_input_failed_waits_for_it(users_file: Path, tmp_path: Pat
     assert (sorted(surveying.done), surveying.todo, surveying.waiting) == (["00000", "00002", "survey"], [], 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Broken(Download):
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            raise ValueError("broken")
+
+        yield work
+
+
 def test_a_failure_is_forgotten_when_its_shard_is_done_after_all(site: Site, run: Path) -> None:
     """A setting that fails is taken back: what it failed at is done, and has been all the time."""
     good = recipe(site, rows=40)
-    bad = replace(good, stages=(good.stages[0], replace(good.stage("download"), retries=-1), good.stages[2]))  # type: ignore[call-arg]
+    bad = replace(good, stages=(good.stages[0], Broken(**asdict(good.stage("download")) | {"image_px": 99}), good.stages[2]))
     assert sorted(name for name in build(bad, run, executor=here).failed if name.startswith("download/")) == ["download/00000", "download/00001"]
     assert done_by(good, run) == ["download/survey"]
     assert [row["failed"] for row in status(run)] == [{}, {}, {}]
@@ -563,6 +613,35 @@ def test_the_command_says_that_a_disk_is_full_in_two_lines_and_exits_2(site: Sit
     assert first.startswith("recap: the disk of ")
     assert second == "  free some space, then type the same command again"
     assert "Traceback" not in done.stderr
+
+
+def test_of_a_subset_nothing_is_left_when_all_of_it_is_done(site: Site, tmp_path: Path) -> None:
+    uids = sorted(list(site.faults)[::3])
+    np.save(tmp_path / "subset.npy", np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], "u8,u8"))
+    whole = recipe(site)
+    some = replace(whole, stages=(replace(whole.stages[0], subset=str(tmp_path / "subset.npy")), *whole.stages[1:]))  # type: ignore[call-arg]
+    assert [row["rows_left"] for row in estimate(some, tmp_path / "run")] == [ROWS, ROWS, ROWS]
+    done_by(some, tmp_path / "run")
+    assert [(row["rows_done"], row["rows_left"]) for row in estimate(some, tmp_path / "run")] == [(20, 0)] * 3
+
+
+@pytest.mark.parametrize("name", ["run[1]", "r*n", "r?n", "it's", "a=1", "{a,b}", "é " * 30])
+def test_a_run_reads_its_own_files_whatever_its_name(site: Site, tmp_path: Path, name: str) -> None:
+    """Beside it lies a run whose name the pattern would match, with other rows."""
+    for decoy in ("run1", "rxn"):
+        done_by(recipe(site, rows=20), tmp_path / decoy)
+    done_by(recipe(site, rows=40), tmp_path / name)
+    assert [sum(row["rows"].values()) for row in status(tmp_path / name)] == [40, 40, 40]  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / name / "download" / "survey.json").read_text())["rows"] == {"rows": 40}
+
+
+def test_a_day_that_is_none_is_told_before_anything_is_done(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(InputError, match="SOURCE_DATE_EPOCH is 'yesterday'"):
+        estimate(recipe(site, rows=20), tmp_path / "run")
+    with pytest.raises(InputError, match="SOURCE_DATE_EPOCH"):
+        build(recipe(site, rows=20), tmp_path / "run", executor=here)
+    assert not (tmp_path / "run" / "source").exists()
 
 
 def test_a_finished_run_can_be_looked_at_when_its_metadata_is_gone(site: Site, run: Path, tmp_path: Path) -> None:

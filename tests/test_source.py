@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import pytest
 
 from builder.commit import commit
 from builder.core import Recipe, Record, Stage, Task
-from builder.errors import InputError
-from builder.executors import Outcome
+from builder.errors import InputError, RecipeError, ShardError
+from builder.executors import Outcome, attempt
 from builder.run import build
 from builder.source import OPTIONAL, SCHEMA, Source
 
@@ -112,7 +112,7 @@ def test_a_limit_is_the_first_rows(tmp_path: Path, metadata: Path, limit: int) -
 @pytest.mark.parametrize("setting", ["limit", "rows_per_shard"])
 @pytest.mark.parametrize("value", [0, -1, -20])
 def test_no_rows_at_all_is_a_users_mistake(tmp_path: Path, metadata: Path, setting: str, value: int) -> None:
-    with pytest.raises(InputError, match=setting if setting == "rows_per_shard" else None):
+    with pytest.raises(RecipeError, match=setting):
         shards(tmp_path / "run", metadata, **{setting: value})
 
 
@@ -297,19 +297,105 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, how: str) -> None:
 def test_a_parquet_with_damaged_pages_is_named(tmp_path: Path) -> None:
     whole = whole_parquet(tmp_path)
     (tmp_path / "bad.parquet").write_bytes(whole[:4] + b"\xff" * 5000 + whole[5004:])
-    with pytest.raises(InputError, match=r"bad\.parquet cannot be read"):
+    with pytest.raises(ShardError, match=r"bad\.parquet: column 'url' of row group 0 cannot be read"):
         shards(tmp_path / "run", tmp_path / "bad.parquet")
 
 
 def test_a_csv_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_bytes(b"url,caption\nhttp://h/1,caf\xe9\n")
-    with pytest.raises(InputError, match=r"(?s)bad\.csv cannot be read.*parquet"):
+    with pytest.raises(InputError, match=r"(?s)bad\.csv is not utf-8; it looks like cp1250.*source.encoding=cp1250"):
         shards(tmp_path / "run", tmp_path / "bad.csv")
+    assert [row["org_caption"] for row in rows(tmp_path / "said", tmp_path / "bad.csv", encoding="cp1250")] == ["café"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("url,caption\n" + "http://h/1,a\n" * 5 + "http://h/9,a,b\nhttp://h/7,c\n", 7),
+        ("url,caption\nhttp://h/1,a\nhttp://h/2\n", 3),
+        ('url,caption\nhttp://h/1,"two\nlines"\nhttp://h/2,b,c\n', 4),
+        ('url,caption\nhttp://h/1,a\nhttp://h/2,"never closed\nhttp://h/3,c\n', 3),
+        ('url,caption\nhttp://h/1,"a" b\n', 2),
+    ],
+)
+def test_a_line_of_a_csv_that_is_no_row_is_named(tmp_path: Path, text: str, line: int) -> None:
+    """It is neither skipped nor taken for the first row."""
+    (tmp_path / "in.csv").write_text(text)
+    with pytest.raises(InputError, match=rf"in\.csv, line {line}: "):
+        shards(tmp_path / "run", tmp_path / "in.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://h/1,a\nhttp://h/2,b\n", "a,http://h/1\nb,http://h/2\n", "url,caption\nhttp://h/1,a\nhttp://h/2,b\n",
+        "url;caption\nhttp://h/1;a\nhttp://h/2;b\n", "\ufeffurl,caption\r\nhttp://h/1,a\r\n\r\nhttp://h/2,b\r\n",
+    ],
+)  # fmt: skip
+def test_the_url_of_a_csv_is_what_looks_like_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "in.csv").write_text(text, newline="")
+    assert [(row["url"], row["org_caption"]) for row in rows(tmp_path / "run", tmp_path / "in.csv")] == [("http://h/1", "a"), ("http://h/2", "b")]
+
+
+def test_columns_of_a_csv_without_a_header_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("a,http://h/1,x\nb,http://h/2,y\n")
+    with pytest.raises(InputError, match=r"(?s)no header, and 3 columns.*url_column=column1"):
+        shards(tmp_path / "run", tmp_path / "in.csv")
+    given = {"url_column": "column1", "caption_column": "column2"}
+    assert [row["org_caption"] for row in rows(tmp_path / "said", tmp_path / "in.csv", **given)] == ["x", "y"]
+
+
+def test_a_missing_column_is_told_with_the_nearest_names_and_not_with_all(tmp_path: Path) -> None:
+    write(tmp_path / "in.parquet", {"UID": ["0"], "Url": ["http://h/"], "Text": ["a"]} | {f"c{n}": [n] for n in range(500)})
+    with pytest.raises(
+        InputError, match=r"(?s)'uid' and no column 'url'.* and 483 more.*did you mean uid_column=UID url_column=Url caption_column=Text"
+    ):
+        shards(tmp_path / "run", tmp_path / "in.parquet")
+
+
+@pytest.mark.parametrize("kind", ["list", "struct", "twice", "group"])
+def test_one_bad_file_costs_its_own_shards(tmp_path: Path, kind: str) -> None:
+    """The file and the column are named; it is not tried again, and the other shards are done."""
+    folder = tmp_path / "in"
+    write(folder / "a.parquet", {"url": URLS, "caption": CAPTIONS})
+    write(folder / "c.parquet", {"url": URLS, "caption": CAPTIONS})
+    if kind == "group":
+        whole = whole_parquet(tmp_path)
+        (folder / "b.parquet").write_bytes(whole[:4] + b"\xff" * 5000 + whole[5004:])
+    elif kind == "twice":
+        pq.write_table(pa.table([URLS, CAPTIONS, CAPTIONS], ["url", "caption", "caption"]), folder / "b.parquet")
+    else:
+        write(folder / "b.parquet", {"url": [["http://h/"]] if kind == "list" else [{"a": "http://h/"}], "caption": ["a"]})
+    outcomes: list[Outcome] = []
+    whole_recipe = Recipe("r", (Source(files=str(folder), rows_per_shard=3),))
+    result = build(whole_recipe, tmp_path / "run", executor=in_process, progress=lambda _, outcome: outcomes.append(outcome))
+    bad = {outcome.task.name: outcome for outcome in outcomes if outcome.error}
+    assert bad
+    assert all("b.parquet: " in outcome.error and outcome.final for outcome in bad.values())
+    assert "column" in next(iter(bad.values())).error
+    assert "source/00000" in result.done
+
+
+def in_process(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
+    with stage.open() as work:
+        for task in tasks:
+            yield attempt(stage, task, work)
+
+
+def test_a_url_is_written_as_it_is_fetched_beside_what_was_found(tmp_path: Path) -> None:
+    found = [" http://H.example/a", "http://h.ex\tample/", "http://\uff11\uff12\uff17.0.0.1/", "http://b\u00fccher.example/", "http://h\x01.example/"]
+    write(tmp_path / "in.parquet", {"url": found, "caption": ["a"] * 5})
+    table = rows(tmp_path / "run", tmp_path / "in.parquet")
+    assert [row["url"] for row in table] == [
+        "http://h.example/a", "http://h.example/", "http://127.0.0.1/", "http://xn--bcher-kva.example/", "http://h.example/",
+    ]  # fmt: skip
+    assert [row["url_found"] for row in table] == found
+    assert [row["url_error"] for row in table] == [None] * 4 + ["a control character in the URL"]
 
 
 def test_numbers_that_are_none_name_their_file_and_column(tmp_path: Path) -> None:
     write(tmp_path / "in.parquet", {"URL": URLS, "TEXT": CAPTIONS, "WIDTH": ["5", "wide", "6"]})
-    with pytest.raises(InputError, match=r"in\.parquet.*WIDTH"):
+    with pytest.raises(ShardError, match=r"in\.parquet.*WIDTH"):
         shards(tmp_path / "run", tmp_path / "in.parquet")
 
 
@@ -351,7 +437,7 @@ def test_urls_that_are_none_stay_rows(tmp_path: Path) -> None:
     """What becomes of them is the download's to say."""
     array = pa.array([b"http://h/\xff", None, b"", b"not a url"], pa.binary()).view(pa.string())
     write(tmp_path / "in.parquet", {"url": array, "caption": ["a", "b", "c", "d"]})
-    assert [row["url"] for row in rows(tmp_path / "run", tmp_path / "in.parquet")] == ["http://h/\ufffd", "", "", "not a url"]
+    assert [row["url"] for row in rows(tmp_path / "run", tmp_path / "in.parquet")] == ["http://h/%EF%BF%BD", "", "", "not a url"]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.null()], ids=str)
@@ -384,5 +470,5 @@ def test_derived_uids_come_from_url_and_caption_and_nothing_else(tmp_path: Path)
 
 def test_rows_without_a_uid_are_a_users_mistake(tmp_path: Path) -> None:
     write(tmp_path / "in.parquet", {"id": ["a", None, "c"], "url": URLS, "caption": CAPTIONS})
-    with pytest.raises(InputError, match=r"in\.parquet: 1 rows have no uid\n.*uid_column"):
+    with pytest.raises(ShardError, match=r"in\.parquet: 1 rows have no id; .*uid_column"):
         shards(tmp_path / "run", tmp_path / "in.parquet", uid_column="id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from builder import tombstones
 from builder.core import Recipe, sha256_file, write_parquet
 from builder.errors import InputError, VersionError
 from builder.publish import Shard, put_together
-from builder.target import Staged, split, target_of
+from builder.target import MANIFEST, Folder, Staged, split, target_of
 from builder.versions import remove, verify
 
 
@@ -64,15 +65,81 @@ def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noq
 
     with views.connect(views.version_parts(fs, root)) as con:
         (first, _), (_, sha256) = con.sql("select uid, sha256 from published limit 2").fetchall()
-    published, number = remove(target, "0.1.1", {"uid": [first], "sha256": [sha256]})
-    assert (published.new, number) == (True, 2)
+    removal = remove(target, "0.1.1", {"uid": [first], "sha256": [sha256]})
+    assert (removal.published.new, removal.rows, removal.ledger_rows, removal.matched_nothing) == (True, 2, 0, {"uid": [], "sha256": []})
     assert verify(f"{target}@v0.1.1")["problems"] == []
     changes = diff(f"{target}@v0.1.0", f"{target}@v0.1.1")
     assert (changes["removed"], changes["added"], changes["changed"]) == (2, 0, {})
-    with pytest.raises(InputError, match="matches: nothing to remove"):
-        remove(target, "0.1.2", {"uid": ["0" * 32]})
+    with pytest.raises(InputError, match="nothing to remove"):
+        remove(target, "0.1.2", {"uid": [first.upper()]})
     with pytest.raises(InputError, match=r"has no version older than 0\.0\.1"):
         remove(target, "0.0.1", {"uid": [first]})
+
+
+def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str, staged: Staged) -> None:  # noqa: F811
+    """A dead link is published with its URL: whoever owns it can have it taken out. What named no row is told."""
+    target_of(target).publish(staged)
+    fs, root = target_of(target).files("0.1.0")
+    from analysis import views
+
+    with views.connect(views.version_parts(fs, root)) as con:
+        ((dead, url),) = con.sql("select uid, url from ledger where status = 'dead_link' limit 1").fetchall()
+    removal = remove(target, "0.1.1", {"url": [url], "domain": ["nowhere.example"]})
+    assert (removal.rows, removal.ledger_rows, removal.matched_nothing) == (0, 1, {"url": [], "domain": ["nowhere.example"]})
+    assert verify(f"{target}@v0.1.1")["problems"] == []
+    with views.connect(f"{target}@v0.1.1") as con:
+        assert con.sql(f"select count(*) from ledger where uid = '{dead}' or url = '{url}'").fetchall() == [(0,)]
+        assert con.sql("select count(*) from ledger").fetchall() == [(240,)]
+    later = remove(target, "0.1.2", {"uid": ["0" * 32]})
+    assert (later.rows, later.ledger_rows, later.matched_nothing) == (0, 0, {"uid": ["0" * 32]})
+    assert not remove(target, "0.1.2", {"uid": ["0" * 32]}).published.new
+    held = tombstones.of_target(target_of(target), "0.1.3")["mark"].to_pylist()
+    assert {tombstones.mark("domain", "Nowhere.Example."), tombstones.mark("uid", "0" * 32)} <= set(held)
+
+
+def test_what_was_changed_after_it_was_published_is_not_made_official(target: str, staged: Staged) -> None:  # noqa: F811
+    """A flipped byte would get a fresh hash otherwise, and a changed uid would escape."""
+    target_of(target).publish(staged)
+    if not target.startswith("hf://"):
+        name = next(name for name in staged.files if name.startswith("data/train"))
+        path = Path(target, "v0.1.0", name)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()
+        path.write_bytes(data)
+        with pytest.raises(VersionError, match=rf"{name} is not what the manifest says"):
+            remove(target, "0.1.1", {"uid": ["0" * 32]})
+        assert target_of(target).versions() == ["0.1.0"]
+
+
+@pytest.mark.parametrize(
+    "name", ["plots/../../../private", "/etc/passwd", "../private", "plots/link.png", "data/x.parquet", "bin/sh", ".hidden", ""],
+)  # fmt: skip
+def test_a_strangers_manifest_reaches_nothing_outside_its_folder(staged: Staged, tmp_path: Path, name: str) -> None:  # noqa: F811
+    private, target = tmp_path / "private", tmp_path / "a" / "b" / "out"
+    private.write_text("mine")
+    private.chmod(0o600)
+    Folder(target).publish(staged)
+    version = target / "v0.1.0"
+    (version / "plots" / "link.png").symlink_to(private)
+    manifest = json.loads((version / MANIFEST).read_text())
+    manifest["files"][name] = {"sha256": sha256_file(private), "bytes": 4}
+    (version / MANIFEST).unlink()
+    (version / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises((InputError, VersionError), match=r"manifest|link\.png"):
+        remove(str(target), "0.1.1", {"uid": ["0" * 32]})
+    if name == "plots/link.png":
+        assert "plots/link.png is no regular file of this folder" in verify(str(version))["problems"]
+    assert private.stat().st_mode & 0o777 == 0o600
+    assert private.stat().st_nlink == 1
+    assert Folder(target).versions() == ["0.1.0"]
+
+
+def test_a_version_that_was_renamed_is_told(staged: Staged, tmp_path: Path) -> None:  # noqa: F811
+    Folder(tmp_path).publish(staged)
+    assert verify(str(tmp_path / "latest"))["problems"] == []
+    (tmp_path / "v0.1.0").rename(tmp_path / "v0.2.0")
+    assert verify(str(tmp_path / "v0.2.0"))["problems"] == ["v0.2.0 holds version 0.1.0: it was renamed"]
 
 
 def in_two_shards(version: Staged, folder: Path) -> Staged:
@@ -97,11 +164,11 @@ def test_what_any_version_removed_stays_removed(target: str, staged: Staged, tmp
     where.publish(first)
     where.publish(other(staged, tmp_path / "second", "0.2.0"))
     uids = pq.read_table(first.folder / "data/train-00000-of-00002.parquet")["uid"].to_pylist()
-    assert remove(f"{target}@v0.1.0", "0.3.0", {"uid": uids[:1]})[1] == 1
+    assert remove(f"{target}@v0.1.0", "0.3.0", {"uid": uids[:1]}).rows == 1
     assert verify(f"{target}@v0.3.0")["problems"] == []
-    assert remove(f"{target}@v0.2.0", "0.4.0", {"uid": uids[1:2]})[1] == 2
+    assert remove(f"{target}@v0.2.0", "0.4.0", {"uid": uids[1:2]}).rows == 2
     assert diff(f"{target}@v0.2.0", f"{target}@v0.4.0")["removed"] == 2
-    assert not remove(f"{target}@v0.1.0", "0.3.0", {"uid": uids[:1]})[0].new
+    assert not remove(f"{target}@v0.1.0", "0.3.0", {"uid": uids[:1]}).published.new
 
 
 def test_a_target_and_a_version_are_told_apart() -> None:
