@@ -218,7 +218,7 @@ def test_verify_tells_of_what_it_cannot_read(version: Path, tmp_path: Path) -> N
     assert missing == "README.md is missing"
     assert damaged.startswith(f"data/{file.name} has ")
     (place / "recipe.json").unlink()
-    with pytest.raises(InputError, match="is missing|cannot be used|not a recipe"):
+    with pytest.raises(InputError, match=r"is missing|cannot be used|not a recipe"):
         verify(str(place))
 
 
