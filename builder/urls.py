@@ -9,7 +9,7 @@ import yarl
 MAX_CHARACTERS = 8192
 _EDGES = "".join(map(chr, range(0x21)))  # what yarl, and the URL standard, take off both ends
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")  # a tab is taken out by yarl
-_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*[0-9a-f][0-9a-f:.]*")
 
 
 def as_fetched(found: str) -> tuple[str, str | None]:
@@ -29,7 +29,7 @@ def as_fetched(found: str) -> tuple[str, str | None]:
             raise ValueError("not an http or https URL")
         host.encode("idna")  # labels of 1 to 63 characters
         return str(url), None
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # the latter: yarl, of a host that is `[]`
         rest = re.sub(r"[\x00-\x1f\x7f-\x9f]+", "", text)
         return as_fetched(rest)[0] if rest != text else text, str(error)
 

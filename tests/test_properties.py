@@ -1,6 +1,6 @@
 """What comes from strangers, in every shape: each reader of it keeps its promise for any input.
 
-The inputs are hypothesis's, the same ones on every run; RECAP_FULL=1 tries twenty times as many.
+The inputs are hypothesis's, the same ones on every run; RECAP_FULL=1 tries ten times as many.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ ALIKE = settings(
 
 
 def tried(examples: int) -> settings:
-    return settings(ALIKE, max_examples=examples * (20 if os.environ.get("RECAP_FULL") else 1))
+    return settings(ALIKE, max_examples=examples * (10 if os.environ.get("RECAP_FULL") else 1))
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def is_whole_number(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-@tried(400)
+@tried(300)
 @given(documents(GOOD_MANIFEST, FILE_NAMES) | OTHER_FILES.map(lambda files: manifest_json(files=files)))
 @example(manifest_json())
 @example(manifest_json(version="0.1\u0663.0"))
@@ -247,7 +247,7 @@ STAGE_NAMES = TEXT | st.sampled_from([
 ])  # fmt: skip
 
 
-@tried(400)
+@tried(300)
 @given(documents(GOOD_RECIPE, STAGE_NAMES))
 @example(demo().to_json().encode())
 def test_a_recipe_json_is_a_recipe_that_can_be_written_again_or_is_refused(data: bytes) -> None:
@@ -914,7 +914,7 @@ def benign() -> Markdown:
     return Markdown.of(card(demo(), RELEASE, statistics(), ROW))
 
 
-@tried(60)
+@tried(40)
 @given(OTHER_ROWS, st.lists(TEXT, min_size=4, max_size=4))
 @example({"org_caption": "\n# a\n", "re_caption": "\r---\r", "url": "```\nx"}, ["a|b", "a\nb", "`a", "|"])
 def test_whatever_the_data_say_the_card_keeps_its_form(row: dict[str, str], labels: list[str]) -> None:
@@ -931,7 +931,7 @@ def test_whatever_the_data_say_the_card_keeps_its_form(row: dict[str, str], labe
     assert [line for line in new if not line.startswith(("    ", "| "))] == []
 
 
-@tried(60)
+@tried(40)
 @given(OTHER_ROWS)
 @example(ROW | {"re_caption": "a\u2028b"})
 def test_the_row_in_the_card_is_json_of_that_row(row: dict[str, str]) -> None:
@@ -965,7 +965,7 @@ def shown_tables(draw: st.DrawFn) -> dict[str, list[str | None]]:
     return {name: [draw(TEXT), *draw(cells)] for name in ["re_caption", *names]}
 
 
-@tried(40)
+@tried(30)
 @given(shown_tables())
 def test_a_page_holds_the_same_text_and_only_as_data(table: dict[str, list[str | None]]) -> None:
     with scratch() as folder:
