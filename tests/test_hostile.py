@@ -67,7 +67,7 @@ class Forks:
 
     def __init__(self) -> None:
         script = Path(__file__).parent / "hostile" / "forked.py"
-        one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # threads are not there after a fork
+        one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a fork has no other thread
         self.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=one_thread)
         self.answer(ready=True)
 

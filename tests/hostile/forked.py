@@ -54,6 +54,7 @@ def _wait(child: int, end: float) -> tuple[int | None, float]:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     if not ended:
+        os.kill(child, signal.SIGKILL)  # it may not have come to lead its group
         os.waitpid(child, 0)
         return None, 0.0
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
@@ -98,6 +99,7 @@ if __name__ == "__main__":
     sys.modules["builder.core"].Recipe.from_json(recipes.demo().to_json())  # settings know their types from now on
     gc.collect()
     gc.freeze()  # what is shared is not copied by a collection in a fork
+    assert len(os.listdir("/proc/self/task")) == 1, "another thread's locks would stay closed in a fork"
     print("ready", flush=True)
     if order := serve():
         become(order)

@@ -36,8 +36,7 @@ def removal() -> Iterator[Case]:
         ("a link to itself", "--domains", make(lambda path: path.symlink_to("list.txt")), "list.txt"),
         ("/dev/null", "--uids", lambda s: "/dev/null", "/dev/null"),
         ("a uid that nobody has", "--uids", make(lambda path: path.write_text("ffffffffffffffffffffffffffffffff\n")), "f" * 32),
-        ("a value of colours", "--uids", make(lambda path: path.write_text("\x1b[31mred\n")), "red"),
-        ("a value of 100,000 characters", "--uids", make(lambda path: path.write_text("u" * 100_000)), "uuuu"),
+        ("a value of 100,000 characters and one of colours", "--uids", make(lambda path: path.write_text("u" * 100_000 + "\n\x1b[31mred\n")), "uuuu"),
         ("10,000 values that nobody has", "--uids", make(lambda path: path.write_text("".join(f"nobody-{n}\n" for n in range(10_000)))), "nobody-0"),
     ]  # fmt: skip
     for name, option, file, place in files:
