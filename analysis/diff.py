@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import duckdb
+
 from analysis import views
 from builder import sql
 from builder.errors import InputError
@@ -28,9 +30,13 @@ def diff(a: str, b: str) -> dict[str, Any]:
         both = [name for name in columns["a"] if name in columns["b"] and name != "uid"]
         quoted = {name: sql.identifier(name) for name in both}
         changed = ", ".join(f"count(*) filter (a.{name} is distinct from b.{name})" for name in quoted.values())
-        ((rows_a, rows_b, shared),) = con.sql(
-            "select (select count(*) from a), (select count(*) from b), (select count(*) from a semi join b using (uid))"
-        ).fetchall()
+        try:
+            ((rows_a, rows_b, shared),) = con.sql(
+                "select (select count(*) from a), (select count(*) from b), (select count(*) from a semi join b using (uid))"
+            ).fetchall()
+        except duckdb.ConversionException as error:
+            kinds = " and ".join(columns[name]["uid"] for name in ("a", "b"))
+            raise InputError(f"uids of {a} and {b} are {kinds}: rows cannot be joined on them", "give both as text") from error
         (values,) = con.sql(f"select {changed} from a join b using (uid)").fetchall()
         numeric = [name for name in both if columns["a"][name] in ("DOUBLE", "FLOAT", "BIGINT", "INTEGER")]
         means = {}
