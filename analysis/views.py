@@ -149,9 +149,10 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
             for name, paths in (("published", found.published), ("ledger", found.ledger)):
                 if paths:
                     create(con, name, paths)
-            _captions_view(con, found)
-        except InputError as error:
-            raise InputError(f"{found.published[0]}: {error.message}" if found.published else error.message, error.hint) from error
+            try:
+                _captions_view(con, found)
+            except InputError as error:
+                raise InputError(f"{found.published[0]}: {error.message}" if found.published else error.message, error.hint) from error
         except (duckdb.Error, UnicodeDecodeError) as error:
             if found.filesystem is not None and not _is_text_error(error):
                 raise

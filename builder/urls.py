@@ -9,7 +9,7 @@ import yarl
 MAX_CHARACTERS = 8192
 _EDGES = "".join(map(chr, range(0x21)))  # what yarl, and the URL standard, take off both ends
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")  # a tab is taken out by yarl
-_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*[0-9a-f][0-9a-f:.]*")
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]{2,}")
 
 
 def as_fetched(found: str) -> tuple[str, str | None]:

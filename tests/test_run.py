@@ -284,7 +284,7 @@ def test_a_uid_that_occurs_twice_is_named_with_both_places(tmp_path: Path) -> No
 
 def test_the_run_of_another_recipe_is_left_alone(site: Site, run: Path) -> None:
     before = times(run)
-    with pytest.raises(InputError, match=r"holds a run of recipe 'three', not of 'four'\n.*--run runs/four"):
+    with pytest.raises(InputError, match=r"is of a run of recipe 'three', not of 'four'\n.*--run runs/four"):
         build(replace(recipe(site, rows=40), name="four"), run, executor=here)
     assert times(run) == before
 

@@ -1003,10 +1003,10 @@ def bad(name: str, at: Path) -> Bad:
                 table(at / "a.parquet", foo=GOOD, bar=GOOD, n=[1, 2, 3]), "none of the columns .*\n  text columns: foo, bar; .*--captions foo,bar"
             )
         case "all null":
-            return Bad(table(at / "a.parquet", caption=pa.nulls(3, pa.string())), "every caption is null\n  name other columns: --captions")
+            return Bad(table(at / "a.parquet", caption=pa.nulls(3, pa.string())), "every caption is null in .*\n  name other columns: --captions")
         case "wanted null":
             place = table(at / "a.parquet", caption=GOOD, text=pa.nulls(3, pa.string()))
-            return Bad(place, "every caption is null\n", ("--captions", "text"))
+            return Bad(place, "every caption is null in .*\n", ("--captions", "text"))
         case "other columns":
             table(at / "t" / "a.parquet", caption=GOOD)
             return Bad(table(at / "t" / "b.parquet", text=GOOD).parent, r"b\.parquet has other columns than .*a\.parquet: caption, text\n")
@@ -1076,7 +1076,7 @@ def bad(name: str, at: Path) -> Bad:
             return Bad(good, r"words\.txt cannot be read: .*No such file.*\n  \S", ("--vocabulary", str(at / "words.txt")))
         case "vocabulary not utf8":
             (at / "words.txt").write_bytes(b"cat\ncaf\xe9\n")
-            return Bad(good, r"words\.txt cannot be read: .*utf-8.*\n  \S", ("--vocabulary", str(at / "words.txt")))
+            return Bad(good, r"words\.txt is not UTF-8; it looks like .*\n  \S", ("--vocabulary", str(at / "words.txt")))
     raise AssertionError(name)
 
 
@@ -1092,7 +1092,7 @@ def test_a_table_that_cannot_be_used_is_a_users_mistake(tmp_path: Path, name: st
 def test_a_table_that_cannot_be_used_is_two_lines_on_the_command_line(tmp_path: Path, name: str) -> None:
     case = bad(name, tmp_path)
     done = recap("stats", case.place, *case.arguments, check=2)
-    assert re.match(rf"recap: (.*/)?{case.says}", done.stderr)
+    assert re.match(rf"recap: (.*[/ ])?{case.says}", done.stderr)
     assert len(done.stderr.splitlines()) == 2
     assert (done.stdout, "Traceback" in done.stderr) == ("", False)
 
