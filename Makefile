@@ -1,5 +1,5 @@
 # make demo | make test | make check: each does all the set-up that it needs on a fresh Linux machine with Python 3.11+.
-.PHONY: demo test chromium check format clean
+.PHONY: demo test test-slow chromium check format clean
 
 VENV  := .venv
 RUN   := $(VENV)/bin
@@ -11,6 +11,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready chromium
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# What takes long: every hostile input, every kill of a publish, a shard of 2 GB, ten times the examples.
+test-slow: $(VENV)/.ready
+	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_hostile.py tests/test_hub.py tests/test_properties.py
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
 chromium:

@@ -13,16 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from analysis import views
-from builder import sql as duck
+from builder import sql
 from builder.core import read_lines
 from builder.errors import InputError
 
@@ -48,8 +48,8 @@ class Given:
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt setting is an error
 
-    fraction: float | None = None
-    threshold: float | None = None
+    fraction: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
     words: Path | None = None
     embeddings: Path | None = None
     centroids: Path | None = None
@@ -77,14 +77,14 @@ def selecting(place: str | Path | views.Parts, strategies: Sequence[str], given:
     for strategy in strategies:
         if strategy not in names():
             raise InputError(f"there is no strategy '{strategy}'", f"there are: {', '.join(names())}")
-        sql = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
-        if "getvariable('fraction')" in sql and given.fraction is None and not ("'threshold'" in sql and given.threshold is not None):
+        query = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
+        if "getvariable('fraction')" in query and given.fraction is None and not ("'threshold'" in query and given.threshold is not None):
             raise InputError(f"{strategy} needs a fraction of the pool", "for example fraction=0.3")
-        queries.append(sql)
+        queries.append(query)
     with pool(place, given) as con:
-        for number, (strategy, sql) in enumerate(zip(strategies, queries, strict=True)):
+        for number, (strategy, query) in enumerate(zip(strategies, queries, strict=True)):
             try:
-                con.execute(f"create temp table selected_{number} as {sql}")
+                con.execute(f"create temp table selected_{number} as {query}")
             except duckdb.Error as error:
                 raise InputError(f"{strategy}: {_needs(str(error))}", "give what it needs: recap select --help") from error
         both = " intersect ".join(f"from selected_{number}" for number in range(len(strategies)))
@@ -129,7 +129,7 @@ def define_pool(con: duckdb.DuckDBPyConnection, rows: int | None = None) -> set[
     there = {name for name, *_ in con.sql("describe published").fetchall()}
     stored = ("width", "height") if "ledger" in {name for (name,) in con.sql("show tables").fetchall()} else ()
     found = {ours: next((name for name in theirs if name in there and name not in stored), None) for ours, theirs in COLUMNS.items()}
-    columns = [f"{duck.identifier(theirs)} as {ours}" for ours, theirs in found.items() if theirs]
+    columns = [f"{sql.identifier(theirs)} as {ours}" for ours, theirs in found.items() if theirs]
     if rows is None:
         con.execute(f"create view pool as select {', '.join((['uid'] if 'uid' in there else []) + columns)} from published")
     else:
@@ -183,10 +183,12 @@ def write(con: duckdb.DuckDBPyConnection, folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     subset, table = folder / "subset.npy", folder / "subset.parquet"
+    for path in (path for path in (subset, table) if path.is_dir()):
+        raise InputError(f"{path} is a folder", "name another folder: --out DIR")
     parts = [path.with_name(f".{path.name}.part") for path in (subset, table)]
     for (uid,) in con.sql("select uid from selected where not coalesce(regexp_full_match(uid::varchar, '[0-9a-f]{32}'), false) limit 1").fetchall():
         raise InputError(f"uid '{str(uid)[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs", "select from a run or a version")
-    con.execute(f"copy (from selected order by uid, caption) to {duck.literal(parts[1])} (format parquet, compression zstd)")
+    con.execute(f"copy (from selected order by uid, caption) to {sql.literal(parts[1])} (format parquet, compression zstd)")
     ((number,),) = con.sql("select count(distinct uid) from selected").fetchall()
     halves = con.sql(
         "select ('0x' || uid[:16])::ubigint as high, ('0x' || uid[17:])::ubigint as low from (select distinct uid from selected order by uid)"

@@ -16,6 +16,7 @@ from pathlib import Path
 import ftfy
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from builder.core import read_file
 from builder.errors import InputError
 
 CLIP = "CLIP's (open_clip SimpleTokenizer)"
@@ -33,8 +34,9 @@ def counter(tokenizer_json: Path | None = None) -> tuple[str, Counter]:
     """
     if tokenizer_json is None:
         return CLIP, lambda texts: [len(_clip().encode(_cleaned(text)).ids) + 2 for text in texts]
+    data = read_file(tokenizer_json)
     try:
-        given = Tokenizer.from_file(str(tokenizer_json))
+        given = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no narrower one
         raise InputError(f"{tokenizer_json} is no tokenizer: {error}", "give a model's tokenizer.json") from error
     given.no_truncation()

@@ -103,10 +103,10 @@ class Caption(Stage):
 
     def __post_init__(self) -> None:
         columns = [*_COLUMNS, *QUOTABLE, *(name for spec in self.specs for name, _ in spec.columns())]
+        lower = [name.lower() for name in columns]  # SQL knows no case
         for number, name in enumerate(columns):
-            if name.lower() not in (before.lower() for before in columns[:number]):  # SQL knows no case
-                continue
-            raise RecipeError(f"a caption spec makes the column '{name}', which is there already", "give the caption another name")
+            if lower[number] in lower[:number]:
+                raise RecipeError(f"a caption spec makes the column '{name}', which is there already", "give the caption another name")
 
     def makes_captions(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.specs)
@@ -124,6 +124,8 @@ class Caption(Stage):
                 if not any((folder / name).exists() for name in needed):
                     raise InputError(f"model folder {folder} has no {' or '.join(needed)}", "copy it from the model that this one was trained from")
             config = from_json(dict[str, Any], read_file(folder / "config.json"), what=str(folder / "config.json"))
+            if "vision_config" in config and "text_config" not in config:
+                raise InputError(f"{folder / 'config.json'} has no text_config", "copy it from the model that this one was trained from")
             if "vision_config" not in config:
                 kind = config.get("model_type", "no model")
                 raise InputError(f"{folder / 'config.json'} is of {kind}, which sees no pictures", "name the folder of a LLaVA checkpoint")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from builder import run as runs
 from builder.core import Recipe
-from builder.errors import UserError, command
+from builder.errors import RecipeError, UserError, command
 from builder.executors import Outcome
 from builder.resolve import pairs_of, resolve
 
@@ -117,7 +117,12 @@ _place = click.argument("place", metavar="RUN|TARGET[@v1.2.0]")
 
 
 def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
-    return resolve(recipe, [*settings, f"source.limit={limit}"] if limit else settings)
+    resolved = resolve(recipe, [*settings, f"source.limit={limit}"] if limit else settings)
+    try:
+        resolved.check_order()
+    except RecipeError as error:
+        raise RecipeError(f"{recipe}: {error.message}", error.hint) from error
+    return resolved
 
 
 @main.command()
@@ -223,7 +228,9 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
 
     with views.connect(place, _names(captions)) as con:
         try:
-            statements = con.extract_statements(query or sys.stdin.read())
+            statements = con.extract_statements(query or (sys.stdin.read() if sys.stdin else ""))
+            if not statements:
+                raise UserError("there is no query", f"for example: {command('recap', 'sql', place, 'describe published')}")
             if any(statement.type == duckdb.StatementType.LOAD for statement in statements):
                 raise UserError("extensions are neither installed nor loaded here", "use a DuckDB shell of your own")
             found = None
@@ -273,6 +280,8 @@ def card(place: str, check: bool) -> None:
     from builder.versions import check_card
 
     if not check:
+        if "://" in place:
+            raise UserError(f"{place} is no run", f"check a version's card: {command('recap', 'card', '--check', place)}")
         _echo(str(preview_card(Path(place))))
         return
     problems = check_card(place)
@@ -332,7 +341,7 @@ def _say_published(result: Any, target: str, version: str, as_json: bool, remova
         about = {"removed": removal.rows, "removed_of_ledger": removal.ledger_rows, "matched_nothing": removal.matched_nothing}
         went = [f"  {removal.rows} rows {'would be ' if result.plan else ''}removed, and {removal.ledger_rows} that were in the ledger only"]
         for kind, values in removal.matched_nothing.items():
-            went += [f"  no row has the {kind} {value}; later versions will not have it either" for value in values[:20]]
+            went += [f"  no row has the {kind} {value[:200]}; later versions will not have it either" for value in values[:20]]
             went += [f"  and {len(values) - 20} more of {kind}"] if values[20:] else []
         lines[1:1] = went
     _print(vars(result) | about, as_json, "\n".join(lines))

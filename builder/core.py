@@ -216,6 +216,18 @@ class Recipe:
                 raise RecipeError(reason, f"there are: {', '.join(made)}")
             made += stage.makes_captions()
 
+    def check_order(self) -> None:
+        """Raises:
+        RecipeError: there are no stages, or one reads what does not stand before it.
+        """
+        if not self.stages:
+            raise RecipeError(f"recipe {self.name} has no stages", "Recipe(name, (Source(...), ...))")
+        for number, stage in enumerate(self.stages):
+            before = {earlier.name for earlier in self.stages[:number]}
+            for missing in (name for name in (*stage.reads, *stage.surveys) if name not in before):
+                reason = f"recipe {self.name}: stage {stage.name} reads stage '{missing}', which does not stand before it"
+                raise RecipeError(reason, "put it there")
+
     def stage(self, name: str) -> Stage:
         for stage in self.stages:
             if stage.name == name:
@@ -255,7 +267,7 @@ class Recipe:
 
 
 def _stage_from_json(data: dict[str, Json]) -> Stage:
-    module, _, name = data.pop("stage").partition(":")
+    module, _, name = str(data.pop("stage")).partition(":")
     if not module.startswith("builder.") and module not in sys.modules:  # a module that the user named is there already
         raise RecipeError(f"recipe.json names a stage of '{module}', which is not part of recapkit", "give the recipe as my_file.py:function")
     try:
@@ -330,12 +342,14 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record | None:
-        if not path.exists():
-            return None
         try:
             record: Record = _adapter(cls).validate_json(read_file(path))
         except ValidationError:
             return None  # cut off by a crash of the machine
+        except InputError:
+            if path.exists():
+                raise
+            return None
         if record.outputs.keys() != record.bytes.keys() or not all(map(_OUTPUT.fullmatch, record.outputs)):
             return None
         return replace(record, versions=_one_of_each(json.dumps(record.versions)))

@@ -6,6 +6,7 @@ RecapError
     ├── RecipeError   an unknown recipe, parameter or setting, or a value of the wrong type
     ├── InputError    metadata, a model folder or a run directory that cannot be used as it is
     └── VersionError  a version that exists with other bytes, or a run that is not ready to be published
+        └── DamagedError  a file that no longer has the bytes that it was made with
 
 A failed row is none of these: it is a `Status` in the data. Whatever else a shard raises is tried again, then recorded.
 """
@@ -43,6 +44,9 @@ class InputError(UserError): ...
 
 
 class VersionError(UserError): ...
+
+
+class DamagedError(VersionError): ...
 
 
 @contextmanager

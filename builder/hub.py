@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status, parse_ratelimit_headers
 
-from builder.errors import InputError, VersionError
+from builder.errors import DamagedError, InputError, VersionError
 from builder.target import HUB, MANIFEST, OURS, VERSION, Published, Staged, by_number, next_version
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class Hub:
     """`hf://datasets/user/name`. `wait_s` is the first wait of a retry where the server names none."""
 
     def __init__(self, repo: str, *, wait_s: float = 1.0) -> None:
-        if repo.count("/") != 1:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
             raise InputError(f"{HUB}{repo} is no repository", f"it has a user and a name: {HUB}user/name")
         self.repo, self.wait_s = repo, wait_s
         self.api = HfApi()  # endpoint and token from the client's own places
@@ -218,7 +219,7 @@ class Hub:
                 found = _content(file) if file else ("", -1)
             if found != (sha256, size):
                 what = "is missing" if found[1] < 0 else f"has {found[1]} bytes and sha256 {found[0][:16]}..., not {size} and {sha256[:16]}..."
-                raise VersionError(f"{self.repo} at {revision}: {name} {what}; {where}", "type the same command again: it sends the file once more")
+                raise DamagedError(f"{self.repo} at {revision}: {name} {what}; {where}", "type the same command again: it sends the file once more")
         for name in held:
             if name.startswith(OURS) and name not in staged.files:
                 raise VersionError(f"{self.repo} at {revision}: {name} is not in the manifest; {where}", "type the same command again")

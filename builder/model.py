@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from typing_extensions import TypedDict
@@ -62,8 +63,18 @@ class _Index(TypedDict):
 
 
 def has_chat_template(folder: Path) -> bool:
-    """In a file of its own, or in that of the tokenizer or the processor."""
-    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+    """In a file of its own, or in that of the tokenizer or the processor.
+
+    Raises:
+        InputError: it is none.
+    """
+    if (own := folder / "chat_template.jinja").exists():
+        try:
+            jinja2.Environment().parse(read_file(own).decode())
+        except (jinja2.TemplateError, UnicodeDecodeError) as error:
+            raise InputError(f"{own} is no template: {error}", "copy it again") from error
+        return True
+    if (folder / "chat_template.json").exists():
         return True
     configs = (folder / name for name in ("tokenizer_config.json", "processor_config.json"))
     return any("chat_template" in from_json(dict[str, Any], read_file(path), what=str(path)) for path in configs if path.exists())

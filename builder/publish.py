@@ -31,9 +31,9 @@ from builder import run as runs
 from builder import sql, tombstones
 from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, from_json, read_rows, sha256_file, write_parquet
-from builder.errors import InputError, UserError, VersionError, command, telling_of_a_full_disk
+from builder.errors import DamagedError, InputError, VersionError, command, telling_of_a_full_disk
 from builder.select import LEDGER, Select, schema
-from builder.target import MANIFEST, Published, Staged, check_version, link, manifest_of, target_of
+from builder.target import MANIFEST, Published, Staged, check_version, link, manifest_of, split, target_of
 from cards.card import card
 from cards.croissant import croissant
 
@@ -61,6 +61,8 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         InputError: the run is not finished.
     """
     check_version(version)
+    if named := split(target)[1]:
+        raise InputError(f"{target} is a version", f"name the target alone, and --version {named}: {split(target)[0]}")
     where = target_of(target)
     runs.finished(run)
     (run / "versions").mkdir(exist_ok=True)
@@ -68,9 +70,14 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         telling_of_a_full_disk(run),
         lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"),
     ):
+        removed = tombstones.of_target(where, version)
         try:
-            published = where.publish(stage(run, version, tombstones.of_target(where, version)), dry_run=dry_run, rebase=rebase)
-        except UserError as error:
+            staged = stage(run, version, removed)
+        except InputError as error:  # a file that cannot be read
+            raise _damaged(run, version) or error from error
+        try:
+            published = where.publish(staged, dry_run=dry_run, rebase=rebase)
+        except DamagedError as error:
             raise _damaged(run, version) or error from error
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}

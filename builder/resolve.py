@@ -115,9 +115,7 @@ def _call(text: str, name: str, function: RecipeFunction, pairs: Mapping[str, st
     if missing:
         raise RecipeError(f"recipe {text} needs {', '.join(missing)}", f"recap build {text} " + " ".join(f"{key}=..." for key in missing))
     with _telling_of_users_code(text.rpartition(":")[0]):
-        values = {key: _value(hints.get(key, str), value, key) for key, value in pairs.items()}
-    with _telling_of_users_code(text.rpartition(":")[0]):
-        recipe = function(**values)
+        recipe = function(**{key: _value(hints.get(key, str), value, key) for key, value in pairs.items()})
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{text} returned {type(recipe).__name__}, not a Recipe", "return Recipe(name, stages)")
     return recipe

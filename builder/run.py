@@ -21,9 +21,10 @@ from typing import Any
 
 from builder.commit import lock, today, write_atomically
 from builder.core import Recipe, Record, Stage, Task, by_shard, from_json, read_file, read_lines, sha256_file, task_key
-from builder.errors import InputError, RecipeError, command, telling_of_a_full_disk
+from builder.errors import InputError, command, telling_of_a_full_disk
 from builder.executors import Executor, Outcome, attempt, local
 from builder.source import Source
+from builder.target import MANIFEST
 
 
 @dataclass
@@ -75,8 +76,8 @@ def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Pr
     with telling_of_a_full_disk(run):
         adopt(recipe, run)
         with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: {command('recap', 'status', run)}"):
-            write_atomically(run / "recipe.json", recipe.to_json())
             check(recipe)
+            write_atomically(run / "recipe.json", recipe.to_json())
             result = Result([], {})
             while _one_pass(recipe, run, executor, progress, result):  # again, for what turned out to be damaged
                 pass
@@ -117,6 +118,7 @@ def adopt(recipe: Recipe, run: Path) -> None:
     Raises:
         InputError: it is something else's.
     """
+    _may_be_a_run(run)
     if not (run / "recipe.json").exists():
         if run.exists() and {path.name for path in run.iterdir()} - {".lock", ".recipe.json.part"}:
             raise InputError(f"{run} is not empty and holds no run", "name another directory with --run")
@@ -129,6 +131,11 @@ def adopt(recipe: Recipe, run: Path) -> None:
         )
 
 
+def _may_be_a_run(run: Path) -> None:
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{run} is no directory", "name another with --run")
+
+
 def check(recipe: Recipe) -> None:
     """Look for what would fail hours later.
 
@@ -136,20 +143,17 @@ def check(recipe: Recipe) -> None:
         UserError: says what to change.
     """
     today()
-    before: list[str] = []
+    recipe.check_order()
     for stage in recipe.stages:
-        for missing in (name for name in (*stage.reads, *stage.surveys) if name not in before):
-            raise RecipeError(f"recipe {recipe.name}: stage {stage.name} reads stage '{missing}', which does not stand before it", "put it there")
-        before.append(stage.name)
         stage.check()
-    if not before:
-        raise RecipeError(f"recipe {recipe.name} has no stages", "Recipe(name, (Source(...), ...))")
 
 
 def load_recipe(run: Path) -> Recipe:
     """The recipe of a run directory."""
     if not (run / "recipe.json").exists():
         raise InputError(f"{run} holds no run (no recipe.json)", "build one: recap build demo --run runs/demo")
+    if (run / MANIFEST).exists():
+        raise InputError(f"{run} is a published version, not a run", f"look at it: {command('recap', 'verify', run)}")
     return Recipe.from_json(read_file(run / "recipe.json"), f"{run}/recipe.json")
 
 
@@ -232,6 +236,7 @@ def estimate(recipe: Recipe, run: Path) -> list[dict[str, object]]:
         UserError: what `check` finds.
     """
     check(recipe)
+    _may_be_a_run(run)
     plans = plan(recipe, run)
     source = plans["source"].stage if "source" in plans else None
     surveyed = num_shards(plans) > 0
@@ -284,7 +289,7 @@ def status(run: Path) -> list[dict[str, object]]:
                 "rows": dict(rows),
                 "rows_per_s": round(rows.total() / seconds, 1) if seconds else None,
                 "eta_s": round(left * seconds / len(records)) if records else None,
-                "failed": {path.stem: read_lines(path)[0] for path in sorted((run / name).glob("*.failed")) if path.stem not in plan_.done},
+                "failed": {path.stem: "".join(read_lines(path)[:1]) for path in sorted((run / name).glob("*.failed")) if path.stem not in plan_.done},
             }
         )
     return table

@@ -8,15 +8,10 @@ Survey  finds the files, checks their columns and cuts them into slices of `rows
 from __future__ import annotations
 
 import codecs
-import csv
 import difflib
 import hashlib
-import io
-import itertools
 import json
-import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,8 +26,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from builder.core import Count, Json, Record, Stage, Status, Task, Work, encoding_of, from_json, matching, read_file, sha256_file, write_parquet
+from builder.core import Count, Json, Record, Stage, Status, Task, Work, from_json, matching, read_file, sha256_file, write_parquet
 from builder.errors import InputError, ShardError
+from builder.texttable import TextTable
 from builder.urls import as_fetched
 
 SCHEMA = pa.schema(
@@ -57,7 +53,6 @@ OPTIONAL = ("sha256", "original_width", "original_height", "clip_b32_similarity_
 
 NEEDED = ("uid", "url", "org_caption")
 SETTING = {"uid": "uid_column", "url": "url_column", "org_caption": "caption_column"}
-MAX_FIELD_CHARACTERS, MAX_HEAD_CHARACTERS = 1 << 24, 1 << 20
 
 LAYOUTS: Mapping[str, Mapping[str, str]] = {  # our column -> theirs; without uid, one is derived from URL and caption
     "datacomp": {"uid": "uid", "url": "url", "org_caption": "text"},
@@ -84,7 +79,7 @@ class Source(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "yarl")
     paths: ClassVar[tuple[str, ...]] = ("files", "subset")
 
-    files: str
+    files: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     layout: str = "auto"
     url_column: str | None = None
     caption_column: str | None = None
@@ -115,6 +110,7 @@ class Source(Stage):
         if self.layout not in ("auto", *LAYOUTS):
             raise InputError(f"there is no layout '{self.layout}'", f"there are: auto, {', '.join(LAYOUTS)}")
         self.find()
+        self.settings()  # a subset that is no file is told there
         if self.subset:
             _subset(self.subset)
 
@@ -131,17 +127,31 @@ class Source(Stage):
         return inputs | {"rows_per_shard": str(self.rows_per_shard), "limit": str(self.limit)}
 
     def num_rows(self) -> int | None:
-        """Rows of all files by their footers, at most `limit`; None where a file is no parquet and would have to be read."""
-        total = 0
+        """Rows of all files by their footers, at most `limit`; None where a file is no parquet and would have to be read.
+
+        Raises:
+            InputError: a file is no table, or has no columns of URL and caption.
+        """
+        total, countable = 0, True
         for name, fs, path in self.find():
             if _ending(path) != "parquet":
-                return None
+                with self.text_table(name, fs, path).open() as (names, _):
+                    self.columns(name, names)
+                countable = False
+                continue
             with _open_parquet(name, fs, path) as file:
                 self.columns(name, file.schema_arrow.names)
                 total += file.metadata.num_rows
+        if not countable:
+            return None
         if not total:
             raise InputError(f"{self.files} has no rows", "name other files: metadata='path/*.parquet'")
         return total if self.limit is None else min(total, self.limit)
+
+    def text_table(self, name: str, fs: fsspec.AbstractFileSystem, path: str) -> TextTable:
+        known = {theirs for layout in LAYOUTS.values() for theirs in layout.values()} | {self.url_column, self.caption_column, self.uid_column}
+        numbered = bool(self.url_column) or self.layout == "cc3m"
+        return TextTable(name, fs, path, self.encoding, self.delimiter, frozenset(filter(None, known)), numbered)
 
     def find(self) -> list[tuple[str, fsspec.AbstractFileSystem, str]]:
         """Name below the folder, file system and path of each file, in the order of the names."""
@@ -164,7 +174,7 @@ class Source(Stage):
             local = path
             if _ending(path) != "parquet":
                 local = str(task.output(f".{index}.parquet"))
-                self.to_parquet(name, fs, path, local)
+                self.text_table(name, fs, path).to_parquet(local)
             with _open_parquet(name, fs if local == path else fsspec.filesystem("file"), local) as file:
                 num_rows = file.metadata.num_rows
                 self.columns(name, file.schema_arrow.names)
@@ -289,106 +299,6 @@ class Source(Stage):
                 arrays[field.name] = pa.nulls(len(table), field.type)
         return pa.table({name: arrays[name] for name in SCHEMA.names if name in arrays})
 
-    def to_parquet(self, name: str, fs: fsspec.AbstractFileSystem, path: str, target: str) -> None:
-        """A CSV or TSV as parquet, every column a string; quoted line breaks make slicing the text itself impossible.
-
-        Raises:
-            InputError: a line that is no row, text in another encoding, or no header and columns that could be anything.
-        """
-        csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        start = 1
-        try:
-            with fs.open(path, "rb", compression="infer") as raw, io.TextIOWrapper(raw, encoding=_bom_too(self.encoding), newline="") as text:
-                head = text.readline(MAX_FIELD_CHARACTERS)
-                while head.count('"') % 2 and len(head) < MAX_HEAD_CHARACTERS and (more := text.readline(MAX_FIELD_CHARACTERS)):
-                    head += more  # a quoted line break
-                if "\0" in head:
-                    raise InputError(f"{name} holds NUL characters: it looks like utf-16", "say so: source.encoding=utf-16-le (or utf-16)")
-                options = self._dialect(name, path, head)
-                reader = csv.reader(itertools.chain(io.StringIO(head, newline=""), text), strict=True, **options)
-                rows = (row for row in reader if row)  # an empty line is no row
-                first = next(rows, None)
-                if first is None:
-                    raise InputError(f"{name} is empty", "leave it out")
-                names = self._header(name, first)
-                schema = pa.schema([(column, pa.string()) for column in names or self._headless(name, first)])
-                with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-                    batch = [] if names else [first]
-                    start = reader.line_num + 1
-                    for row in rows:
-                        if len(row) != len(schema):
-                            reason = f"{name}, line {start}: {len(row)} fields, not {len(schema)}"
-                            raise InputError(reason, "mend that line, or give the table as parquet")
-                        batch.append(row)
-                        start = reader.line_num + 1
-                        if len(batch) == 10_000:
-                            writer.write_table(_strings(batch, schema))
-                            batch = []
-                    writer.write_table(_strings(batch, schema))
-        except UnicodeError as error:  # the part of the file with what could not be read
-            looks = encoding_of(error.object) if isinstance(error, UnicodeDecodeError) else "another one"
-            raise InputError(f"{name} is not {self.encoding}; it looks like {looks}", f"if so, say it: source.encoding={looks}") from None
-        except csv.Error as error:
-            raise InputError(f"{name}, line {start}: {error}", "mend that line, or give the table as parquet") from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{name} cannot be read: {_line(error)}", "get the file again, then type the same command again") from error
-
-    @property
-    def _known(self) -> set[str | None]:
-        """Names that columns are known by."""
-        return {theirs for layout in LAYOUTS.values() for theirs in layout.values()} | {self.url_column, self.caption_column, self.uid_column}
-
-    def _dialect(self, name: str, path: str, head: str) -> dict[str, Any]:
-        """How the fields of a file are parted; a TSV knows no quotes.
-
-        Raises:
-            InputError: the first line is a URL and something else in more than one way.
-        """
-        if _ending(path) == "tsv":
-            return {"delimiter": self.delimiter or "\t", "quoting": csv.QUOTE_NONE}
-        parted = {mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), []) for mark in self.delimiter or ",;\t|"}
-        if header := next((mark for mark, cells in parted.items() if self._known & set(cells)), None):
-            return {"delimiter": header}
-        with_url = [mark for mark, cells in parted.items() if len(cells) > 1 and any(map(_is_url, cells))]
-        if len(with_url) > 1:
-            marks = " or ".join(map(repr, with_url))
-            raise InputError(f"{name} has no header, and its first line can be parted by {marks}", f"say which: source.delimiter='{with_url[0]}'")
-        return {"delimiter": with_url[0] if with_url else max(parted, key=lambda mark: len(parted[mark]))}
-
-    def _header(self, name: str, first: list[str]) -> list[str]:
-        """The names in a table's first line; none where it is a row already: a URL is no column's name."""
-        if not self._known & set(first) and any(map(_is_url, first)):
-            return []
-        if twice := next((column for column in first if first.count(column) > 1), None):
-            raise InputError(f"{name}: there are several columns '{twice}'", "give each column a name of its own")
-        return first
-
-    def _headless(self, name: str, first: list[str]) -> list[str]:
-        """Names for the columns of a table without a header: of two, the URL is the one that looks like it."""
-        if self.url_column or self.layout == "cc3m":
-            return [f"column{n}" for n in range(len(first))]
-        if len(first) != 2 or all(map(_is_url, first)):
-            places = [f"column{n}" for n, cell in enumerate(first) if _is_url(cell)]
-            raise InputError(
-                f"{name} has no header, and {len(first)} columns: which are URL and caption is not known",
-                f"name them: source.url_column={places[0]} source.caption_column=column...",
-            )
-        return ["url" if _is_url(cell) else "caption" for cell in first]
-
-
-def _is_url(cell: str) -> bool:
-    return re.match(r"\s*https?://", cell, re.IGNORECASE) is not None
-
-
-def _bom_too(encoding: str) -> str:
-    """UTF-8 with the mark that Excel begins with, too."""
-    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-
-
-def _strings(rows: list[list[str]], schema: pa.Schema) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else [[] for _ in schema]
-    return pa.table([pa.array([cell or None for cell in column], pa.string()) for column in columns], schema)
-
 
 def _read_row_group(name: str, file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
     try:
@@ -503,12 +413,17 @@ def _subset(path: str) -> np.ndarray[Any, Any]:
     Raises:
         InputError: it is none in DataComp's format.
     """
+    hint = "make one: recap select PLACE STRATEGY --out FOLDER"
     try:
-        found = np.load(io.BytesIO(read_file(Path(path))), allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)  # it may be of 20 GB
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no subset: {_line(error)}", "make one: recap select PLACE STRATEGY --out FOLDER") from error
-    if not isinstance(found, np.ndarray) or found.dtype != np.dtype("u8,u8") or found.ndim != 1 or (np.sort(found) != found).any():
-        raise InputError(f"{path} is no subset: not a sorted array of u8,u8", "make one: recap select PLACE STRATEGY --out FOLDER")
+        raise InputError(f"{path} is no subset: {_line(error)}", hint) from error
+    if not isinstance(found, np.ndarray) or found.dtype != np.dtype("u8,u8") or found.ndim != 1:
+        raise InputError(f"{path} is no subset: not an array of u8,u8", hint)
+    for start in range(0, len(found), 1 << 20):
+        high, low = (found[start : start + (1 << 20) + 1][half] for half in ("f0", "f1"))
+        if ((high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] < low[:-1]))).any():
+            raise InputError(f"{path} is no subset: its uids are not sorted", hint)
     return found
 
 

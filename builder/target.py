@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from builder.commit import lock, sync
 from builder.core import Name, Recipe, from_json, sha256_file
-from builder.errors import InputError, VersionError, command
+from builder.errors import DamagedError, InputError, VersionError, command
 
 HUB = "hf://datasets/"
 MANIFEST = "manifest.json"
@@ -264,10 +264,14 @@ class Folder:
             held = {} if all((staged.folder / name).exists() for name in staged.files) else self._held()
             for name, (sha256, size) in staged.promised().items():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                source = staged.folder / name if (staged.folder / name).exists() else held[sha256]
+                source = staged.folder / name if (staged.folder / name).exists() else held.get(sha256)
+                if source is None:
+                    raise DamagedError(
+                        f"no version in {self.path} holds {name} any more", f"see what is left: {command('recap', 'verify', self.path)}"
+                    )
                 link(source, staging / name)
                 if sha256_file(staging / name) != sha256 or (staging / name).stat().st_size != size:
-                    raise VersionError(f"{source} is not what the manifest says: it was changed", "get it from a copy, or make it again")
+                    raise DamagedError(f"{source} is not what the manifest says: it was changed", "get it from a copy, or make it again")
             for path in sorted(staging.rglob("*"), reverse=True):
                 if path.is_file():
                     path.chmod(0o444)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from builder.core import write_parquet
 from builder.errors import InputError
-from builder.target import Target, content
+from builder.target import Target, content, manifest_of
 from builder.urls import as_fetched, domain
 
 FILE = "tombstones.parquet"
@@ -105,6 +105,6 @@ def of_target(target: Target, version: str) -> pa.Table:
     found = [table({})]
     for known in [version] if version in versions else versions:
         fs, root = target.files(known)
-        if fs.exists(f"{root}/{FILE}"):  # versions of before there were any have none
+        if FILE in manifest_of(fs, root)["files"]:  # versions of before there were any have none
             found.append(read(content(fs, root, FILE), f"{root}/{FILE}"))
     return merged(*found)

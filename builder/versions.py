@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from analysis import report, views
 from builder import sql, tombstones
 from builder.core import Recipe, from_json, sha256_file, write_parquet
-from builder.errors import InputError, VersionError, command, telling_of_a_full_disk
+from builder.errors import DamagedError, InputError, VersionError, command, telling_of_a_full_disk
 from builder.publish import PREVIEW, PREVIEW_ROWS, Shard, captions_of, check, put_together
 from builder.select import LEDGER, ROW_GROUP_ROWS, schema
 from builder.target import OURS, VERSION, Published, Version, by_number, check_version, is_inside, open_version, split, target_of
@@ -110,7 +110,7 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
 
     Raises:
         InputError: there is no version to remove from, or all of it was removed before.
-        VersionError: the base is not what was published.
+        DamagedError: the base is not what was published.
     """
     check_version(version)
     text, named = split(target)
@@ -157,13 +157,13 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
 
 def _hold_against_manifest(version: Version, names: Iterable[str]) -> None:
     """Raises:
-    VersionError: a file is not what was published.
+    DamagedError: a file is not what was published.
     """
     for name in names:
         promised = version.manifest["files"][name]
         regular = not version.is_local or is_inside(version.root, name)
         if not regular or _read_once(version.fs, f"{version.root}/{name}")[:2] != (promised["sha256"], promised["bytes"]):
-            raise VersionError(
+            raise DamagedError(
                 f"{version.root}/{name} is not what the manifest says: it was changed after it was published",
                 f"get it from a copy; all that differs: {command('recap', 'verify', version.root)}",
             )
