@@ -29,21 +29,23 @@ def diff(a: str, b: str) -> dict[str, Any]:
                 raise InputError(f"{place} has no column uid: rows are joined on it", f"it has: {', '.join(columns[name])}")
         both = [name for name in columns["a"] if name in columns["b"] and name != "uid"]
         quoted = {name: sql.identifier(name) for name in both}
-        changed = ", ".join(f"count(*) filter (a.{name} is distinct from b.{name})" for name in quoted.values())
+        if (kinds := [columns[name]["uid"] for name in ("a", "b")])[0] != kinds[1]:
+            raise InputError(f"uids of {a} and {b} are {' and '.join(kinds)}: rows cannot be joined on them", "give both as text")
+        as_text = {name: "" if columns["a"][name] == columns["b"][name] else "::varchar" for name in both}
+        changed = ", ".join(f"count(*) filter (a.{quoted[name]}{as_text[name]} is distinct from b.{quoted[name]}{as_text[name]})" for name in both)
+        numeric = [name for name in both if {columns["a"][name], columns["b"][name]} <= {"DOUBLE", "FLOAT", "BIGINT", "INTEGER"}]
+        means = {}
         try:
             ((rows_a, rows_b, shared),) = con.sql(
                 "select (select count(*) from a), (select count(*) from b), (select count(*) from a semi join b using (uid))"
             ).fetchall()
-        except duckdb.ConversionException as error:
-            kinds = " and ".join(columns[name]["uid"] for name in ("a", "b"))
-            raise InputError(f"uids of {a} and {b} are {kinds}: rows cannot be joined on them", "give both as text") from error
-        (values,) = con.sql(f"select {changed} from a join b using (uid)").fetchall()
-        numeric = [name for name in both if columns["a"][name] in ("DOUBLE", "FLOAT", "BIGINT", "INTEGER")]
-        means = {}
-        for name in numeric:
-            ((before, after),) = con.sql(f"select (select avg({quoted[name]}) from a), (select avg({quoted[name]}) from b)").fetchall()
-            if before != after:
-                means[name] = (before, after)
+            values = con.sql(f"select {changed} from a join b using (uid)").fetchall()[0] if both else ()
+            for name in numeric:
+                ((before, after),) = con.sql(f"select (select avg({quoted[name]}) from a), (select avg({quoted[name]}) from b)").fetchall()
+                if repr(before) != repr(after):  # NaN is like itself
+                    means[name] = (before, after)
+        except duckdb.Error as error:
+            raise InputError(f"{a} or {b} cannot be read: {str(error).splitlines()[0][:200]}", "see which: recap verify, or recap sql") from error
     return {
         "rows": (rows_a, rows_b), "added": rows_b - shared, "removed": rows_a - shared,
         "columns_added": [name for name in columns["b"] if name not in columns["a"]],

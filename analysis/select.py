@@ -188,7 +188,7 @@ def write(con: duckdb.DuckDBPyConnection, folder: Path) -> tuple[Path, Path]:
     parts = [path.with_name(f".{path.name}.part") for path in (subset, table)]
     for (uid,) in con.sql("select uid from selected where not coalesce(regexp_full_match(uid::varchar, '[0-9a-f]{32}'), false) limit 1").fetchall():
         raise InputError(f"uid '{str(uid)[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs", "select from a run or a version")
-    con.execute(f"copy (from selected order by uid, caption) to {sql.literal(parts[1])} (format parquet, compression zstd)")
+    con.execute(f"copy (from selected order by uid, caption) to {sql.literal(sql.absolute(parts[1]))} (format parquet, compression zstd)")
     ((number,),) = con.sql("select count(distinct uid) from selected").fetchall()
     halves = con.sql(
         "select ('0x' || uid[:16])::ubigint as high, ('0x' || uid[17:])::ubigint as low from (select distinct uid from selected order by uid)"

@@ -49,8 +49,9 @@ from fsspec.implementations.local import LocalFileSystem
 from builder import run as runs
 from builder import sql
 from builder.core import matching
-from builder.errors import InputError
-from builder.target import split, version_files
+from builder.errors import InputError, command
+from builder.select import LEDGER, Select, schema
+from builder.target import Version, is_inside, opened, split, version_files
 
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the regular expression.
@@ -93,11 +94,11 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
         try:
             fs, root = version_files(str(place))
         except InputError:
-            if "://" in str(place) or split(str(place))[1]:
+            if "://" in str(place) or split(str(place))[1] or not str(place).strip():
                 raise
             found = Parts([], [])
         else:
-            found = version_parts(fs, root, chosen)
+            found = version_parts(opened(fs, root), chosen)
     if not found.published or not found.ledger:
         raise InputError(
             f"{place} holds neither a run with finished shards nor a published version nor tables ({', '.join(sql.READERS)})",
@@ -106,25 +107,34 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
     return found
 
 
-def version_parts(fs: AbstractFileSystem, root: str, captions: Sequence[str] = ()) -> Parts:
-    """The parquet files of a version."""
-    local = isinstance(fs, LocalFileSystem)
-    published, ledger = (
-        [path if local else fs.unstrip_protocol(path) for path in sorted(fs.find(f"{root}/{folder}"))
-         if path.rpartition("/")[2].startswith("train-") and path.endswith(".parquet")]
-        for folder in ("data", "ledger")
-    )  # fmt: skip
-    for path in (path for path in (*published, *ledger) if local and not os.path.isfile(path)):
-        raise InputError(f"{path} is no regular file", "get it again from where it was published")
-    return Parts(published, ledger, None if local else fs, tuple(captions))
+def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:
+    """The parquet files of a version that its manifest names.
+
+    Raises:
+        InputError: one is no regular file inside the version, or has other columns than the version's recipe makes.
+    """
+    fs, root, select = version.fs, version.root, version.recipe.stage("select")
+    assert isinstance(select, Select)
+    expected = {"data": schema(select.captions), "ledger": LEDGER}
+    found: dict[str, list[str]] = {kind: [] for kind in expected}
+    for name in sorted(name for name in version.manifest["files"] if re.match("(data|ledger)/train-", name)):
+        if version.is_local and not is_inside(root, name):
+            raise InputError(f"{root}/{name} is missing, or no regular file of this folder", "get it again from where it was published")
+        kind = name.partition("/")[0]
+        found[kind].append(f"{root}/{name}" if version.is_local else fs.unstrip_protocol(f"{root}/{name}"))
+    for kind, paths in found.items():
+        for path in paths[: None if version.is_local else 1]:
+            if not _schema(path, fs).equals(expected[kind]):
+                raise InputError(f"{path} has another schema than the recipe's", f"see what differs: {command('recap', 'verify', root)}")
+    return Parts(found["data"], found["ledger"], None if version.is_local else fs, tuple(captions))
 
 
 def _tables(place: str) -> list[str]:
     """Tables that a path, a glob or a folder names; of one kind, the first of `READERS` that is there."""
-    if "://" in place:
+    if "://" in place or not place.strip():
         return []
     if Path(place).is_dir():
-        names = sorted(str(path) for path in Path(place).iterdir() if path.is_file())
+        names = sorted(str(path) for path in Path(place).iterdir() if path.is_file() and not path.name.startswith("."))
     else:
         names = [place] if Path(place).is_file() else sorted(matching(LocalFileSystem(), place))
     if any((Path(place) / name).exists() for name in ("manifest.json", "recipe.json")) or any(Path(name, "manifest.json").exists() for name in names):
@@ -191,9 +201,9 @@ def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
     con.execute(f"create view {sql.identifier(name)} as from {sql.table(paths)}")
 
 
-def _schema(path: str) -> pa.Schema:
+def _schema(path: str, fs: AbstractFileSystem | None = None) -> pa.Schema:
     try:
-        return pq.read_schema(path)
+        return pq.read_schema(sql.absolute(path), filesystem=None if isinstance(fs, LocalFileSystem) else fs)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a parquet file, or not a whole one: {error}", "take it out, or get it again") from error
 

@@ -43,6 +43,7 @@ _COLUMNS = ("uid", "status", "error")
 MAX_QUOTED_CHARACTERS = 20_000  # of the row in a prompt; what no model reads need not be tokenized
 QUOTABLE = ("org_caption", "url")
 _PLACEHOLDER = re.compile(r"\{([a-zA-Z_]\w*)\}")
+_MARKED = re.compile("\ue000([a-zA-Z_]\\w*)\ue001")  # a placeholder in a rendered prompt, whose template may have braces of its own
 RECAPTION_V1_PROMPT = "Please generate a detailed caption of this image. Please be as descriptive as possible."
 
 
@@ -74,6 +75,10 @@ class CaptionSpec:
         """Columns of the row that the prompt quotes."""
         return _PLACEHOLDER.findall(self.prompt)
 
+    def marked_prompt(self) -> str:
+        """The prompt with its placeholders as `_MARKED` knows them."""
+        return _PLACEHOLDER.sub("\ue000\\1\ue001", self.prompt)
+
     def columns(self) -> tuple[tuple[str, pa.DataType], ...]:
         """What the stage writes of it."""
         columns = ((self.name, pa.string()), (f"{self.name}_finish_reason", pa.string()), (f"{self.name}_num_tokens", pa.int32()))
@@ -97,7 +102,7 @@ class Caption(Stage):
     specs: tuple[CaptionSpec, ...] = (RECAPTION_V1,)
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = "auto"
     max_model_len: Count | None = None
-    in_flight: Count = 256  # requests in the engine at a time
+    in_flight: Count = 256  # requests in the engine at a time; of a picture as many as there are specs
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0  # on a CPU; a GPU's memory is measured by vLLM itself
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
 
@@ -205,11 +210,13 @@ class Engine:
         )  # fmt: skip
         template = AutoProcessor.from_pretrained(name, revision=revision)
         self.tokenizer, self.refused = template.tokenizer, (ValueError, VLLMClientError)
-        self.in_flight, self.specs = settings.in_flight, settings.specs
+        self.specs, self.in_flight = settings.specs, max(1, settings.in_flight // len(settings.specs))
+        begins = self.tokenizer.encode("a")[:1]  # a template may leave it to the tokenizer to begin a text
+        self.begins = begins if begins == [self.tokenizer.bos_token_id] else []
         self.prompts, self.sampling = {}, {}
         self.room: dict[str, int] = {}  # tokens that are left for what a prompt quotes
         for spec in self.specs:
-            content = [{"type": "image"}, {"type": "text", "text": spec.prompt}]
+            content = [{"type": "image"}, {"type": "text", "text": spec.marked_prompt()}]
             self.prompts[spec.name] = template.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             self.sampling[spec.name] = SamplingParams(
                 temperature=spec.temperature, top_k=spec.top_k, max_tokens=spec.max_tokens, min_tokens=spec.min_tokens
@@ -258,7 +265,7 @@ class Engine:
         """
         ids: list[int] = []
         room, cut = self.room.get(spec.name, 0), False
-        for number, part in enumerate(_PLACEHOLDER.split(self.prompts[spec.name])):
+        for number, part in enumerate(_MARKED.split(self.prompts[spec.name])):
             if number % 2 == 0:
                 ids += self.tokenizer.encode(part, add_special_tokens=False)
                 continue
@@ -266,6 +273,7 @@ class Engine:
             cut = cut or len(quoted) > room or len(str(row[part])) > MAX_QUOTED_CHARACTERS
             ids += quoted[:room]
             room -= len(quoted[:room])
+        ids = ids if ids[:1] == self.begins else self.begins + ids
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, cut
 
     def params(self, spec: CaptionSpec, uid: str) -> SamplingParams:
@@ -281,12 +289,13 @@ class Engine:
         engine = self.llm.llm_engine
         owner: dict[str, tuple[str, str, str, bool]] = {}  # request -> uid, spec, the engine's own id, whether the row's text was cut
         parts: dict[str, dict[str, Json]] = {}
-        fed = True
+        more = True
         try:
-            while owner or fed:
-                fed = False
-                for uid, image, row in itertools.islice(requests, max(0, self.in_flight - len(owner))):
-                    fed = True
+            while owner or more:
+                room = max(0, self.in_flight - -(-len(owner) // len(self.specs)))
+                taken = list(itertools.islice(requests, room))
+                more = len(taken) == room
+                for uid, image, row in taken:
                     try:
                         picture = Image.open(io.BytesIO(image)).convert("RGB")
                     except (OSError, ValueError) as error:
@@ -319,7 +328,7 @@ class Engine:
             return {"error": "the model's logits are not finite"}
         if not text:
             return {"error": "the model said nothing"}
-        return {"text": text, "finish_reason": output.finish_reason, "num_tokens": len(output.token_ids)} | ({"prompt_cut": True} if cut else {})
+        return {"text": text, "finish_reason": output.finish_reason, "num_tokens": len(output.token_ids), "prompt_cut": cut}
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -335,14 +344,15 @@ class _Journal:
     file: IO[str] | None = None
 
     def __enter__(self) -> _Journal:
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
         if lines and lines[0] == self.key:
             for line in lines[1:-1]:  # what follows the last line break was cut off by the crash
                 try:
                     uid, captions = json.loads(line)
-                except ValueError:
+                    known, captions = str(uid), dict(captions)
+                except (ValueError, TypeError):
                     break  # the machine itself went down
-                self.known[uid] = captions
+                self.known[known] = captions
         kept = "".join(json.dumps(item) + "\n" for item in self.known.items())
         part = self.path.with_suffix(".journal-new")
         part.write_text(f"{self.key}\n{kept}", encoding="utf-8")

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -28,14 +29,11 @@ from builder.executors import Outcome
 from builder.resolve import pairs_of, resolve
 
 
-class _Ended(KeyboardInterrupt):
-    """A signal that asks the process to end."""
-
-
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
+        numbers: list[int] = []
         try:
-            with _signals():
+            with _signals(numbers):
                 return super().invoke(ctx)
         except UserError as error:
             _stop(error.message, error.hint)
@@ -44,8 +42,8 @@ class _Commands(click.Group):
         except OSError as error:  # a place that cannot be read or written
             names = [str(name) for name in (error.filename, error.filename2) if name]
             _stop(f"{' -> '.join(names) or type(error).__name__}: {error.strerror or error}", "")
-        except KeyboardInterrupt as end:
-            number = end.args[0] if isinstance(end, _Ended) else signal.SIGINT
+        except KeyboardInterrupt:
+            number = numbers[0] if numbers else signal.SIGINT
             said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
             _echo(f"recap: {said}; the same command goes on where this one stopped", err=True)
             sys.exit(128 + number)
@@ -55,11 +53,12 @@ class _Commands(click.Group):
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end like Ctrl-C, unless they are ignored, as under nohup."""
+def _signals(come: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP end like Ctrl-C, unless they are ignored, as under nohup. `come` gets those that come."""
 
     def end(number: int, _: FrameType | None) -> None:
-        raise _Ended(number)
+        come.append(number)
+        raise KeyboardInterrupt
 
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in numbers}
@@ -239,7 +238,7 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
             if found is None:
                 return
             if as_json:
-                _echo(json.dumps(found.to_arrow_table().to_pylist(), ensure_ascii=False, default=str))
+                _echo(json.dumps(_finite(found.to_arrow_table().to_pylist()), ensure_ascii=False, default=str))
             else:
                 with contextlib.redirect_stdout(io.StringIO()) as shown:
                     found.show(max_width=200)
@@ -443,7 +442,16 @@ def demo(rows: int, port: int, run: Path | None) -> None:
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:
-    _echo(json.dumps(data, indent=1, ensure_ascii=False, default=str) if as_json else text)
+    _echo(json.dumps(_finite(data), indent=1, ensure_ascii=False, default=str) if as_json else text)
+
+
+def _finite(data: Any) -> Any:
+    """Without what JSON has no number for."""
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _columns(table: list[dict[str, Any]]) -> str:

@@ -120,6 +120,7 @@ class Stage:
     surveys: ClassVar[tuple[str, ...]] = ()  # stages whose outputs of all shards the survey reads
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow",)  # whose versions the record keeps
     paths: ClassVar[tuple[str, ...]] = ()  # settings that may name a place on this machine
+    once: ClassVar[tuple[str, ...]] = ()  # settings of one command, which a recipe.json does not keep
 
     @property
     def shards_per_task(self) -> int:
@@ -236,7 +237,9 @@ class Recipe:
 
     def to_json(self) -> str:
         """The resolved recipe, one setting a line, so that two of them can be compared."""
-        stages = [{"stage": f"{type(s).__module__}:{type(s).__qualname__}", **asdict(s)} for s in self.stages]
+        stages = [
+            {"stage": f"{type(s).__module__}:{type(s).__qualname__}", **{k: v for k, v in asdict(s).items() if k not in s.once}} for s in self.stages
+        ]
         about = {"name": self.name, "title": self.title, "license": self.license, "description": self.description}
         # Left out where there is none: a recipe.json from before there were any stays as it is.
         source = {"source": asdict(self.source)} if self.source else {}
@@ -382,6 +385,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_known(path: Path) -> str:
+    """As `sha256_file`, of a file that is asked about for every shard: read again when its size or time has changed."""
+    stat = path.stat()
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256_of(path: Path, _bytes: int, _mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
 def write_parquet(table: pa.Table, path: Path, *, row_group_size: int = 10_000) -> None:
     """The one way to write rows: zstd, page index, no clock, so that the same rows are the same bytes.
 
@@ -427,7 +441,7 @@ def read_file(path: Path) -> bytes:
 
 
 def matching(fs: AbstractFileSystem, path: str) -> list[str]:
-    """Regular files that a file's name, a folder or a pattern names. What is there is no pattern, the beginning of a path neither."""
+    """Regular files that a file's name, a folder or a pattern names, hidden ones not. What is there is no pattern, nor is how a path begins."""
     if fs.isdir(path):
         found = fs.find(path)
     elif fs.exists(path):
@@ -438,7 +452,7 @@ def matching(fs: AbstractFileSystem, path: str) -> list[str]:
             there, slash, last = there.rpartition("/")
             rest = f"{slash}{last}{rest}"
         found = fs.glob(glob.escape(there) + rest)
-    return [name for name in found if fs.isfile(name)]
+    return [name for name in found if fs.isfile(name) and (name == path or not name.rpartition("/")[2].startswith("."))]
 
 
 def encoding_of(data: bytes) -> str:

@@ -21,7 +21,7 @@ from typing import ClassVar
 import pyarrow as pa
 
 from builder import sql, tombstones
-from builder.core import Count, Json, Stage, Task, Work, read_file, sha256_file, write_parquet
+from builder.core import Count, Json, Stage, Task, Work, read_file, sha256_known, write_parquet
 from builder.errors import InputError
 
 
@@ -41,7 +41,7 @@ class Dedup(Stage):
     def settings(self) -> dict[str, Json]:
         if self.tombstones and not Path(self.tombstones).is_file():
             raise InputError(f"there is no file of tombstones {self.tombstones}", f"name the {tombstones.FILE} of a published version")
-        return super().settings() | {"tombstones": self.tombstones and sha256_file(Path(self.tombstones))}
+        return super().settings() | {"tombstones": self.tombstones and sha256_known(Path(self.tombstones))}
 
     def check(self) -> None:
         self._removed()

@@ -75,6 +75,7 @@ class Download(Stage):
     version: ClassVar[int] = 2
     reads: ClassVar[tuple[str, ...]] = ("source",)
     surveys: ClassVar[tuple[str, ...]] = ("source",)
+    once: ClassVar[tuple[str, ...]] = ("accept_failures",)
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "img2dataset", "aiohttp", "aiodns", "webdataset", "opencv-python-headless")
 
     image_px: Count = 512
@@ -96,7 +97,7 @@ class Download(Stage):
     accept_failures: bool = False  # commit also what looks like an outage of this machine's network
 
     def settings(self) -> dict[str, Json]:
-        keyless = ("concurrency", "nameservers", "accept_failures")
+        keyless = ("concurrency", "nameservers", *self.once)
         return {name: value for name, value in super().settings().items() if name not in keyless}
 
     def portable(self) -> Stage:

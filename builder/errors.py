@@ -6,7 +6,8 @@ RecapError
     ├── RecipeError   an unknown recipe, parameter or setting, or a value of the wrong type
     ├── InputError    metadata, a model folder or a run directory that cannot be used as it is
     └── VersionError  a version that exists with other bytes, or a run that is not ready to be published
-        └── DamagedError  a file that no longer has the bytes that it was made with
+        ├── DamagedError  a file that no longer has the bytes that it was made with
+        └── MovedError    a version came to the target while another one was put together for it
 
 A failed row is none of these: it is a `Status` in the data. Whatever else a shard raises is tried again, then recorded.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class RecapError(Exception):
@@ -49,6 +51,9 @@ class VersionError(UserError): ...
 class DamagedError(VersionError): ...
 
 
+class MovedError(VersionError): ...
+
+
 @contextmanager
 def telling_of_a_full_disk(place: object) -> Iterator[None]:
     """Whatever a library makes of it, a full disk is the user's to free.
@@ -59,11 +64,13 @@ def telling_of_a_full_disk(place: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "No space left on device" in str(error):
-            raise InputError(f"the disk of {place} is full", "free some space, then type the same command again") from error
+        if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
+            where = error.filename if isinstance(error, OSError) and error.filename else place
+            raise InputError(f"the disk of {where} is full", "free some space, then type the same command again") from error
         raise
 
 
 def command(*words: object) -> str:
-    """A command to type, quoted for a shell."""
-    return shlex.join(map(str, words))
+    """A command to type, quoted for a shell; a path that begins with a dash is no option."""
+    texts = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    return shlex.join(texts)

@@ -26,6 +26,7 @@ from builder.errors import InputError, RecapError, ShardError, UserError, tellin
 
 ATTEMPTS = 3
 LEAVE_S = 60  # for a worker that has nothing to do to unload its model
+END_S = 5  # for one whose pipe is closed to be gone
 log = logging.getLogger(__name__)
 
 
@@ -88,9 +89,13 @@ class _Worker:
         self.stage, self.log_file = stage, log_file
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, stage, os.getpid(), log_file, log.getEffectiveLevel()))
-        self.process.start()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the parent, which ends us
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
-        self.is_open = False
+        self.is_open = self.is_killed = False
         self.task: Task | None = None
         self.tries = 0
 
@@ -108,11 +113,15 @@ class _Worker:
         try:
             said = self.pipe.recv()
         except (EOFError, OSError):
+            wait([self.process.sentinel], timeout=END_S)
+            self.kill()
+            code = self.process.exitcode or 0
+            died = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit status {code}"
             if not self.is_open:
-                reason = f"stage {self.stage.name} cannot start: its worker process died (out of memory?)"
-                raise InputError(reason, f"its last words are in {self.log_file}") from None
+                words = f"its last words are in {self.log_file}" if self.log_file.exists() else "a script needs: if __name__ == '__main__'"
+                raise InputError(f"stage {self.stage.name} cannot start: its worker process {died}", words) from None
             assert self.task is not None
-            said = Outcome(self.task, error="a worker process died (out of memory?)")
+            said = Outcome(self.task, error=f"a worker process {died}")
         if isinstance(said, UserError):
             raise said
         if said is None:
@@ -124,13 +133,21 @@ class _Worker:
 
     def leave(self) -> None:
         self.pipe.close()
-        self.process.join(LEAVE_S)
+        wait([self.process.sentinel], timeout=LEAVE_S)
+        self.kill()
 
     def kill(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
+        """End it and what it has started: an engine's own process would keep the memory of its GPU."""
         self.pipe.close()
+        if self.is_killed:
+            return
+        self.is_killed = True
+        assert self.process.pid is not None  # which nobody else has before `join`
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it had no group yet
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
 
 
 def _speaking(workers: list[_Worker]) -> list[_Worker]:
@@ -145,7 +162,7 @@ def _speaking(workers: list[_Worker]) -> list[_Worker]:
 
 def _serve(pipe: Connection, stage: Stage, parent: int, log_file: Path, level: int) -> None:
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    os.setpgid(0, 0)  # its parent ends it with all that it starts
     with open(log_file, "ab") as file:  # what libraries print belongs there, not between the lines of the progress
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -93,13 +93,15 @@ class Hub:
         rows, place = staged.manifest["rows"]["train"], f"{HUB}{self.repo}@{staged.tag}"
         _within_limits(list(staged.files))
         try:
-            if staged.version in self.versions() and (tagged := self._tag(staged.tag)):
+            if staged.version in (there := self.versions()) and (tagged := self._tag(staged.tag)):
                 self._same(staged, tagged)
                 return Published(place, rows, False, tagged)
             if dry_run:
                 return Published(place, rows, False, plan=self._plan(staged))
+            staged.check_beside(there)
             self._call(lambda: self.api.create_repo(**self.here, exist_ok=True))
-            pull = self._pull_request(staged, rebase)
+            pull = self._pull_request(staged, rebase)  # what comes to main from here on is found before it is merged
+            staged.check_beside([version for version in self.versions() if version != staged.version])
             if pull.status != "merged":
                 self._send(staged, pull)
                 self._verify(staged, f"refs/pr/{pull.num}")

@@ -49,7 +49,8 @@ class Network(AbstractResolver):
             flags=pycares.ARES_FLAG_EDNS | pycares.ARES_FLAG_NOSEARCH,
         )
         self.asked: set[str] = set()
-        self.settled: set[str] = set()  # gave an HTTP response, do not exist, or are none that we connect to
+        self.settled: set[str] = set()  # gave, when asked last, an HTTP response, do not exist, or are none that we connect to
+        self.absent: set[str] = set()  # do not exist
         self.names_asked = self.names_answered = False
 
     async def resolve(
@@ -76,6 +77,7 @@ class Network(AbstractResolver):
             if code not in _ABSENT:
                 raise NoAnswer(pycares.errno.strerror(code)) from error
             self.settled.add(host)
+            self.absent.add(host)
             self.names_answered |= code != pycares.errno.ARES_EBADNAME  # that one is never sent
             raise
         self.names_answered = True
@@ -94,6 +96,8 @@ class Network(AbstractResolver):
         except OSError as error:
             if is_off_limits(error):
                 self.settled.add(host)
+            elif isinstance(error, aiohttp.ClientConnectorError) and host not in self.absent:
+                self.settled.discard(host)  # it answered before: the network may have gone since
             raise
         self.settled.add(host)
         return response

@@ -17,11 +17,12 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -31,9 +32,9 @@ from builder import run as runs
 from builder import sql, tombstones
 from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, from_json, read_rows, sha256_file, write_parquet
-from builder.errors import DamagedError, InputError, VersionError, command, telling_of_a_full_disk
+from builder.errors import DamagedError, InputError, MovedError, VersionError, command, telling_of_a_full_disk
 from builder.select import LEDGER, Select, schema
-from builder.target import MANIFEST, Published, Staged, check_version, link, manifest_of, split, target_of
+from builder.target import MANIFEST, Published, Staged, Target, check_version, link, manifest_of, split, target_of
 from cards.card import card
 from cards.croissant import croissant
 
@@ -70,19 +71,24 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         telling_of_a_full_disk(run),
         lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"),
     ):
-        removed = tombstones.of_target(where, version)
         try:
-            staged = stage(run, version, removed)
-        except InputError as error:  # a file that cannot be read
-            raise _damaged(run, version) or error from error
-        try:
-            published = where.publish(staged, dry_run=dry_run, rebase=rebase)
-        except DamagedError as error:
+            published = _published(where, run, version, dry_run=dry_run, rebase=rebase)
+        except (InputError, DamagedError, OSError, pa.ArrowException, duckdb.Error) as error:  # a file that cannot be read, or is another
             raise _damaged(run, version) or error from error
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}
             write_atomically(run / "versions" / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
         return published
+
+
+def _published(where: Target, run: Path, version: str, *, dry_run: bool, rebase: bool) -> Published:
+    while True:
+        beside = where.versions()
+        staged = stage(run, version, tombstones.of_target(where, version))
+        try:
+            return where.publish(replace(staged, beside=beside), dry_run=dry_run, rebase=rebase)
+        except MovedError:  # somebody removed rows, perhaps; if nobody did, what was staged is found again
+            continue
 
 
 def _damaged(run: Path, version: str) -> VersionError | None:

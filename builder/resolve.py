@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from builder.core import Recipe, parse, read_file
-from builder.errors import RecipeError, UserError
+from builder.errors import RecipeError, UserError, command
 
 RecipeFunction = Callable[..., Recipe]
 
@@ -113,7 +113,9 @@ def _call(text: str, name: str, function: RecipeFunction, pairs: Mapping[str, st
             raise _unknown(f"recipe {text}", "parameter", key, parameters)
     missing = [key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in pairs]
     if missing:
-        raise RecipeError(f"recipe {text} needs {', '.join(missing)}", f"recap build {text} " + " ".join(f"{key}=..." for key in missing))
+        raise RecipeError(
+            f"recipe {text} needs {', '.join(missing)}", f"{command('recap', 'build', text)} " + " ".join(f"{key}=..." for key in missing)
+        )
     with _telling_of_users_code(text.rpartition(":")[0]):
         recipe = function(**{key: _value(hints.get(key, str), value, key) for key, value in pairs.items()})
     if not isinstance(recipe, Recipe):

@@ -12,7 +12,6 @@ and the status.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from typing import Any
 from builder.commit import lock, today, write_atomically
 from builder.core import Recipe, Record, Stage, Task, by_shard, from_json, read_file, read_lines, sha256_file, task_key
 from builder.errors import InputError, command, telling_of_a_full_disk
-from builder.executors import Executor, Outcome, attempt, local
+from builder.executors import ATTEMPTS, Executor, Outcome, attempt, local
 from builder.source import Source
 from builder.target import MANIFEST
 
@@ -79,8 +78,9 @@ def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Pr
             check(recipe)
             write_atomically(run / "recipe.json", recipe.to_json())
             result = Result([], {})
-            while _one_pass(recipe, run, executor, progress, result):  # again, for what turned out to be damaged
-                pass
+            for _ in range(ATTEMPTS):  # again, for what turned out to be damaged
+                if not _one_pass(recipe, run, executor, progress, result):
+                    break
             return result
 
 
@@ -90,8 +90,6 @@ def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress 
     plans: Plans = {}
     for stage in recipe.stages:
         (run / stage.name).mkdir(exist_ok=True)
-        for leftover in (run / stage.name).glob(".duckdb-*"):  # what a survey that was killed had spilled
-            shutil.rmtree(leftover)
         plans[stage.name] = plan_stage(stage, run, plans)
         while (todo := plans[stage.name]).todo:
             survey = todo.todo[0].name == "survey"
@@ -279,7 +277,8 @@ def status(run: Path) -> list[dict[str, object]]:
     for name, plan_ in plan(load_recipe(run), run).items():
         records = plan_.shards()
         rows = sum((Counter(record.rows) for record in records), Counter[str]())
-        seconds = sum(record.seconds for record in records) / plan_.stage.num_workers()  # they work at the same time
+        seconds, workers = sum(record.seconds for record in records), plan_.stage.num_workers()
+        at_once = seconds / max(1, min(workers, len(records)))  # they worked at the same time
         left = len(plan_.todo) + plan_.waiting
         table.append(
             {
@@ -287,8 +286,8 @@ def status(run: Path) -> list[dict[str, object]]:
                 "shards_done": len(records),
                 "shards_left": left,
                 "rows": dict(rows),
-                "rows_per_s": round(rows.total() / seconds, 1) if seconds else None,
-                "eta_s": round(left * seconds / len(records)) if records else None,
+                "rows_per_s": round(rows.total() / at_once, 1) if at_once else None,
+                "eta_s": round(-(-left // workers) * seconds / len(records)) if records else None,
                 "failed": {path.stem: "".join(read_lines(path)[:1]) for path in sorted((run / name).glob("*.failed")) if path.stem not in plan_.done},
             }
         )

@@ -11,6 +11,8 @@ import codecs
 import difflib
 import hashlib
 import json
+import re
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from builder.core import Count, Json, Record, Stage, Status, Task, Work, from_json, matching, read_file, sha256_file, write_parquet
+from builder.core import Count, Json, Record, Stage, Status, Task, Work, from_json, matching, read_file, sha256_file, sha256_known, write_parquet
 from builder.errors import InputError, ShardError
 from builder.texttable import TextTable
 from builder.urls import as_fetched
@@ -79,7 +81,7 @@ class Source(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "yarl")
     paths: ClassVar[tuple[str, ...]] = ("files", "subset")
 
-    files: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    files: str
     layout: str = "auto"
     url_column: str | None = None
     caption_column: str | None = None
@@ -96,7 +98,7 @@ class Source(Stage):
         settings |= {"delimiter": self.delimiter} if self.delimiter else {}
         if self.subset and not Path(self.subset).is_file():
             raise InputError(f"there is no subset {self.subset}", "make one: recap select PLACE STRATEGY --out FOLDER")
-        return settings | ({"subset": sha256_file(Path(self.subset))} if self.subset else {})
+        return settings | ({"subset": sha256_known(Path(self.subset))} if self.subset else {})
 
     def has_survey(self) -> bool:
         return True
@@ -149,21 +151,25 @@ class Source(Stage):
         return total if self.limit is None else min(total, self.limit)
 
     def text_table(self, name: str, fs: fsspec.AbstractFileSystem, path: str) -> TextTable:
-        known = {theirs for layout in LAYOUTS.values() for theirs in layout.values()} | {self.url_column, self.caption_column, self.uid_column}
+        known = {theirs for layout in LAYOUTS.values() for theirs in layout.values()}
+        given = {*filter(None, (self.url_column, self.caption_column, self.uid_column))}
         numbered = bool(self.url_column) or self.layout == "cc3m"
-        return TextTable(name, fs, path, self.encoding, self.delimiter, frozenset(filter(None, known)), numbered)
+        asked = given or ({*LAYOUTS["cc3m"].values()} if numbered else set())
+        headless = asked if all(re.fullmatch(r"column\d+", column) for column in asked) else set()
+        return TextTable(name, fs, path, self.encoding, self.delimiter, frozenset(known | given), numbered, frozenset(headless))
 
     def find(self) -> list[tuple[str, fsspec.AbstractFileSystem, str]]:
         """Name below the folder, file system and path of each file, in the order of the names."""
+        where = "name a folder, a glob in quotes or a file: metadata='path/*.parquet'"
+        if not self.files or "\0" in self.files:
+            raise InputError("source.files, the metadata, names no file", where)
         try:
             fs, path = fsspec.core.url_to_fs(self.files)
             found = [p for p in matching(fs, path) if _ending(p)]
         except (ImportError, ValueError, OSError) as error:
-            raise InputError(
-                f"{self.files} cannot be looked at: {_line(error)}", "name a folder, a glob in quotes or a file: metadata='path/*.parquet'"
-            ) from error
+            raise InputError(f"{self.files} cannot be looked at: {_line(error)}", where) from error
         if not found:
-            raise InputError(f"no parquet, csv or tsv file at {self.files}", "name a folder, a glob in quotes or a file: metadata='path/*.parquet'")
+            raise InputError(f"no parquet, csv or tsv file at {self.files}", where)
         root = _common_folder(found)
         return [(p[len(root) :].lstrip("/"), fs, p) for p in sorted(found)]
 
@@ -213,7 +219,7 @@ class Source(Stage):
                 parts.append(self.read(name, fs, path, start, stop))
             table = pa.concat_tables(parts)
             if subset is not None:
-                table = table.filter(_in_subset(table["uid"], subset))
+                table = table.filter(_in_subset(name, table["uid"], subset))
             number = len(table)
             table = table.append_column("shard", pa.array([int(task.name)] * number, pa.int32()))
             table = table.append_column("row", pa.array(range(number), pa.int32()))
@@ -241,11 +247,13 @@ class Source(Stage):
         closest = min(layouts.values(), key=lambda layout: len({theirs.lower() for theirs in layout.values()} - set(lower)))
         missing = {ours: theirs for ours, theirs in closest.items() if theirs not in found and ours in NEEDED}
         near = {ours: difflib.get_close_matches(theirs.lower(), lower, 1) for ours, theirs in missing.items()}
-        meant = [f"{SETTING[ours]}={lower[names[0]]}" for ours, names in near.items() if names]
+        meant = [f"source.{SETTING[ours]}={shlex.quote(lower[names[0]])}" for ours, names in near.items() if names]
         shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if found[20:] else "")
         raise InputError(
             f"{name}: no column {' and no column '.join(repr(theirs) for theirs in missing.values())}; found: {shown}",
-            f"did you mean {' '.join(meant)}?" if meant else "name yours: url_column=... caption_column=... (and uid_column=... if there is one)",
+            f"did you mean {' '.join(meant)}?"
+            if meant
+            else "name yours: source.url_column=... source.caption_column=... (and source.uid_column=... if there is one)",
         )
 
     def read(self, name: str, fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int) -> pa.Table:
@@ -427,8 +435,15 @@ def _subset(path: str) -> np.ndarray[Any, Any]:
     return found
 
 
-def _in_subset(uids: pa.ChunkedArray, subset: np.ndarray[Any, Any]) -> pa.Array:
-    """Which uids are in a sorted subset."""
+def _in_subset(name: str, uids: pa.ChunkedArray, subset: np.ndarray[Any, Any]) -> pa.Array:
+    """Which uids are in a sorted subset.
+
+    Raises:
+        ShardError: a uid is none of DataComp's.
+    """
+    strange = pc.invert(pc.fill_null(pc.match_substring_regex(uids, "^[0-9a-fA-F]{32}$"), False))
+    if (found := uids.filter(strange)) and len(found):
+        raise ShardError(f"{name}: uid {found[0].as_py()!r:.60} is not 32 hexadecimal digits, as those that a subset names")
     keys = np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids.to_pylist()], subset.dtype)
     places = np.searchsorted(subset, keys)
     return pa.array([place < len(subset) and subset[place] == key for place, key in zip(places, keys, strict=True)], pa.bool_())

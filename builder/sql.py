@@ -5,10 +5,13 @@ Every connection spills into a private folder that goes with it, and neither ins
 
 from __future__ import annotations
 
+import fcntl
 import glob
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,18 +26,58 @@ READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", "
 @contextmanager
 def connect(spill: Path | None = None, **config: Any) -> Iterator[duckdb.DuckDBPyConnection]:
     """DuckDB with `config`. What does not fit its memory goes into a folder in `spill`, or the system's for temporary files."""
-    with tempfile.TemporaryDirectory(prefix=".duckdb-", dir=spill) as folder:
+    with _private_folder(spill) as folder:
         closed: dict[str, Any] = {
             "autoinstall_known_extensions": False, "autoload_known_extensions": False, "allow_community_extensions": False,
             "custom_extension_repository": folder, "extension_directory": folder,
         }  # fmt: skip
-        with duckdb.connect(config={"temp_directory": folder, **closed, **config}) as con:
-            con.execute("set lock_configuration = true")
-            yield con
+        try:
+            with duckdb.connect(config={"temp_directory": folder, **closed, **config}) as con:
+                con.execute("set lock_configuration = true")
+                yield con
+        except RuntimeError as error:
+            if "Query interrupted" in str(error):  # which is all that DuckDB leaves of the exception of a signal's handler
+                raise KeyboardInterrupt from error
+            raise
+
+
+@contextmanager
+def _private_folder(place: Path | None) -> Iterator[str]:
+    """A folder that goes with its process. Those of processes that were killed are nobody's: their locks are free."""
+    place, lock = place or Path(tempfile.gettempdir()), None
+    for leftover in place.glob(".duckdb-recap-*"):
+        if (free := _locked(leftover)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(free)
+    while lock is None:  # again, should another process take it for a leftover before it is locked
+        folder = tempfile.mkdtemp(prefix=".duckdb-recap-", dir=place)
+        lock = _locked(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: str | PathLike[str]) -> int | None:
+    """A descriptor with the folder's lock; None if somebody else has it, or the folder is gone."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
+        os.close(descriptor)
+    return None
 
 
 def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def absolute(path: str | PathLike[str]) -> str:
+    """A local path that DuckDB takes as it is: `~` and `file:` at the beginning of a relative one mean something to it."""
+    return str(path) if "://" in str(path) else os.path.abspath(path)
 
 
 def literal(text: str | PathLike[str]) -> str:
@@ -47,6 +90,6 @@ def table(paths: str | PathLike[str] | Iterable[str | PathLike[str]], **options:
     reader = next(reader for kind, reader in READERS.items() if names[0].lower().endswith(kind))
     for name in (name for name in names if "\\" in name and glob.has_magic(name)):  # DuckDB has no way to write that
         raise InputError(f"{name}: a backslash beside one of *?[ in a path cannot be read", "give the file or its folder another name")
-    listed = ", ".join(literal(glob.escape(name)) for name in names)
+    listed = ", ".join(literal(glob.escape(absolute(name))) for name in names)
     settings = "".join(f", {key} = {value}" for key, value in {"hive_partitioning": "false", **options}.items())
     return f"{reader}([{listed}]{settings})"

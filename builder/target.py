@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from builder.commit import lock, sync
 from builder.core import Name, Recipe, from_json, sha256_file
-from builder.errors import DamagedError, InputError, VersionError, command
+from builder.errors import DamagedError, InputError, MovedError, VersionError, command
 
 HUB = "hf://datasets/"
 MANIFEST = "manifest.json"
@@ -68,6 +68,14 @@ class Staged:
     folder: Path
     version: str
     manifest: dict[str, Any]
+    beside: list[str] | None = None  # versions whose tombstones it obeys: all that the target had
+
+    def check_beside(self, versions: list[str]) -> None:
+        """Raises:
+        MovedError: the target has got another version since, which may have removed rows.
+        """
+        if self.beside is not None and (come := [version for version in versions if version not in self.beside]):
+            raise MovedError(f"version {come[-1]} was published while {self.version} was put together", "type the same command again")
 
     @property
     def tag(self) -> str:
@@ -137,6 +145,8 @@ def target_of(text: str) -> Target:
 def version_files(place: str) -> tuple[AbstractFileSystem, str]:
     """File system and root of `TARGET@v1.2.0`, of the newest version of a target, or of a version's own folder."""
     text, version = split(place)
+    if not text.strip():
+        raise InputError("the place has no name", f"name a run, a folder of versions, or {HUB}user/name")
     if version is None and Path(text, MANIFEST).exists():
         return LocalFileSystem(), os.path.abspath(text)
     target = target_of(text)
@@ -169,7 +179,11 @@ def open_version(place: str) -> Version:
     Raises:
         InputError: there is none, or its manifest or its recipe is not what a version has.
     """
-    fs, root = version_files(place)
+    return opened(*version_files(place))
+
+
+def opened(fs: AbstractFileSystem, root: str) -> Version:
+    """The version that lies at `root`. Raises as `open_version`."""
     recipe = Recipe.from_json(content(fs, root, "recipe.json"), f"{root}/recipe.json")
     return Version(fs, root, manifest_of(fs, root), recipe)
 
@@ -189,11 +203,11 @@ def content(fs: AbstractFileSystem, root: str, name: str) -> bytes:
     """
     if isinstance(fs, LocalFileSystem) and not is_inside(root, name):
         reason = "is no regular file of this folder" if os.path.lexists(f"{root}/{name}") else "is missing"
-        raise InputError(f"{root}/{name} {reason}", "publish the run again, under a new version")
+        raise InputError(f"{root}/{name} {reason}", "get it from a copy, or delete what is left of that version")
     try:
         read: bytes = fs.cat_file(f"{root}/{name}")
     except FileNotFoundError as error:
-        raise InputError(f"{root}/{name} is missing", "publish the run again, under a new version") from error
+        raise InputError(f"{root}/{name} is missing", "get it from a copy, or delete what is left of that version") from error
     return read
 
 
@@ -231,14 +245,14 @@ class Folder:
         self.path = path
 
     def versions(self) -> list[str]:
-        names = [path.name[1:] for path in self.path.glob("v*.*.*") if VERSION.fullmatch(path.name[1:])]
+        names = [path.name[1:] for path in self.path.glob("v*.*.*") if VERSION.fullmatch(path.name[1:]) and path.is_dir()]
         return sorted(names, key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
         return LocalFileSystem(), os.path.abspath(self.path / f"v{version}")
 
     def how_to_delete(self, version: str) -> str:
-        return command("rm", "-r", self.path / f"v{version}")
+        return command("rm", "-rf", self.path / f"v{version}")  # its files are read-only
 
     def publish(self, staged: Staged, *, dry_run: bool = False, rebase: bool = False) -> Published:
         """Raises:
@@ -260,18 +274,20 @@ class Folder:
             if dry_run:
                 size = sum(size for _, size in staged.promised().values())
                 return Published(str(final), rows, False, plan={"files": len(staged.promised()), "bytes": size})
+            staged.check_beside(self.versions())
+            if (latest := self.path / "latest").exists() and not latest.is_symlink():
+                raise InputError(f"{latest} is there, and no link to a version", "move it away: it is where the newest version is found")
             staging = self.path / f".staging-{staged.tag}"
             held = {} if all((staged.folder / name).exists() for name in staged.files) else self._held()
             for name, (sha256, size) in staged.promised().items():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                source = staged.folder / name if (staged.folder / name).exists() else held.get(sha256)
-                if source is None:
+                copies = [staged.folder / name] if (staged.folder / name).exists() else held.get(sha256, [])
+                if not any(_link_if_whole(copy, staging / name, sha256, size) for copy in copies):
+                    if copies:
+                        raise DamagedError(f"{copies[0]} is not what the manifest says: it was changed", "get it from a copy, or make it again")
                     raise DamagedError(
                         f"no version in {self.path} holds {name} any more", f"see what is left: {command('recap', 'verify', self.path)}"
                     )
-                link(source, staging / name)
-                if sha256_file(staging / name) != sha256 or (staging / name).stat().st_size != size:
-                    raise DamagedError(f"{source} is not what the manifest says: it was changed", "get it from a copy, or make it again")
             for path in sorted(staging.rglob("*"), reverse=True):
                 if path.is_file():
                     path.chmod(0o444)
@@ -287,14 +303,21 @@ class Folder:
         os.replace(part, self.path / "latest")
         sync(self.path)
 
-    def _held(self) -> dict[str, Path]:
-        """sha256 -> file, of what the versions hold."""
-        held: dict[str, Path] = {}
-        for version in self.versions():
+    def _held(self) -> dict[str, list[Path]]:
+        """sha256 -> files that ought to have it, of what the versions hold, newest first."""
+        held: dict[str, list[Path]] = {}
+        for version in reversed(self.versions()):
             fs, root = self.files(version)
-            files = manifest_of(fs, root)["files"]
-            held |= {file["sha256"]: Path(root, name) for name, file in files.items() if is_inside(root, name)}
+            for name, file in manifest_of(fs, root)["files"].items():
+                if is_inside(root, name):
+                    held.setdefault(file["sha256"], []).append(Path(root, name))
         return held
+
+
+def _link_if_whole(source: Path, target: Path, sha256: str, size: int) -> bool:
+    target.unlink(missing_ok=True)
+    link(source, target)
+    return target.stat().st_size == size and sha256_file(target) == sha256
 
 
 def link(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import io
 import itertools
 import re
@@ -29,7 +30,10 @@ BATCH_ROWS = 10_000
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table's file and how to read it. `known` are names that a header may have; `numbered`: without one, columns are column0 and so on."""
+    """A table's file and how to read it. `known` are names that a header may have.
+
+    `numbered`: without one, columns are column0 and so on. `headless`: these are asked for; unless the first line has one of them, it is a row.
+    """
 
     name: str
     fs: AbstractFileSystem
@@ -38,6 +42,7 @@ class TextTable:
     delimiter: str | None = None
     known: frozenset[str] = frozenset()
     numbered: bool = False
+    headless: frozenset[str] = frozenset()
 
     @contextmanager
     def open(self) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
@@ -68,6 +73,8 @@ class TextTable:
             raise InputError(f"{self.name} is not {self.encoding}; it looks like {looks}", f"if so, say it: source.encoding={looks}") from None
         except (OSError, EOFError, zlib.error) as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise  # what it is written to
             raise InputError(f"{self.name} cannot be read: {said}", "get the file again, then type the same command again") from error
 
     def to_parquet(self, target: str) -> None:
@@ -111,7 +118,10 @@ class TextTable:
         """
         if self.path.lower().endswith((".tsv", ".tsv.gz")):
             return {"delimiter": self.delimiter or "\t", "quoting": csv.QUOTE_NONE}
-        parted = {mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), []) for mark in self.delimiter or ",;\t|"}
+        try:
+            parted = {mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), []) for mark in self.delimiter or ",;\t|"}
+        except csv.Error as error:
+            raise InputError(f"{self.name}, line 1: {error}", "mend that line, or give the table as parquet") from error
         if header := next((mark for mark, cells in parted.items() if self.known & set(cells)), None):
             return {"delimiter": header}
         with_url = [mark for mark, cells in parted.items() if len(cells) > 1 and any(map(_is_url, cells))]
@@ -124,6 +134,8 @@ class TextTable:
 
     def _header(self, first: list[str]) -> list[str]:
         """The names in the first line; none where it is a row already: a URL is no column's name."""
+        if self.headless and not self.headless & set(first):
+            return []
         if not self.known & set(first) and any(map(_is_url, first)):
             return []
         if twice := next((column for column in first if first.count(column) > 1), None):

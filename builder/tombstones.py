@@ -49,17 +49,20 @@ def table(values: Mapping[str, Iterable[str]]) -> pa.Table:
     Raises:
         InputError: a value names nothing.
     """
-    marks = sorted({(kind, mark(kind, value)) for kind, named in values.items() for value in named})
-    return pa.table([[kind for kind, _ in marks], [hashed for _, hashed in marks]], SCHEMA)
+    found = sorted({(kind, mark) for kind, named in values.items() for value in named for mark in marks(kind, value)})
+    return pa.table([[kind for kind, _ in found], [mark for _, mark in found]], SCHEMA)
 
 
-def mark(kind: str, value: str) -> str:
-    """What stands for a value: uids and hashes in lower case, URLs and domains as they are fetched."""
-    one_form: dict[str, Callable[[str], str]] = {"url": lambda url: as_fetched(url)[0], "domain": domain}
-    meant = one_form.get(kind, _lower)(value)
-    if not meant:
+def marks(kind: str, value: str) -> set[str]:
+    """What stands for a value: uids and hashes in lower case, domains as they are fetched, URLs so and as they are given.
+
+    The latter for versions of before 2026-11-24, whose URLs are as they were found.
+    """
+    forms: dict[str, Callable[[str], list[str]]] = {"url": lambda url: [as_fetched(url)[0], url], "domain": lambda name: [domain(name)]}
+    meant = forms[kind](value) if kind in forms else [_lower(value)]
+    if not all(meant):
         raise InputError(f"{value!r} is no {kind}", "take it out of the file")
-    return hashlib.sha256(f"{kind}:{meant}".encode("utf-8", "replace")).hexdigest()
+    return {hashlib.sha256(f"{kind}:{form}".encode("utf-8", "replace")).hexdigest() for form in meant}
 
 
 def _lower(text: str) -> str:

@@ -37,6 +37,7 @@ def as_fetched(found: str) -> tuple[str, str | None]:
 def domain(named: str) -> str:
     """The host, or its end, that somebody names, in the form that it has in a fetched URL."""
     text = named.strip(_EDGES).removeprefix("*.")
-    url, error = as_fetched(text if "://" in text else f"http://{text}")
+    address = f"[{text}]" if text.count(":") > 1 and "[" not in text and "://" not in text else text
+    url, error = as_fetched(address if "://" in address else f"http://{address}")
     host = text.lower() if error else yarl.URL(url).raw_host or ""
-    return f"[{host}]" if ":" in host else host.strip(".")
+    return "" if "/" in host or "*" in host else f"[{host}]" if ":" in host and "[" not in host else host.strip(".")

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
     if named not in versions if named else not older:
         raise InputError(f"{text} has no version {named or f'older than {version}'}", f"its versions: {', '.join(versions) or 'none'}")
     base = open_version(f"{text}@v{named or older[-1]}")
-    before = tombstones.of_target(where, version)
+    before = tombstones.of_target(where, version)  # of `versions`, or of more
     removed = tombstones.merged(before, tombstones.table(values))
     _hold_against_manifest(base, [name for name in base.manifest["files"] if base.is_local or not name.startswith(OURS)])
     with tempfile.TemporaryDirectory(prefix="recap-remove-") as folder, telling_of_a_full_disk(folder):
@@ -137,7 +137,7 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
                     if path
                     else Shard(None, file["sha256"], file["bytes"], file["rows"])
                 )
-        found = views.version_parts(base.fs, base.root)
+        found = views.version_parts(base)
         here = {f"{base.root}/{name}": str(path) for name, path in rewritten.items()}
         published, ledger = ([here.get(base.fs._strip_protocol(path), path) for path in paths] for paths in (found.published, found.ledger))
         found = views.Parts(published, ledger, found.filesystem)
@@ -150,8 +150,9 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
         staged = put_together(Path(folder) / "version", base.recipe, version, shards, preview, found, removed, made)
         check(staged, found, removed)
         matched_nothing = {
-            kind: [value for value in dict.fromkeys(of_kind) if tombstones.mark(kind, value) not in marks] for kind, of_kind in values.items()
+            kind: [value for value in dict.fromkeys(of_kind) if not marks & tombstones.marks(kind, value)] for kind, of_kind in values.items()
         }
+        staged = replace(staged, beside=versions)
         return Removed(where.publish(staged, dry_run=dry_run, rebase=rebase), rows, ledger_rows, matched_nothing)
 
 
@@ -171,7 +172,7 @@ def _hold_against_manifest(version: Version, names: Iterable[str]) -> None:
 
 def _rewrite(version: Version, folder: Path, removed: pa.Table) -> tuple[dict[str, Path], int, int, set[str]]:
     """Shards that hold a row to remove, without it; published rows and further rows of the ledger that go; the marks that named one."""
-    found = views.version_parts(version.fs, version.root)
+    found = views.version_parts(version)
     schemas = {"data": schema(captions_of(version.recipe)), "ledger": LEDGER}
     rewritten: dict[str, Path] = {}
     with views.connect(found) as con:
@@ -213,16 +214,13 @@ def check_card(place: str) -> list[str]:
     fs, root, recipe, manifest = version.fs, version.root, version.recipe, version.manifest
     stored = from_json(dict[str, dict[str, Any]], version.read("stats.json"), what=f"{root}/stats.json")
     readme, json_ld = (version.read(name).decode("utf-8", "replace") for name in ("README.md", "croissant.json"))
-    found = views.version_parts(fs, root)
+    found = views.version_parts(version)
     problems = []
     with views.connect(found) as con:
         for name, view in (("train", "published"), ("ledger", "ledger")):
             ((number,),) = con.sql(f"select count(*) from {view}").fetchall()
             if number != manifest["rows"][name]:
                 problems.append(f"{view} has {number:,} rows, the manifest says {manifest['rows'][name]:,}")
-        columns = [name for name, *_ in con.sql("describe published").fetchall()]
-        if columns != schema(captions_of(recipe)).names:
-            return [*problems, f"the columns are {', '.join(columns)}; the card describes {', '.join(schema(captions_of(recipe)).names)}"]
         sample = con.sql("from published limit 1").to_arrow_table().to_pylist()
     try:
         number = pq.read_metadata(pa.BufferReader(version.read(PREVIEW))).num_rows

@@ -40,8 +40,8 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
     tokenizer = next((row["tokenizer"] for row in of(report, "tokens")), "none")
     parts = [
         f"---\n{_front(recipe, manifest, columns(select.captions)).to_yaml().strip()}\n---",
-        f"# {recipe.title}, {f'version {version}' if version else 'not published yet'}",
-        f"{recipe.description} {rows['train']:,} rows.",
+        f"# {_one_line(recipe.title)}, {f'version {version}' if version else 'not published yet'}",
+        f"{_one_line(recipe.description)} {rows['train']:,} rows.",
         "One row:",
         _code(sample),
         "## Original against recaption",
@@ -81,7 +81,7 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
         f"{_licence(recipe)} The images belong to their owners and are not part of this data set.",
         _source(recipe.source),
         "## Citing",
-        f"Name {recipe.title}, {f'version {version}, ' if version else ''}and: What If We Recaption Billions of Web Images with "
+        f"Name {_one_line(recipe.title)}, {f'version {version}, ' if version else ''}and: What If We Recaption Billions of Web Images with "
         f"LLaMA-3? (arXiv 2406.08478).{_citation(recipe.source)}",
         "## Removal",
         "To have a row removed, open a discussion here with its uid, its URL or the sha256 of the image. A new version goes without it, and none "
@@ -150,7 +150,12 @@ def _licence(recipe: Recipe) -> str:
     return {
         "unknown": "The recipe states no licence for captions and metadata: `license=...` does.",
         "other": "Captions and metadata: under terms of their own, none of the Hub's licences.",
-    }.get(recipe.license, f"Captions and metadata: {recipe.license}.")
+    }.get(recipe.license, f"Captions and metadata: {_one_line(recipe.license)}.")
+
+
+def _one_line(text: str) -> str:
+    """A recipe's text in a sentence or a heading: no line of it can begin another."""
+    return " ".join(text.split())
 
 
 def _source(source: SourceSet | None) -> str:
@@ -161,11 +166,11 @@ def _source(source: SourceSet | None) -> str:
         )
     terms = {"unknown": "it states no licence", "other": "under terms of its own"}
     name = f"{source.name}, <{source.url}>" if source.url else source.name
-    return f"URLs and alt text come from {name}: {terms.get(source.license, source.license)}."
+    return _one_line(f"URLs and alt text come from {name}: {terms.get(source.license, source.license)}.")
 
 
 def _citation(source: SourceSet | None) -> str:
-    return f" The source set: {source.citation}." if source and source.citation else ""
+    return f" The source set: {_one_line(source.citation)}." if source and source.citation else ""
 
 
 def license_link(recipe: Recipe) -> str | None:

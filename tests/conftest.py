@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yarl
@@ -31,6 +34,8 @@ _connections, _survived = SESSION / "connections", SESSION / "survived"
 os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT), str(ROOT / "tests")])
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: threads of two engines would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SOURCE_DATE_EPOCH", str(int(time.time())))  # one day for all builds of a session
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 _spec = importlib.util.spec_from_file_location("guard", GUARD / "sitecustomize.py")
@@ -91,6 +96,30 @@ def demo_run() -> Path:
             done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
             (run.parent / "stdout.txt").write_text(done.stdout)
     return run
+
+
+def a_version(folder: Path, data: pa.Table, ledger: pa.Table, captions: tuple[str, ...] = (), **about: str) -> Path:
+    """A published version as far as it is read: its rows, with null in the columns that `data` lacks, its ledger, recipe and manifest."""
+    from builder.caption import Caption, CaptionSpec
+    from builder.core import Recipe, write_parquet
+    from builder.select import LEDGER, Select, schema
+
+    whole = schema(captions)
+    data = pa.table({f.name: data[f.name].cast(f.type) if f.name in data.column_names else pa.nulls(len(data), f.type) for f in whole})
+    files = {}
+    for kind, table in (("data", data), ("ledger", ledger.cast(LEDGER))):
+        path = folder / kind / "train-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True)
+        write_parquet(table, path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        files[str(path.relative_to(folder))] = {"sha256": sha256, "bytes": path.stat().st_size, "rows": table.num_rows}
+    specs = tuple(CaptionSpec(name=name) for name in ("re_caption", *captions))
+    stages = (Caption(model="no/model@0", specs=specs), Select(captions=captions))
+    (folder / "recipe.json").write_text(Recipe("tiny", stages, **about).to_json())
+    none = {"train": 0, "preview": 0, "ledger": 0}
+    manifest = {"name": "tiny", "version": "1.2.3", "rows": none, "bytes": none, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @contextmanager

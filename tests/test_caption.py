@@ -87,6 +87,35 @@ def test_captions_do_not_depend_on_the_batch(engine: Engine) -> None:
     assert together == few
 
 
+def test_no_row_is_left_when_all_in_flight_end_in_one_step(engine: Engine) -> None:
+    """One at a time they always do."""
+    scenes = held_out(4)
+    engine.in_flight = 1
+    found = dict(engine.captions(requests(scenes)))
+    engine.in_flight = SETTINGS.in_flight
+    assert sorted(found) == ["0", "1", "2", "3"]
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(engine: Engine) -> None:
+    """Of a template that leaves it to the tokenizer, too, and once."""
+    picture, first = Image.new("RGB", (8, 8)), engine.tokenizer.bos_token_id
+    whole = engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"]
+    assert whole.count(first) == 1
+    template, engine.begins = engine.prompts["re_caption"], [first]
+    engine.prompts["re_caption"] = template.removeprefix("<|begin_of_text|>")
+    without = engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"]
+    engine.prompts["re_caption"] = template
+    assert without == whole
+
+
+def test_braces_of_a_chat_template_are_no_placeholders(engine: Engine) -> None:
+    template = engine.prompts["re_caption"]
+    engine.prompts["re_caption"] = f"On {{date}}, {{url}}: {template}"
+    ids = engine.prompt(RECAPTION_V1, Image.new("RGB", (8, 8)), {"url": "http://h/"})[0]["prompt_token_ids"]
+    engine.prompts["re_caption"] = template
+    assert "{date}, {url}:" in engine.tokenizer.decode(ids)
+
+
 def test_a_picture_that_cannot_be_decoded_is_a_row_not_an_exception(engine: Engine) -> None:
     bad = [(f"bad {k}", b"no picture", {}) for k in range(2 * engine.in_flight)]
     found = dict(engine.captions(iter([*bad, *requests(held_out(1))])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,4 +139,7 @@ def test_a_tombstone_names_rows_however_they_are_written(tmp_path: Path, named: 
 def test_a_version_without_tombstones_has_none(tmp_path: Path) -> None:
     """As published before there were any: the next version goes on top of it."""
     (tmp_path / "v0.1.0").mkdir()
+    none = {"train": 0, "preview": 0, "ledger": 0}
+    manifest = {"name": "old", "version": "0.1.0", "rows": none, "bytes": none, "files": {}}
+    (tmp_path / "v0.1.0" / "manifest.json").write_text(json.dumps(manifest))
     assert tombstones.of_target(Folder(tmp_path), "0.2.0").num_rows == 0

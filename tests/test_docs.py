@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import click
 import pytest
@@ -25,21 +26,47 @@ def test_every_command_has_help_and_stands_in_the_readme(name: str) -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    assert set(re.findall(r"\brecap ([a-z]+)", README)) <= set(main.commands) | {"build"}
+    named = set(re.findall(r"\brecap ([a-z]+)", README))
+    assert named - set(main.commands) == set()
+
+
+FOLDERS = ("builder", "analysis", "cards", "recipes", "tests", "benchmarks")
 
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:
-    for path in [*(ROOT / "builder").glob("*.py"), *(ROOT / "analysis").glob("*.py"), *(ROOT / "cards").glob("*.py")]:
-        assert path.name in README or path.name == "__init__.py", path
+    """Every module stands under its folder, and whatever stands there is there."""
+    tree = next(block for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S) if block.startswith("builder/"))
+    folder, listed = "", dict[str, set[str]]()
+    for line in tree.splitlines():
+        if head := re.match(r"(\w+)/ ", line):
+            folder = head[1]
+        names = re.findall(r"(?<![\w*/.])[\w/]+\.(?:py|sql)\b|(?<![\w*/.])\w+/(?=\s)", line[len(folder) + 2 :] if head else line)
+        listed.setdefault(folder, set()).update(names)
+    assert set(listed) == set(FOLDERS)
+    for name, there in listed.items():
+        assert [each for each in there if not (ROOT / name / each).exists()] == [], name
+    for name in ("builder", "analysis", "cards", "recipes"):
+        assert {path.name for path in (ROOT / name).glob("*.py")} - {"__init__.py"} - listed[name] == set(), name
+
+
+DOCUMENTS = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", ".uv", "node_modules"} & set(path.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_names_is_there(document: Path) -> None:
+    """Files in backquotes and targets of links, and no place that was left open."""
+    text = document.read_text(encoding="utf-8")
+    files = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link and not link.startswith("#")]
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    assert [name for name in links if not (document.parent / name.partition("#")[0]).exists()] == []
+    assert re.findall(r"@@|\?\?\?|\b(?:TODO|TBD|FIXME|XXX)\b|\bN(?:\.N)+\b", text) == []
 
 
 def test_every_status_is_explained() -> None:
-    assert [status for status in Status if f"`{status}`" not in README] == []
-
-
-def test_no_placeholder_is_left_in_the_documents() -> None:
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")]:
-        assert "@@" not in path.read_text(encoding="utf-8"), path
+    listed = re.search(r"a `status` from a closed list:(.*?)\. ", " ".join(README.split()))
+    assert listed
+    assert re.findall(r"`(\w+)`", listed[1]) == list(Status)
 
 
 @pytest.mark.parametrize(

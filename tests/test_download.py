@@ -31,7 +31,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import builder.network
 from builder import source
-from builder.core import Status, Task, sha256_file, write_parquet
+from builder.core import Recipe, Status, Task, sha256_file, write_parquet
 from builder.dedup import Dedup
 from builder.download import SCHEMA, Download, _Fetcher
 from builder.errors import InputError
@@ -460,6 +460,7 @@ def test_what_is_this_machine_s_is_neither_in_the_key_nor_published() -> None:
     here = Download(nameservers=("127.0.0.1:53",), accept_failures=True)
     assert here.settings() == Download().settings()
     assert here.portable() == Download(accept_failures=True)
+    assert "accept_failures" not in Recipe("r", (here,)).to_json()  # the next build of RUN/recipe.json does not go on so
 
 
 # --- an outage of this machine -----------------------------------------------------------------------------

@@ -479,7 +479,7 @@ def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(
     assert "Traceback" not in done.stderr
     reasons = dict(line.removeprefix("failed: ").split(": ", 1) for line in done.stderr.splitlines() if line.startswith("failed: "))
     assert sorted(reasons) == ["fragile/00001", "fragile/00002"]
-    assert "worker process died" in reasons["fragile/00001"]
+    assert "worker process was killed by signal 9" in reasons["fragile/00001"]
     assert reasons["fragile/00002"] == "ValueError: there is no such colour"
     folder = tmp_path / "run" / "fragile"
     assert {f"fragile/{path.stem}": path.read_text().strip() for path in folder.glob("*.failed")} == reasons
@@ -518,13 +518,21 @@ def test_a_worker_that_raised_is_not_used_again(users_file: Path, tmp_path: Path
     assert attempts(tmp_path) == {"00000": 3, "00001": 1, "00002": 3, "00003": 1}
 
 
-@pytest.mark.parametrize(("first", "says"), [("not open", "model.safetensors is cut off"), ("die opening", "worker process died")])
+@pytest.mark.parametrize(("first", "says"), [("not open", "model.safetensors is cut off"), ("die opening", "worker process was killed by signal 9")])
 def test_a_stage_that_cannot_be_opened_is_tried_once_and_ends_the_build(users_file: Path, tmp_path: Path, first: str, says: str) -> None:
     three = fragile(users_file, tmp_path, first, "work", "work")
     with pytest.raises(InputError, match=rf"stage fragile cannot start.*{says}"):
         build(three, tmp_path / "run", executor=local_after_source)
     assert (tmp_path / "openings").read_text() == "x"
     assert not attempts(tmp_path)
+
+
+def _status_with_workers(run: Path, workers: int) -> list[dict[str, object]]:
+    recipe = json.loads((run / "recipe.json").read_text())
+    for stage in recipe["stages"]:
+        stage |= {"workers": workers} if "workers" in stage else {}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    return status(run)
 
 
 def test_rate_and_time_left_are_those_of_all_workers(users_file: Path, tmp_path: Path) -> None:
@@ -535,6 +543,9 @@ def test_rate_and_time_left_are_those_of_all_workers(users_file: Path, tmp_path:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 10.0}))
     row = status(tmp_path / "run")[1]
     assert (row["rows_per_s"], row["eta_s"]) == (0.2, 10)  # a row in 10 s from each of two; two more at once
+    for row in map(dict, _status_with_workers(tmp_path / "run", 8)):
+        if row["stage"] == "fragile":
+            assert (row["rows_per_s"], row["eta_s"]) == (0.2, 10)  # no more than two have worked, or will
 
 
 def test_a_worker_that_dies_does_not_fail_the_shard_next_to_it(users_file: Path, tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import regex
-from conftest import CAPTIONER, recap
+from conftest import CAPTIONER, a_version, recap
 from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Tokenizer
 
 from analysis import report, select, tokens, views
 from analysis.diff import diff_columns
 from analysis.report import Options
-from builder.core import Status, write_parquet
+from builder.core import Status
 from builder.errors import InputError
 from builder.select import LEDGER, SCHEMA
 
@@ -62,11 +62,7 @@ def table(path: Path, **columns: Any) -> Path:
 
 def version(folder: Path, rows: Sequence[Row], ledger: Sequence[Row] = ({"uid": "0", "url": "http://h.example/0", "status": "ok"},)) -> Path:
     """A published version with these rows and this ledger."""
-    for name, some, schema in (("data", rows, SCHEMA), ("ledger", ledger, LEDGER)):
-        (folder / name).mkdir(parents=True)
-        write_parquet(pa.Table.from_pylist(list(some), schema), folder / name / "train-00000.parquet")
-    (folder / "manifest.json").write_text("{}")
-    return folder
+    return a_version(folder, pa.Table.from_pylist(list(rows), SCHEMA), pa.Table.from_pylist(list(ledger), LEDGER))
 
 
 # --- worked out by hand: any captions ---------------------------------------------------------------------------------
@@ -1071,6 +1067,7 @@ def bad(name: str, at: Path) -> Bad:
             (at / "c.tsv").write_text(f"Word\tConc.M\ncat\t4.9\n{line}\n")
             return Bad(good, rf"c\.tsv, line 3: '{line}' is no word, tab, number\n  \S", ("--concreteness", str(at / "c.tsv")))
         case "no tokenizer":
+            (at / "words.txt").write_text("cat\n")
             return Bad(good, r"words\.txt is no tokenizer: .*\n  give a model's tokenizer\.json", ("--tokenizer", str(at / "words.txt")))
         case "no vocabulary":
             return Bad(good, r"words\.txt cannot be read: .*No such file.*\n  \S", ("--vocabulary", str(at / "words.txt")))

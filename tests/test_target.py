@@ -6,17 +6,20 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hub.server import Hub as Server
+from hub.store import flip
 from test_hub import other, server, staged  # noqa: F401
 
 from analysis.diff import diff
 from analysis.views import Parts
 from builder import tombstones
 from builder.core import Recipe, sha256_file, write_parquet
-from builder.errors import InputError, VersionError
+from builder.errors import InputError, MovedError, VersionError
 from builder.publish import Shard, put_together
 from builder.target import MANIFEST, Folder, Staged, split, target_of
 from builder.versions import remove, verify
@@ -60,10 +63,9 @@ def test_versions_come_one_after_the_other_and_never_change(target: str, staged:
 
 def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noqa: F811
     target_of(target).publish(staged)
-    fs, root = target_of(target).files("0.1.0")
     from analysis import views
 
-    with views.connect(views.version_parts(fs, root)) as con:
+    with views.connect(f"{target}@v0.1.0") as con:
         (first, _), (_, sha256) = con.sql("select uid, sha256 from published limit 2").fetchall()
     removal = remove(target, "0.1.1", {"uid": [first], "sha256": [sha256]})
     assert (removal.published.new, removal.rows, removal.ledger_rows, removal.matched_nothing) == (True, 2, 0, {"uid": [], "sha256": []})
@@ -79,10 +81,9 @@ def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noq
 def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str, staged: Staged) -> None:  # noqa: F811
     """A dead link is published with its URL: whoever owns it can have it taken out. What named no row is told."""
     target_of(target).publish(staged)
-    fs, root = target_of(target).files("0.1.0")
     from analysis import views
 
-    with views.connect(views.version_parts(fs, root)) as con:
+    with views.connect(f"{target}@v0.1.0") as con:
         ((dead, url),) = con.sql("select uid, url from ledger where status = 'dead_link' limit 1").fetchall()
     removal = remove(target, "0.1.1", {"url": [url], "domain": ["nowhere.example"]})
     assert (removal.rows, removal.ledger_rows, removal.matched_nothing) == (0, 1, {"url": [], "domain": ["nowhere.example"]})
@@ -94,22 +95,70 @@ def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str
     assert (later.rows, later.ledger_rows, later.matched_nothing) == (0, 0, {"uid": ["0" * 32]})
     assert not remove(target, "0.1.2", {"uid": ["0" * 32]}).published.new
     held = tombstones.of_target(target_of(target), "0.1.3")["mark"].to_pylist()
-    assert {tombstones.mark("domain", "Nowhere.Example."), tombstones.mark("uid", "0" * 32)} <= set(held)
+    assert tombstones.marks("domain", "Nowhere.Example.") | tombstones.marks("uid", "0" * 32) <= set(held)
 
 
-def test_what_was_changed_after_it_was_published_is_not_made_official(target: str, staged: Staged) -> None:  # noqa: F811
+def test_what_was_changed_after_it_was_published_is_not_made_official(staged: Staged, tmp_path: Path) -> None:  # noqa: F811
     """A flipped byte would get a fresh hash otherwise, and a changed uid would escape."""
-    target_of(target).publish(staged)
-    if not target.startswith("hf://"):
-        name = next(name for name in staged.files if name.startswith("data/train"))
-        path = Path(target, "v0.1.0", name)
-        data = bytearray(path.read_bytes())
+    Folder(tmp_path / "out").publish(staged)
+    name = next(name for name in staged.files if name.startswith("data/train"))
+    path = tmp_path / "out" / "v0.1.0" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(VersionError, match=rf"{name} is not what the manifest says"):
+        remove(str(tmp_path / "out"), "0.1.1", {"uid": ["0" * 32]})
+    assert Folder(tmp_path / "out").versions() == ["0.1.0"]
+
+
+def test_what_the_hub_stores_otherwise_is_not_made_official(server: Server, staged: Staged) -> None:  # noqa: F811
+    """Of a version on the Hub, the shards that hold a row to remove are read, and held against the manifest."""
+    place = "hf://datasets/me/demo"
+    target_of(place).publish(staged)
+    name = next(name for name in staged.files if name.startswith("data/train"))
+    uid = pq.read_table(staged.folder / name, columns=["uid"])["uid"][0].as_py()
+    repo = server.repo("me/demo")
+    flip(repo.store.path(repo.at("v0.1.0").files[name]))
+    with pytest.raises(VersionError, match=rf"{name} is not what the manifest says"):
+        remove(place, "0.1.1", {"uid": [uid]})
+    assert target_of(place).versions() == ["0.1.0"]
+
+
+def test_a_version_that_comes_while_another_is_put_together_is_obeyed(staged: Staged, tmp_path: Path) -> None:  # noqa: F811
+    """It may have removed rows."""
+    Folder(tmp_path / "out").publish(staged)
+    second = other(staged, tmp_path / "second", "0.2.0")
+    remove(str(tmp_path / "out"), "0.1.1", {"uid": ["0" * 32]})
+    with pytest.raises(MovedError, match=r"0\.1\.1 was published while 0\.2\.0"):
+        Folder(tmp_path / "out").publish(replace(second, beside=["0.1.0"]))
+    assert Folder(tmp_path / "out").publish(replace(second, beside=["0.1.0", "0.1.1"])).new
+
+
+def test_a_copy_that_is_whole_is_taken_of_several(staged: Staged, tmp_path: Path) -> None:  # noqa: F811
+    out = Folder(tmp_path / "out")
+    out.publish(staged)
+    remove(str(out.path), "0.1.1", {"uid": ["0" * 32]})
+    name = next(name for name in staged.files if name.startswith("data/train"))
+    for copy in (out.path / "v0.1.1" / name,):
+        data = bytearray(copy.read_bytes())
+        copy.unlink()
         data[len(data) // 2] ^= 1
-        path.unlink()
-        path.write_bytes(data)
-        with pytest.raises(VersionError, match=rf"{name} is not what the manifest says"):
-            remove(target, "0.1.1", {"uid": ["0" * 32]})
-        assert target_of(target).versions() == ["0.1.0"]
+        copy.write_bytes(data)
+    assert remove(f"{out.path}@v0.1.0", "0.1.2", {"uid": ["1" * 32]}).published.new
+    assert verify(f"{out.path}@v0.1.2")["problems"] == []
+
+
+def test_what_lies_beside_the_versions_does_not_stop_a_publish(staged: Staged, tmp_path: Path) -> None:  # noqa: F811
+    out = Folder(tmp_path / "out")
+    out.path.mkdir()
+    (out.path / "v0.0.9").write_text("a file")
+    assert out.publish(staged).new
+    (out.path / "latest").unlink()
+    (out.path / "latest").mkdir()
+    with pytest.raises(InputError, match="latest is there, and no link"):
+        out.publish(other(staged, tmp_path / "second", "0.2.0"))
+    assert out.versions() == ["0.1.0"]
 
 
 @pytest.mark.parametrize(
