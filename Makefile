@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(RUN)/recap demo
 
 test: $(VENV)/.ready chromium
-	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
 
 # What takes long: more kills, every hostile input, every kill of a publish, a shard of 2 GB, ten times the examples.
 test-slow: $(VENV)/.ready

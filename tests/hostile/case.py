@@ -88,7 +88,7 @@ class Situation:
 
     def run(self, name: str = "run") -> Path:
         """A finished run."""
-        others = shutil.ignore_patterns(".duckdb-*")  # of a test that looks at it just now
+        others = shutil.ignore_patterns(".duckdb-*", ".lock")  # of a test that looks at it just now, and one file for all copies
         return Path(shutil.copytree(self.finished, self.here / name, ignore=others, copy_function=os.link))
 
     def target(self, name: str = "published") -> Path:
