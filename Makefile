@@ -10,11 +10,11 @@ demo: $(VENV)/.ready
 	$(RUN)/recap demo
 
 test: $(VENV)/.ready chromium
-	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
+	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# What takes long: more kills, every hostile input, every kill of a publish, a shard of 2 GB, ten times the examples.
+# What takes long: real photos without verification, more kills, every hostile input, every kill of a publish, a shard of 2 GB, ten times the examples.
 test-slow: $(VENV)/.ready
-	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_hostile.py tests/test_kill.py tests/test_hub.py tests/test_properties.py
+	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_real.py tests/test_hostile.py tests/test_kill.py tests/test_hub.py tests/test_properties.py
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
 chromium:

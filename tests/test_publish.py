@@ -126,7 +126,8 @@ def test_other_bytes_under_a_version_are_refused(copied_run: Path, tmp_path: Pat
 @pytest.mark.parametrize("damage", ["a byte in the middle", "pages", "footer", "zeros"])
 def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(copied_run: Path, tmp_path: Path, damage: str) -> None:
     """Publishing again for ever would not mend it."""
-    publish(copied_run, str(tmp_path / "first"), "1.0.0")
+    if damage == "zeros":
+        publish(copied_run, str(tmp_path / "first"), "1.0.0")  # whose files are other names of the run's
     file = copied_run / "select" / "00000.parquet"
     whole = file.read_bytes()
     data = bytearray(whole)
@@ -135,7 +136,7 @@ def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(copied
         data[place] ^= 0xFF
     data = bytearray(len(data)) if damage == "zeros" else data
     file.chmod(0o644)
-    file.unlink()  # the published one is another name of it
+    file.unlink()
     file.write_bytes(data)
     with pytest.raises(VersionError, match=r"select/00000\.parquet no longer has the bytes of its record") as told:
         publish(copied_run, str(tmp_path / "out"), "1.0.1")
