@@ -124,8 +124,10 @@ def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:
         found[kind].append(f"{root}/{name}" if version.is_local else fs.unstrip_protocol(f"{root}/{name}"))
     for kind, paths in found.items():
         for path in paths[: None if version.is_local else 1]:
-            if not _schema(path, fs).equals(expected[kind]):
-                raise InputError(f"{path} has another schema than the recipe's", f"see what differs: {command('recap', 'verify', root)}")
+            there = _schema(path, fs)
+            if not there.equals(expected[kind]):
+                differ = ", ".join(sorted({*there.names} ^ {*expected[kind].names})[:5]) or "their types or order"
+                raise InputError(f"{path} has another schema than the recipe's: {differ}", f"see what differs: {command('recap', 'verify', root)}")
     return Parts(found["data"], found["ledger"], None if version.is_local else fs, tuple(captions))
 
 

@@ -81,7 +81,7 @@ class Source(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "yarl")
     paths: ClassVar[tuple[str, ...]] = ("files", "subset")
 
-    files: str
+    files: Annotated[str, Field(pattern=r"^[^\x00]*$")]
     layout: str = "auto"
     url_column: str | None = None
     caption_column: str | None = None
@@ -161,7 +161,7 @@ class Source(Stage):
     def find(self) -> list[tuple[str, fsspec.AbstractFileSystem, str]]:
         """Name below the folder, file system and path of each file, in the order of the names."""
         where = "name a folder, a glob in quotes or a file: metadata='path/*.parquet'"
-        if not self.files or "\0" in self.files:
+        if not self.files:
             raise InputError("source.files, the metadata, names no file", where)
         try:
             fs, path = fsspec.core.url_to_fs(self.files)

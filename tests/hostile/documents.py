@@ -338,7 +338,7 @@ def tables() -> Iterator[Case]:
         s.file(path, bytes(data))
         return ["verify", path.parent.parent]
 
-    yield Case("a column is gone: card --check", other_columns, "re_length", code=1)
+    yield Case("a column is gone: card --check", other_columns, "re_length", code=2)
     yield Case("a table too many: verify", one_more, "train-00001-of-00001.parquet", code=1)
     yield Case("a version renamed: verify", renamed, ("0.1.0", "0.2.0"), code=(1, 2), real=True)
     yield Case("a bit of a table: verify", flipped, DATA, code=1)
