@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from builder.core import Count, Json, Record, Stage, Status, Task, Work, from_json, matching, read_file, sha256_file, sha256_known, write_parquet
-from builder.errors import InputError, ShardError
+from builder.errors import InputError, RecipeError, ShardError
 from builder.texttable import TextTable
 from builder.urls import as_fetched
 
@@ -81,7 +81,7 @@ class Source(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "yarl")
     paths: ClassVar[tuple[str, ...]] = ("files", "subset")
 
-    files: Annotated[str, Field(pattern=r"^[^\x00]*$")]
+    files: str
     layout: str = "auto"
     url_column: str | None = None
     caption_column: str | None = None
@@ -91,6 +91,10 @@ class Source(Stage):
     rows_per_shard: Count = 10_000
     limit: Count | None = None
     subset: str | None = None
+
+    def __post_init__(self) -> None:
+        if "\0" in self.files:
+            raise RecipeError("source.files holds a NUL character", "name a folder, a glob or a file")
 
     def settings(self) -> dict[str, Json]:
         settings: dict[str, Json] = {"layout": self.layout, "columns": [self.url_column, self.caption_column, self.uid_column]}
