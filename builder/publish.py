@@ -71,10 +71,7 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
         telling_of_a_full_disk(run),
         lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"),
     ):
-        try:
-            published = _published(where, run, version, dry_run=dry_run, rebase=rebase)
-        except (InputError, DamagedError, OSError, pa.ArrowException, duckdb.Error) as error:  # a file that cannot be read, or is another
-            raise _damaged(run, version) or error from error
+        published = _published(where, run, version, dry_run=dry_run, rebase=rebase)
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}
             write_atomically(run / "versions" / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
@@ -84,9 +81,15 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
 def _published(where: Target, run: Path, version: str, *, dry_run: bool, rebase: bool) -> Published:
     while True:
         beside = where.versions()
-        staged = stage(run, version, tombstones.of_target(where, version))
+        removed = tombstones.of_target(where, version)
+        try:
+            staged = stage(run, version, removed)
+        except (InputError, OSError, pa.ArrowException, duckdb.Error) as error:  # a file that cannot be read
+            raise _damaged(run, version) or error from error
         try:
             return where.publish(replace(staged, beside=beside), dry_run=dry_run, rebase=rebase)
+        except DamagedError as error:
+            raise _damaged(run, version) or error from error
         except MovedError:  # somebody removed rows, perhaps; if nobody did, what was staged is found again
             continue
 

@@ -150,6 +150,16 @@ def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(copied
         assert not (copied_run / "select" / "00000.json").exists()
 
 
+def test_what_is_wrong_with_the_target_does_not_cost_hashing_the_run(copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builder.publish._damaged", lambda *_: pytest.fail("the run was hashed"))
+    (tmp_path / "out" / "latest").mkdir(parents=True)
+    with pytest.raises(InputError, match="no link to a version"):
+        publish(copied_run, str(tmp_path / "out"), "1.0.0")
+    (tmp_path / "file").write_text("somebody's")
+    with pytest.raises(OSError, match="file"):
+        publish(copied_run, str(tmp_path / "file"), "1.0.0")
+
+
 def test_a_target_without_a_name_is_refused(copied_run: Path) -> None:
     with pytest.raises(InputError, match="the target has no name"):
         publish(copied_run, "", "1.0.0")
