@@ -44,25 +44,28 @@ def connect(spill: Path | None = None, **config: Any) -> Iterator[duckdb.DuckDBP
 @contextmanager
 def _private_folder(place: Path | None) -> Iterator[str]:
     """A folder that goes with its process. Those of processes that were killed are nobody's: their locks are free."""
-    place, lock = place or Path(tempfile.gettempdir()), None
+    place = place or Path(tempfile.gettempdir())
     for leftover in place.glob(".duckdb-recap-*"):
         if (free := _locked(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(free)
-    while lock is None:  # again, should another process take it for a leftover before it is locked
+    folder = tempfile.mkdtemp(prefix=".duckdb-recap-", dir=place)
+    lock = _locked(folder)
+    while not os.path.exists(folder):  # another process took it for a leftover before it was locked
         folder = tempfile.mkdtemp(prefix=".duckdb-recap-", dir=place)
         lock = _locked(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:  # a file system without locks lets nobody else take it either
+            os.close(lock)
 
 
 def _locked(folder: str | PathLike[str]) -> int | None:
     """A descriptor with the folder's lock; None if somebody else has it, or the folder is gone."""
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), os.stat(folder)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -59,6 +61,16 @@ def test_what_a_killed_process_spilled_goes_with_the_next_one(tmp_path: Path) ->
         (at_work,) = tmp_path.iterdir()
         with sql.connect(tmp_path):
             assert at_work.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with sql.connect(tmp_path) as con:
+        assert con.sql("select 1").fetchall() == [(1,)]
     assert list(tmp_path.iterdir()) == []
 
 
