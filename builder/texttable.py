@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import codecs
 import csv
-import errno
 import io
 import itertools
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from builder.errors import InputError
 
 MAX_FIELD_CHARACTERS, MAX_HEAD_CHARACTERS = 1 << 24, 1 << 20
 BATCH_ROWS = 10_000
+_UNREADABLE = (csv.Error, UnicodeError, OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,36 @@ class TextTable:
         """
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
         encoding = "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding  # with the mark that Excel begins with, too
-        try:
-            with self.fs.open(self.path, "rb", compression="infer") as raw, io.TextIOWrapper(raw, encoding=encoding, newline="") as text:
+        with ExitStack() as stack:
+            try:
+                raw = stack.enter_context(self.fs.open(self.path, "rb", compression="infer"))
+                text = stack.enter_context(io.TextIOWrapper(raw, encoding=encoding, newline=""))
                 head = text.readline(MAX_FIELD_CHARACTERS)
                 while head.count('"') % 2 and len(head) < MAX_HEAD_CHARACTERS and (more := text.readline(MAX_FIELD_CHARACTERS)):
                     head += more  # a quoted line break
                 if "\0" in head:
                     raise InputError(f"{self.name} holds NUL characters: it looks like utf-16", "say so: source.encoding=utf-16-le (or utf-16)")
-                reader = csv.reader(itertools.chain(io.StringIO(head, newline=""), text), strict=True, **self._dialect(head))
-                rows = self._lines(reader)
-                first = next(rows, None)
-                if first is None:
-                    raise InputError(f"{self.name} is empty", "leave it out")
-                header = self._header(first)
-                names = header or self._headless(first)
-                yield names, self._whole(len(names), rows if header else itertools.chain([first], rows), reader)
-        except UnicodeError as error:  # the part of the file with what could not be read
+                dialect = self._dialect(head)
+            except _UNREADABLE as error:
+                raise self._unreadable(error, 1) from error
+            reader = csv.reader(itertools.chain(io.StringIO(head, newline=""), text), strict=True, **dialect)
+            rows = self._lines(reader)
+            first = next(rows, None)
+            if first is None:
+                raise InputError(f"{self.name} is empty", "leave it out")
+            header = self._header(first)
+            names = header or self._headless(first)
+            yield names, self._whole(len(names), rows if header else itertools.chain([first], rows), reader)
+
+    def _unreadable(self, error: Exception, line: int) -> InputError:
+        """What is wrong with the file, whose line `line` was read."""
+        if isinstance(error, csv.Error):
+            return InputError(f"{self.name}, line {line}: {error}", "mend that line, or give the table as parquet")
+        if isinstance(error, UnicodeError):  # holds the part of the file with what could not be read
             looks = encoding_of(error.object) if isinstance(error, UnicodeDecodeError) else "another one"
-            raise InputError(f"{self.name} is not {self.encoding}; it looks like {looks}", f"if so, say it: source.encoding={looks}") from None
-        except (OSError, EOFError, zlib.error) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise  # what it is written to
-            raise InputError(f"{self.name} cannot be read: {said}", "get the file again, then type the same command again") from error
+            return InputError(f"{self.name} is not {self.encoding}; it looks like {looks}", f"if so, say it: source.encoding={looks}")
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return InputError(f"{self.name} cannot be read: {said}", "get the file again, then type the same command again")
 
     def to_parquet(self, target: str) -> None:
         """Raises:
@@ -94,8 +101,8 @@ class TextTable:
             start = reader.line_num + 1
             try:
                 row = next(reader, None)
-            except csv.Error as error:
-                raise InputError(f"{self.name}, line {start}: {error}", "mend that line, or give the table as parquet") from error
+            except _UNREADABLE as error:
+                raise self._unreadable(error, start) from error
             if row is None:
                 return
             if row:
@@ -118,10 +125,7 @@ class TextTable:
         """
         if self.path.lower().endswith((".tsv", ".tsv.gz")):
             return {"delimiter": self.delimiter or "\t", "quoting": csv.QUOTE_NONE}
-        try:
-            parted = {mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), []) for mark in self.delimiter or ",;\t|"}
-        except csv.Error as error:
-            raise InputError(f"{self.name}, line 1: {error}", "mend that line, or give the table as parquet") from error
+        parted = {mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), []) for mark in self.delimiter or ",;\t|"}
         if header := next((mark for mark, cells in parted.items() if self.known & set(cells)), None):
             return {"delimiter": header}
         with_url = [mark for mark, cells in parted.items() if len(cells) > 1 and any(map(_is_url, cells))]

@@ -348,6 +348,13 @@ def test_columns_of_a_csv_without_a_header_are_asked_for(tmp_path: Path) -> None
     assert [row["org_caption"] for row in rows(tmp_path / "again", tmp_path / "in.csv", **given)] == ["text", "y"]
 
 
+def test_a_table_is_not_blamed_for_what_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("url,caption\nhttp://h/1,a\n")
+    name, fs, path = Source(files=str(tmp_path / "in.csv")).find()[0]
+    with pytest.raises(OSError, match="No space left"):
+        Source(files=path).text_table(name, fs, path).to_parquet("/dev/full")
+
+
 def test_a_field_that_never_ends_is_told(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('a,"\n' + "x" * (17 << 20))
     with pytest.raises(InputError, match=r"in\.csv, line 1: field larger"):
