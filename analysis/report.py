@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from analysis import select, tokens
 from analysis.views import Parts, connect
-from builder.core import read_lines
+from builder.core import finite, read_lines
 from builder.errors import InputError
 
 QUERIES = Path(__file__).parent / "queries"
@@ -65,7 +65,7 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
                     except _Absent as reason:
                         absent = str(reason)
             try:
-                answer |= {"absent": absent} if absent else {"rows": list(map(_finite, con.sql(sql).to_arrow_table().to_pylist()))}
+                answer |= {"absent": absent} if absent else {"rows": finite(con.sql(sql).to_arrow_table().to_pylist())}
             except duckdb.BinderException as error:
                 if ours:
                     raise
@@ -73,11 +73,6 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
                 answer["absent"] = f"no column {column[1]} here" if column else f"columns of other types here: {str(error).splitlines()[0]}"
             report[path.stem] = answer
     return report
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Without what JSON has no number for: a mean over nothing, or over somebody's NaN."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 
 
 def prepare(con: duckdb.DuckDBPyConnection) -> None:

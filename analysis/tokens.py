@@ -16,8 +16,7 @@ from pathlib import Path
 import ftfy
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from builder.core import read_file
-from builder.errors import InputError
+from builder.model import read_tokenizer
 
 CLIP = "CLIP's (open_clip SimpleTokenizer)"
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -34,11 +33,7 @@ def counter(tokenizer_json: Path | None = None) -> tuple[str, Counter]:
     """
     if tokenizer_json is None:
         return CLIP, lambda texts: [len(_clip().encode(_cleaned(text)).ids) + 2 for text in texts]
-    data = read_file(tokenizer_json)
-    try:
-        given = Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises no narrower one
-        raise InputError(f"{tokenizer_json} is no tokenizer: {error}", "give a model's tokenizer.json") from error
+    given = read_tokenizer(tokenizer_json)
     given.no_truncation()
     given.no_padding()
     return str(tokenizer_json), lambda texts: [len(given.encode(text).ids) for text in texts]

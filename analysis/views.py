@@ -50,8 +50,8 @@ from builder import run as runs
 from builder import sql
 from builder.core import matching
 from builder.errors import InputError, command
-from builder.select import LEDGER, Select, schema
-from builder.target import Version, is_inside, opened, split, version_files
+from builder.select import schemas
+from builder.target import Version, check_named, is_inside, opened, split, version_files
 
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the regular expression.
@@ -83,6 +83,7 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
     Raises:
         InputError: none of these.
     """
+    check_named(str(place))
     run, chosen = Path(place), tuple(captions)
     if (run / "recipe.json").exists() and (run / "select").is_dir():
         select = runs.plan(runs.load_recipe(run), run)["select"]
@@ -94,7 +95,7 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
         try:
             fs, root = version_files(str(place))
         except InputError:
-            if "://" in str(place) or split(str(place))[1] or not str(place).strip():
+            if "://" in str(place) or split(str(place))[1]:
                 raise
             found = Parts([], [])
         else:
@@ -113,9 +114,7 @@ def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:
     Raises:
         InputError: one is no regular file inside the version, or has other columns than the version's recipe makes.
     """
-    fs, root, select = version.fs, version.root, version.recipe.stage("select")
-    assert isinstance(select, Select)
-    expected = {"data": schema(select.captions), "ledger": LEDGER}
+    fs, root, expected = version.fs, version.root, schemas(version.recipe)
     found: dict[str, list[str]] = {kind: [] for kind in expected}
     for name in sorted(name for name in version.manifest["files"] if re.match("(data|ledger)/train-", name)):
         if version.is_local and not is_inside(root, name):
@@ -123,7 +122,7 @@ def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:
         kind = name.partition("/")[0]
         found[kind].append(f"{root}/{name}" if version.is_local else fs.unstrip_protocol(f"{root}/{name}"))
     for kind, paths in found.items():
-        for path in paths[: None if version.is_local else 1]:
+        for path in paths[:1]:  # with which `create` compares the others
             there = _schema(path, fs)
             if not there.equals(expected[kind]):
                 differ = ", ".join(sorted({*there.names} ^ {*expected[kind].names})[:5]) or "their types or order"
@@ -133,7 +132,7 @@ def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:
 
 def _tables(place: str) -> list[str]:
     """Tables that a path, a glob or a folder names; of one kind, the first of `READERS` that is there."""
-    if "://" in place or not place.strip():
+    if "://" in place:
         return []
     if Path(place).is_dir():
         names = sorted(str(path) for path in Path(place).iterdir() if path.is_file() and not path.name.startswith("."))

@@ -183,6 +183,12 @@ class Caption(Stage):
         return pa.Table.from_pylist(table, pa.schema(fields))
 
 
+def begins(tokenizer: Any) -> list[int]:
+    """The token, if any, that a tokenizer begins a text with; a chat template may leave it to the tokenizer, or write it itself."""
+    first: list[int] = tokenizer.encode("a")[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
 class Engine:
     """vLLM with a steady number of requests in flight."""
 
@@ -211,8 +217,7 @@ class Engine:
         template = AutoProcessor.from_pretrained(name, revision=revision)
         self.tokenizer, self.refused = template.tokenizer, (ValueError, VLLMClientError)
         self.specs, self.in_flight = settings.specs, max(1, settings.in_flight // len(settings.specs))
-        begins = self.tokenizer.encode("a")[:1]  # a template may leave it to the tokenizer to begin a text
-        self.begins = begins if begins == [self.tokenizer.bos_token_id] else []
+        self.begins = begins(self.tokenizer)
         self.prompts, self.sampling = {}, {}
         self.room: dict[str, int] = {}  # tokens that are left for what a prompt quotes
         for spec in self.specs:
@@ -273,7 +278,8 @@ class Engine:
             cut = cut or len(quoted) > room or len(str(row[part])) > MAX_QUOTED_CHARACTERS
             ids += quoted[:room]
             room -= len(quoted[:room])
-        ids = ids if ids[:1] == self.begins else self.begins + ids
+        if ids[:1] != self.begins:
+            ids = self.begins + ids
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, cut
 
     def params(self, spec: CaptionSpec, uid: str) -> SamplingParams:

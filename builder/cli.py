@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -23,7 +22,7 @@ import click
 from tqdm import tqdm
 
 from builder import run as runs
-from builder.core import Recipe
+from builder.core import Recipe, finite
 from builder.errors import RecipeError, UserError, command
 from builder.executors import Outcome
 from builder.resolve import pairs_of, resolve
@@ -238,7 +237,7 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
             if found is None:
                 return
             if as_json:
-                _echo(json.dumps(_finite(found.to_arrow_table().to_pylist()), ensure_ascii=False, default=str))
+                _echo(json.dumps(finite(found.to_arrow_table().to_pylist()), ensure_ascii=False, default=str))
             else:
                 with contextlib.redirect_stdout(io.StringIO()) as shown:
                     found.show(max_width=200)
@@ -442,16 +441,7 @@ def demo(rows: int, port: int, run: Path | None) -> None:
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:
-    _echo(json.dumps(_finite(data), indent=1, ensure_ascii=False, default=str) if as_json else text)
-
-
-def _finite(data: Any) -> Any:
-    """Without what JSON has no number for."""
-    if isinstance(data, dict):
-        return {name: _finite(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    _echo(json.dumps(finite(data), indent=1, ensure_ascii=False, default=str) if as_json else text)
 
 
 def _columns(table: list[dict[str, Any]]) -> str:

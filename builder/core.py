@@ -10,6 +10,7 @@ import glob
 import hashlib
 import importlib
 import json
+import math
 import re
 import stat
 import sys
@@ -129,7 +130,7 @@ class Stage:
 
     def settings(self) -> dict[str, Json]:
         """What enters the key. Paths do not: a model folder, say, enters by its content."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers",)}
+        return {name: value for name, value in asdict(self).items() if name not in ("workers", *self.once)}
 
     def portable(self) -> Stage:
         """The same settings without this machine's directories, as they are published."""
@@ -453,6 +454,15 @@ def matching(fs: AbstractFileSystem, path: str) -> list[str]:
             rest = f"{slash}{last}{rest}"
         found = fs.glob(glob.escape(there) + rest)
     return [name for name in found if fs.isfile(name) and (name == path or not name.rpartition("/")[2].startswith("."))]
+
+
+def finite(data: Any) -> Any:
+    """JSON data without what JSON has no number for: a mean over nothing, or over somebody's NaN."""
+    if isinstance(data, dict):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def encoding_of(data: bytes) -> str:

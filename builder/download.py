@@ -97,7 +97,7 @@ class Download(Stage):
     accept_failures: bool = False  # commit also what looks like an outage of this machine's network
 
     def settings(self) -> dict[str, Json]:
-        keyless = ("concurrency", "nameservers", *self.once)
+        keyless = ("concurrency", "nameservers")
         return {name: value for name, value in super().settings().items() if name not in keyless}
 
     def portable(self) -> Stage:

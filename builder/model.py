@@ -106,7 +106,15 @@ def check_files(folder: Path) -> None:
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}", "copy it again") from error
     if (path := folder / "tokenizer.json").exists():
-        try:
-            Tokenizer.from_buffer(read_file(path))
-        except Exception as error:  # the library raises no narrower one
-            raise InputError(f"{path} is no tokenizer: {str(error).splitlines()[0][:200]}", "copy it again") from error
+        read_tokenizer(path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Raises:
+    InputError: it is none.
+    """
+    data = read_file(path)
+    try:
+        return Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises no narrower one
+        raise InputError(f"{path} is no tokenizer: {str(error).splitlines()[0][:200]}", "give a model's tokenizer.json") from error

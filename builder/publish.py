@@ -33,7 +33,7 @@ from builder import sql, tombstones
 from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, from_json, read_rows, sha256_file, write_parquet
 from builder.errors import DamagedError, InputError, MovedError, VersionError, command, telling_of_a_full_disk
-from builder.select import LEDGER, Select, schema
+from builder.select import schemas
 from builder.target import MANIFEST, Published, Staged, Target, check_version, link, manifest_of, split, target_of
 from cards.card import card
 from cards.croissant import croissant
@@ -199,7 +199,7 @@ def put_together(
             files[name] = {"sha256": shard.sha256, "bytes": shard.bytes, "rows": shard.rows}
     rows = {"train": sum(s.rows for s in shards["data"]), "preview": len(preview), "ledger": sum(s.rows for s in shards["ledger"])}
     content = hashlib.sha256("".join(file["sha256"] for file in files.values()).encode()).hexdigest()
-    write_parquet(pa.Table.from_pylist(preview, schema(captions_of(recipe))), folder / PREVIEW)
+    write_parquet(pa.Table.from_pylist(preview, schemas(recipe)["data"]), folder / PREVIEW)
     sizes = {
         "train": sum(s.bytes for s in shards["data"]),
         "preview": (folder / PREVIEW).stat().st_size,
@@ -245,13 +245,6 @@ def describe(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], parts: v
         write_atomically(folder / "croissant.json", croissant(recipe, manifest))
 
 
-def captions_of(recipe: Recipe) -> tuple[str, ...]:
-    """Captions that a recipe publishes beyond the first."""
-    select = recipe.stage("select")
-    assert isinstance(select, Select)
-    return select.captions
-
-
 # --- before anything is sent ------------------------------------------------------------------------------------------
 
 
@@ -262,7 +255,7 @@ def check(staged: Staged, parts: views.Parts, removed: pa.Table) -> None:
         VersionError: says which file and what is wrong with it.
     """
     folder, promised = staged.folder, staged.manifest["rows"]
-    expected = {"data": schema(captions_of(Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8")))), "ledger": LEDGER}
+    expected = schemas(Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8")))
     for name, file in staged.files.items():
         if name.endswith(".parquet") and (folder / name).exists() and (kind := name.partition("/")[0]) in expected:
             footer = pq.ParquetFile(folder / name)

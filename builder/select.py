@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder import sql
-from builder.core import Count, Stage, Status, Task, Work, write_parquet
+from builder.core import Count, Recipe, Stage, Status, Task, Work, write_parquet
 from builder.errors import RecipeError
 
 COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
@@ -69,6 +69,18 @@ def columns(captions: tuple[str, ...] = ()) -> tuple[tuple[str, pa.DataType, str
 
 def schema(captions: tuple[str, ...] = ()) -> pa.Schema:
     return pa.schema([(name, kind) for name, kind, _ in columns(captions)])
+
+
+def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
+    """Of the parquet files of a recipe's versions, by their folder.
+
+    Raises:
+        RecipeError: the recipe publishes nothing.
+    """
+    select = recipe.stage("select")
+    if not isinstance(select, Select):
+        raise RecipeError(f"recipe {recipe.name}: its stage select is another", "use builder.select.Select")
+    return {"data": schema(select.captions), "ledger": LEDGER}
 
 
 _WORD = r"[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+"  # between white space, Unicode's

@@ -125,14 +125,21 @@ def split(place: str) -> tuple[str, str | None]:
     return (target, version) if target and VERSION.fullmatch(version) else (place, None)
 
 
+def check_named(place: str) -> None:
+    """Raises:
+    InputError: the name is empty, which would be the folder that somebody happens to be in.
+    """
+    if not place.strip():
+        raise InputError("the target has no name", f"name a folder, or {HUB}user/name")
+
+
 def target_of(text: str) -> Target:
     """The target that `text` names.
 
     Raises:
         InputError: an address that is neither a folder nor a Hub data set.
     """
-    if not text.strip():
-        raise InputError("the target has no name", f"name a folder, or {HUB}user/name")
+    check_named(text)
     if text.startswith(HUB):
         from builder.hub import Hub
 
@@ -145,8 +152,7 @@ def target_of(text: str) -> Target:
 def version_files(place: str) -> tuple[AbstractFileSystem, str]:
     """File system and root of `TARGET@v1.2.0`, of the newest version of a target, or of a version's own folder."""
     text, version = split(place)
-    if not text.strip():
-        raise InputError("the place has no name", f"name a run, a folder of versions, or {HUB}user/name")
+    check_named(text)
     if version is None and Path(text, MANIFEST).exists():
         return LocalFileSystem(), os.path.abspath(text)
     target = target_of(text)

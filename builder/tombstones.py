@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,11 +58,10 @@ def marks(kind: str, value: str) -> set[str]:
 
     The latter for versions of before 2026-11-24, whose URLs are as they were found.
     """
-    forms: dict[str, Callable[[str], list[str]]] = {"url": lambda url: [as_fetched(url)[0], url], "domain": lambda name: [domain(name)]}
-    meant = forms[kind](value) if kind in forms else [_lower(value)]
-    if not all(meant):
+    forms = {as_fetched(value)[0], value} if kind == "url" else {domain(value)} if kind == "domain" else {_lower(value)}
+    if "" in forms:
         raise InputError(f"{value!r} is no {kind}", "take it out of the file")
-    return {hashlib.sha256(f"{kind}:{form}".encode("utf-8", "replace")).hexdigest() for form in meant}
+    return {hashlib.sha256(f"{kind}:{form}".encode("utf-8", "replace")).hexdigest() for form in forms}
 
 
 def _lower(text: str) -> str:

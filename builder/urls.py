@@ -35,9 +35,11 @@ def as_fetched(found: str) -> tuple[str, str | None]:
 
 
 def domain(named: str) -> str:
-    """The host, or its end, that somebody names, in the form that it has in a fetched URL."""
+    """The host, or its end, that somebody names, in the form that it has in a fetched URL; empty where it is none."""
     text = named.strip(_EDGES).removeprefix("*.")
     address = f"[{text}]" if text.count(":") > 1 and "[" not in text and "://" not in text else text
     url, error = as_fetched(address if "://" in address else f"http://{address}")
-    host = text.lower() if error else yarl.URL(url).raw_host or ""
-    return "" if "/" in host or "*" in host else f"[{host}]" if ":" in host and "[" not in host else host.strip(".")
+    if error:
+        return "" if re.search(r"[/*:\[\]]", text) else text.lower().strip(".")
+    host = yarl.URL(url).raw_host or ""
+    return f"[{host}]" if ":" in host else host.strip(".")

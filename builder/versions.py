@@ -24,8 +24,8 @@ from analysis import report, views
 from builder import sql, tombstones
 from builder.core import Recipe, from_json, sha256_file, write_parquet
 from builder.errors import DamagedError, InputError, VersionError, command, telling_of_a_full_disk
-from builder.publish import PREVIEW, PREVIEW_ROWS, Shard, captions_of, check, put_together
-from builder.select import LEDGER, ROW_GROUP_ROWS, schema
+from builder.publish import PREVIEW, PREVIEW_ROWS, Shard, check, put_together
+from builder.select import ROW_GROUP_ROWS, schemas
 from builder.target import OURS, VERSION, Published, Version, by_number, check_version, is_inside, open_version, split, target_of
 from cards.card import card
 from cards.croissant import croissant
@@ -75,7 +75,7 @@ def _other_rows(name: str, end: bytes, promised: int | None, recipe: Recipe) -> 
         found = footer.schema.to_arrow_schema()
     except (OSError, pa.ArrowException) as error:
         return [f"{name} is no parquet file: {str(error).splitlines()[0][:200]}"]
-    expected = {"data": schema(captions_of(recipe)), "ledger": LEDGER}.get(name.partition("/")[0], tombstones.SCHEMA)
+    expected = schemas(recipe).get(name.partition("/")[0], tombstones.SCHEMA)
     problems = [] if found.equals(expected) else [f"{name} has another schema than the recipe's"]
     return problems + ([] if footer.num_rows == promised else [f"{name} has {footer.num_rows} rows, not {promised}"])
 
@@ -142,7 +142,7 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
         published, ledger = ([here.get(base.fs._strip_protocol(path), path) for path in paths] for paths in (found.published, found.ledger))
         found = views.Parts(published, ledger, found.filesystem)
         with views.connect(found) as con:
-            preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schema(captions_of(base.recipe))).to_pylist()
+            preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schemas(base.recipe)["data"]).to_pylist()
         if not preview:
             hint = f"delete its versions: {where.how_to_delete(named or older[-1])}"
             raise VersionError(f"no row of {target} would be left: nothing to publish", hint)
@@ -173,7 +173,7 @@ def _hold_against_manifest(version: Version, names: Iterable[str]) -> None:
 def _rewrite(version: Version, folder: Path, removed: pa.Table) -> tuple[dict[str, Path], int, int, set[str]]:
     """Shards that hold a row to remove, without it; published rows and further rows of the ledger that go; the marks that named one."""
     found = views.version_parts(version)
-    schemas = {"data": schema(captions_of(version.recipe)), "ledger": LEDGER}
+    expected = schemas(version.recipe)
     rewritten: dict[str, Path] = {}
     with views.connect(found) as con:
         con.register("tombstones", removed)
@@ -192,7 +192,7 @@ def _rewrite(version: Version, folder: Path, removed: pa.Table) -> tuple[dict[st
             rewritten[name] = folder / name.replace("/", "-")
             kind = name.partition("/")[0]
             kept = con.sql(_WITHOUT_GONE[kind]).to_arrow_table()
-            write_parquet(kept.cast(schemas[kind]), rewritten[name], row_group_size=ROW_GROUP_ROWS)
+            write_parquet(kept.cast(expected[kind]), rewritten[name], row_group_size=ROW_GROUP_ROWS)
         ((rows, ledger_rows),) = con.sql("select count(*) filter (published), count(*) filter (not published) from gone").fetchall()
         marks = {mark for (mark,) in con.sql("select distinct mark from named").fetchall()}
     return rewritten, rows, ledger_rows, marks

@@ -34,7 +34,7 @@ _connections, _survived = SESSION / "connections", SESSION / "survived"
 os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT), str(ROOT / "tests")])
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: threads of two engines would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of two engines would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SOURCE_DATE_EPOCH", str(int(time.time())))  # one day for all builds of a session
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -14,9 +14,10 @@ import torch
 from conftest import CAPTIONER
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoProcessor, AutoTokenizer
 
-from builder.caption import RECAPTION_V1, Caption, CaptionSpec, Engine
+from builder.caption import RECAPTION_V1, Caption, CaptionSpec, Engine, begins
 from builder.commit import commit
 from builder.core import Recipe, Task
 from builder.errors import InputError, RecipeError
@@ -87,32 +88,33 @@ def test_captions_do_not_depend_on_the_batch(engine: Engine) -> None:
     assert together == few
 
 
-def test_no_row_is_left_when_all_in_flight_end_in_one_step(engine: Engine) -> None:
+def test_no_row_is_left_when_all_in_flight_end_in_one_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """One at a time they always do."""
-    scenes = held_out(4)
-    engine.in_flight = 1
-    found = dict(engine.captions(requests(scenes)))
-    engine.in_flight = SETTINGS.in_flight
+    monkeypatch.setattr(engine, "in_flight", 1)
+    found = dict(engine.captions(requests(held_out(4))))
     assert sorted(found) == ["0", "1", "2", "3"]
 
 
-def test_a_prompt_begins_as_the_tokenizer_begins_a_text(engine: Engine) -> None:
-    """Of a template that leaves it to the tokenizer, too, and once."""
-    picture, first = Image.new("RGB", (8, 8)), engine.tokenizer.bos_token_id
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, whether the chat template writes it, as the demo's does, or leaves it to the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(str(CAPTIONER))
+    first = tokenizer.bos_token_id
+    assert begins(tokenizer) == engine.begins == [first]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    assert begins(tokenizer) == []
+
+    picture, template = Image.new("RGB", (8, 8)), engine.prompts["re_caption"]
     whole = engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"]
     assert whole.count(first) == 1
-    template, engine.begins = engine.prompts["re_caption"], [first]
-    engine.prompts["re_caption"] = template.removeprefix("<|begin_of_text|>")
-    without = engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"]
-    engine.prompts["re_caption"] = template
-    assert without == whole
+    monkeypatch.setitem(engine.prompts, "re_caption", template.removeprefix("<|begin_of_text|>"))
+    assert engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"] == whole
+    monkeypatch.setattr(engine, "begins", [])
+    assert engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"] == whole[1:]
 
 
-def test_braces_of_a_chat_template_are_no_placeholders(engine: Engine) -> None:
-    template = engine.prompts["re_caption"]
-    engine.prompts["re_caption"] = f"On {{date}}, {{url}}: {template}"
+def test_braces_of_a_chat_template_are_no_placeholders(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine.prompts, "re_caption", f"On {{date}}, {{url}}: {engine.prompts['re_caption']}")
     ids = engine.prompt(RECAPTION_V1, Image.new("RGB", (8, 8)), {"url": "http://h/"})[0]["prompt_token_ids"]
-    engine.prompts["re_caption"] = template
     assert "{date}, {url}:" in engine.tokenizer.decode(ids)
 
 
