@@ -50,8 +50,9 @@ from builder import run as runs
 from builder import sql
 from builder.core import matching
 from builder.errors import InputError, command
-from builder.select import schemas
-from builder.target import Version, check_named, is_inside, opened, split, version_files
+from builder.stages.select import schemas
+from builder.versions.targets import check_named, split, version_files
+from builder.versions.version import Version, is_inside, opened
 
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the regular expression.

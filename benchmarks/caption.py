@@ -16,9 +16,9 @@ from pathlib import Path
 from common import keep, ratio
 
 from builder import run as runs
-from builder.caption import Caption, Engine
 from builder.core import Task, task_key
-from builder.imagetar import images
+from builder.stages.caption import Caption, Engine
+from builder.stages.imagetar import images
 from recipes import datasets
 from recipes.demo import web
 

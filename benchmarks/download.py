@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from common import keep, ratio
 
 from builder import run as runs
-from builder.download import Download
+from builder.stages.download import Download
 from recipes import datasets
 from recipes.demo import world
 

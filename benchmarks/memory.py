@@ -22,7 +22,7 @@ from recipes.demo import web
 PORT = 8655
 RECIPE = """
 from dataclasses import replace
-from builder.caption import Caption, CaptionSpec
+from builder.stages.caption import Caption, CaptionSpec
 from builder.core import Recipe
 from recipes import datasets
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from hub.server import Hub as Server
 
 from builder.core import sha256_file, write_parquet
-from builder.select import ROW_GROUP_ROWS, SCHEMA
-from builder.target import Staged
+from builder.stages.select import ROW_GROUP_ROWS, SCHEMA
+from builder.versions.version import Staged
 
 SHARDS, ROWS, TURNS = 20, 20_000, 3
 WORDS = np.array(["".join(map(chr, word)) for word in np.random.default_rng(0).integers(97, 123, (30_000, 6))])
@@ -73,7 +73,7 @@ def job(what: str, folder: Path, version: str) -> None:
     """In a process of its own: publish a folder, ours or bare, and print the seconds."""
     from huggingface_hub import HfApi
 
-    from builder.hub import Hub
+    from builder.versions.hub import Hub
 
     start = time.perf_counter()
     if what == "ours":

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from builder import run as runs
 from builder.core import Recipe, finite
 from builder.errors import RecipeError, UserError, command
-from builder.executors import Outcome
+from builder.executors.local import Outcome
 from builder.resolve import pairs_of, resolve
 
 
@@ -274,8 +274,8 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
 @click.option("--check", is_flag=True, help="Compute a version's statistics and card again; exit status 1 where they no longer agree with the data.")
 def card(place: str, check: bool) -> None:
     """Write the card and its plots of a run into RUN/card, as `publish` would; or check those of a version."""
-    from builder.publish import preview_card
-    from builder.versions import check_card
+    from builder.versions.publish import preview_card
+    from builder.versions.verify import check_card
 
     if not check:
         if "://" in place:
@@ -317,7 +317,7 @@ def publish(run: Path, target: str, version: str, dry_run: bool, rebase: bool, a
 
     The same command again, after whatever crash, finishes the job or says that it is done.
     """
-    from builder.publish import publish as publish_run
+    from builder.versions.publish import publish as publish_run
 
     _say_published(publish_run(run, target, version, dry_run=dry_run, rebase=rebase), target, version, as_json)
 
@@ -350,7 +350,7 @@ def _say_published(result: Any, target: str, version: str, as_json: bool, remova
 @_as_json
 def verify(place: str, as_json: bool) -> None:
     """Read a published version once, every byte, and hold it against its manifest. Exit status 1: it differs."""
-    from builder.versions import verify as verify_version
+    from builder.versions.verify import verify as verify_version
 
     result = verify_version(place)
     found = [f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(result['problems'])} problems", *result["problems"]]
@@ -404,8 +404,9 @@ def _number(value: float | None) -> str:
 def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Path | None) -> None:
     """Publish a new version of TARGET without the rows that the files name; later versions cannot bring them back."""
     from builder.core import read_lines
-    from builder.target import by_number, split, target_of
-    from builder.versions import remove as remove_rows
+    from builder.versions.targets import split, target_of
+    from builder.versions.verify import remove as remove_rows
+    from builder.versions.version import by_number
 
     kinds = {"uids": "uid", "sha256": "sha256", "urls": "url", "domains": "domain"}
     values = {kinds[name]: [line.strip() for line in read_lines(path) if line.strip()] for name, path in files.items() if path}

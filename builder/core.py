@@ -13,7 +13,6 @@ import json
 import math
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -238,9 +237,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """The resolved recipe, one setting a line, so that two of them can be compared."""
-        stages = [
-            {"stage": f"{type(s).__module__}:{type(s).__qualname__}", **{k: v for k, v in asdict(s).items() if k not in s.once}} for s in self.stages
-        ]
+        stages = [{"stage": type(s).__name__.lower(), **{k: v for k, v in asdict(s).items() if k not in s.once}} for s in self.stages]
         about = {"name": self.name, "title": self.title, "license": self.license, "description": self.description}
         # Left out where there is none: a recipe.json from before there were any stays as it is.
         source = {"source": asdict(self.source)} if self.source else {}
@@ -271,16 +268,22 @@ class Recipe:
 
 
 def _stage_from_json(data: dict[str, Json]) -> Stage:
-    module, _, name = str(data.pop("stage")).partition(":")
-    if not module.startswith("builder.") and module not in sys.modules:  # a module that the user named is there already
-        raise RecipeError(f"recipe.json names a stage of '{module}', which is not part of recapkit", "give the recipe as my_file.py:function")
-    try:
-        stage_type = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise RecipeError(f"recipe.json names '{module}:{name}': {error}") from error
-    if not (isinstance(stage_type, type) and issubclass(stage_type, Stage)):
-        raise RecipeError(f"recipe.json names '{module}:{name}', which is not a stage")
-    return parse(stage_type, data, what=f"stage {stage_type.name}")
+    """A stage by the name of its type; before 2026-11-26 a recipe.json named its type by an import path, `builder.source:Source`."""
+    given = str(data.pop("stage"))
+    named = given.rpartition(":")[2].lower()
+    with suppress(ImportError):
+        if named.isidentifier():
+            importlib.import_module(f"builder.stages.{named}")
+    found = [kind for kind in _stage_types(Stage) if kind.__name__.lower() == named]
+    if not found:
+        raise RecipeError(f"recipe.json names a stage '{given:.200}', which is not part of recapkit", "give the recipe as my_file.py:function")
+    return parse(found[-1], data, what=f"stage {found[-1].name}")
+
+
+def _stage_types(kind: type[Stage]) -> Iterator[type[Stage]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _stage_types(one)
 
 
 def parse(kind: type[T], value: Json, *, what: str) -> T:

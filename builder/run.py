@@ -21,9 +21,9 @@ from typing import Any
 from builder.commit import lock, today, write_atomically
 from builder.core import Recipe, Record, Stage, Task, by_shard, from_json, read_file, read_lines, sha256_file, task_key
 from builder.errors import InputError, command, telling_of_a_full_disk
-from builder.executors import ATTEMPTS, Executor, Outcome, attempt, local
-from builder.source import Source
-from builder.target import MANIFEST
+from builder.executors.local import ATTEMPTS, Executor, Outcome, attempt, local
+from builder.stages.source import Source
+from builder.versions.version import MANIFEST
 
 
 @dataclass

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 
 from builder.core import write_parquet
 from builder.errors import InputError
-from builder.target import Target, content, manifest_of
 from builder.urls import as_fetched, domain
 
 FILE = "tombstones.parquet"
@@ -99,14 +98,3 @@ def write(tombstones: pa.Table, path: Path) -> None:
 def named(view: str, image: str = "sha256") -> str:
     """SQL of (row, mark): the uids of a version's view that the table `tombstones` names."""
     return MARKS.format(rows=f"(select uid as row, uid, url, {image} as image from {view})", tombstones="tombstones")
-
-
-def of_target(target: Target, version: str) -> pa.Table:
-    """What `version` of a target may not hold: what any of its versions removed; of one that is there already, what it removed."""
-    versions = target.versions()
-    found = [table({})]
-    for known in [version] if version in versions else versions:
-        fs, root = target.files(known)
-        if FILE in manifest_of(fs, root)["files"]:  # versions of before there were any have none
-            found.append(read(content(fs, root, FILE), f"{root}/{FILE}"))
-    return merged(*found)

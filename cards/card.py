@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCardData
 from analysis import report as reports
 from analysis.plots import PLOTS
 from builder.core import Recipe, SourceSet
-from builder.select import LEDGER, Select, columns
+from builder.stages.select import LEDGER, Select, columns
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
           (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))  # fmt: skip

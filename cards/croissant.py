@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from builder.core import Recipe, SourceSet
-from builder.select import LEDGER, Select, columns
+from builder.stages.select import LEDGER, Select, columns
 from cards.card import license_link
 
 _TYPES = {

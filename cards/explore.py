@@ -40,9 +40,9 @@ from analysis.views import Parts, connect, parts
 from builder import run as runs
 from builder import sql
 from builder.errors import InputError, telling_of_a_full_disk
-from builder.imagetar import images
-from builder.select import columns
-from builder.target import open_version
+from builder.stages.imagetar import images
+from builder.stages.select import columns
+from builder.versions.targets import open_version
 
 PAGE = Path(__file__).parent / "explorer"
 FILES = ("index.html", "explorer.js", "explorer.css")

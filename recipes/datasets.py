@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from builder.caption import RECAPTION_V1, Caption, CaptionSpec
 from builder.core import Recipe, SourceSet
-from builder.dedup import Dedup
-from builder.download import Download
 from builder.errors import RecipeError
-from builder.score import Score
-from builder.select import Select
-from builder.source import Source
+from builder.stages.caption import RECAPTION_V1, Caption, CaptionSpec
+from builder.stages.dedup import Dedup
+from builder.stages.download import Download
+from builder.stages.score import Score
+from builder.stages.select import Select
+from builder.stages.source import Source
 
 DEMO_CAPTIONER = "recipes/demo/weights/captioner"
 DEMO_CLIP = "recipes/demo/weights/clip"

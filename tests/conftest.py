@@ -100,9 +100,9 @@ def demo_run() -> Path:
 
 def a_version(folder: Path, data: pa.Table, ledger: pa.Table, captions: tuple[str, ...] = (), **about: str) -> Path:
     """A published version as far as it is read: its rows, with null in the columns that `data` lacks, its ledger, recipe and manifest."""
-    from builder.caption import Caption, CaptionSpec
     from builder.core import Recipe, write_parquet
-    from builder.select import LEDGER, Select, schema
+    from builder.stages.caption import Caption, CaptionSpec
+    from builder.stages.select import LEDGER, Select, schema
 
     whole = schema(captions)
     data = pa.table({f.name: data[f.name].cast(f.type) if f.name in data.column_names else pa.nulls(len(data), f.type) for f in whole})
@@ -126,7 +126,7 @@ def a_version(folder: Path, data: pa.Table, ledger: pa.Table, captions: tuple[st
 def web_of(run: Path) -> Iterator[Path]:
     """The small web that a demo run was built from, up again at its port; one test has it at a time."""
     from builder import run as runs
-    from builder.source import Source
+    from builder.stages.source import Source
     from recipes.demo import web
 
     source = runs.load_recipe(run).stage("source")

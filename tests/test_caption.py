@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
-from builder.caption import RECAPTION_V1, Caption, CaptionSpec, Engine, begins
 from builder.commit import commit
 from builder.core import Recipe, Task
 from builder.errors import InputError, RecipeError
 from builder.model import identity
-from builder.select import Select
+from builder.stages.caption import RECAPTION_V1, Caption, CaptionSpec, Engine, begins
+from builder.stages.select import Select
 from recipes.demo import world
 
 SETTINGS = Caption(model=str(CAPTIONER), dtype="float32", max_model_len=512, kv_cache_gib=1)

@@ -20,12 +20,12 @@ import yaml
 from conftest import a_version, recap, web_of
 
 from analysis import report
-from builder.caption import Caption
 from builder.core import Recipe, SourceSet
 from builder.errors import InputError, RecipeError
 from builder.resolve import resolve
-from builder.select import LEDGER, SCHEMA
-from builder.versions import check_card
+from builder.stages.caption import Caption
+from builder.stages.select import LEDGER, SCHEMA
+from builder.versions.verify import check_card
 from cards.card import card
 from cards.croissant import croissant
 from recipes.datasets import SOURCE_SETS, demo, recap_datacomp_1b

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.caption import Caption, CaptionSpec
 from builder.core import Recipe, Record, Stage, Task, parse, read_rows, sha256_file, task_key, write_parquet
-from builder.dedup import Dedup
-from builder.download import Download
 from builder.errors import RecipeError
-from builder.score import Score
-from builder.source import Source
+from builder.stages.caption import Caption, CaptionSpec
+from builder.stages.dedup import Dedup
+from builder.stages.download import Download
+from builder.stages.score import Score
+from builder.stages.source import Source
 from recipes import datasets as recipes
 
 INPUTS = {"source/00000.parquet": "a" * 64, "source/00001.parquet": "b" * 64}
@@ -205,12 +205,12 @@ def changed(**changes: object) -> str:
     ("text", "says"),
     [
         (changed(colour="red"), "colour"),
-        (changed(stages=[{"stage": "builder.dedup:Dedup", "max_url": 5}]), "max_url"),
-        (changed(stages=[{"stage": "builder.dedup:Dedup", "max_urls": "many"}]), "max_urls"),
-        (changed(stages=[{"stage": "builder.source:Source"}]), "files"),
-        (changed(stages=[{"stage": "builder.dedup:Nope"}]), "Nope"),
+        (changed(stages=[{"stage": "builder.stages.dedup:Dedup", "max_url": 5}]), "max_url"),
+        (changed(stages=[{"stage": "builder.stages.dedup:Dedup", "max_urls": "many"}]), "max_urls"),
+        (changed(stages=[{"stage": "builder.stages.source:Source"}]), "files"),
+        (changed(stages=[{"stage": "builder.stages.dedup:Nope"}]), "Nope"),
         (changed(stages=[{"stage": "builder.nope:Nope"}]), "nope"),
-        (changed(stages=[{"stage": "builder.core:Recipe"}]), "builder.core:Recipe"),
+        (changed(stages=[{"stage": "builder.core:Recipe"}]), "recipe"),
         (changed(stages=[{"stage": "builder.core:Stage"}]), "not a recipe.json"),
         (changed(stages=[{"stage": "subprocess:Popen"}]), "subprocess"),
         (changed(stages=[{"stage": "builderx.evil:Stage"}]), "builderx"),

@@ -15,9 +15,10 @@ import pytest
 from builder import tombstones
 from builder.commit import commit
 from builder.core import Task, write_parquet
-from builder.dedup import Dedup
-from builder.download import SCHEMA
-from builder.target import Folder
+from builder.stages.dedup import Dedup
+from builder.stages.download import SCHEMA
+from builder.versions.folder import Folder
+from builder.versions.targets import removed_from
 
 Row = dict[str, Any]
 
@@ -142,4 +143,4 @@ def test_a_version_without_tombstones_has_none(tmp_path: Path) -> None:
     none = {"train": 0, "preview": 0, "ledger": 0}
     manifest = {"name": "old", "version": "0.1.0", "rows": none, "bytes": none, "files": {}}
     (tmp_path / "v0.1.0" / "manifest.json").write_text(json.dumps(manifest))
-    assert tombstones.of_target(Folder(tmp_path), "0.2.0").num_rows == 0
+    assert removed_from(Folder(tmp_path), "0.2.0").num_rows == 0

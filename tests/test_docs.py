@@ -44,9 +44,10 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
         listed.setdefault(folder, set()).update(names)
     assert set(listed) == set(FOLDERS)
     for name, there in listed.items():
-        assert [each for each in there if not (ROOT / name / each).exists()] == [], name
-    for name in ("builder", "analysis", "cards", "recipes"):
-        assert {path.name for path in (ROOT / name).glob("*.py")} - {"__init__.py"} - listed[name] == set(), name
+        assert [each for each in there if not (ROOT / name / each).exists() and not [*(ROOT / name).rglob(each)]] == [], name
+    for name in ("builder", "analysis", "cards"):
+        assert {path.name for path in (ROOT / name).rglob("*.py")} - {"__init__.py"} - listed[name] == set(), name
+    assert {path.name for path in (ROOT / "recipes").glob("*.py")} - {"__init__.py"} - listed["recipes"] == set()
 
 
 DOCUMENTS = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", ".uv", "node_modules"} & set(path.relative_to(ROOT).parts)]

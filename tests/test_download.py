@@ -29,13 +29,13 @@ from nameserver import NOBODY, SILENCE, A, Nameserver
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-import builder.network
-from builder import source
+import builder.stages.network
 from builder.core import Recipe, Status, Task, sha256_file, write_parquet
-from builder.dedup import Dedup
-from builder.download import SCHEMA, Download, _Fetcher
 from builder.errors import InputError
-from builder.network import Outage, has_default_route
+from builder.stages import source
+from builder.stages.dedup import Dedup
+from builder.stages.download import SCHEMA, Download, _Fetcher
+from builder.stages.network import Outage, has_default_route
 from recipes.demo import web as demo_web
 
 LOOPBACK = ("127.0.0.1/32",)
@@ -489,7 +489,7 @@ def test_a_machine_without_a_resolver_commits_nothing(
     reply: str | None,
 ) -> None:
     """And not a shard of dead links; whoever insists may have it."""
-    monkeypatch.setattr(builder.network, "PROBE_S", 0.5)
+    monkeypatch.setattr(builder.stages.network, "PROBE_S", 0.5)
     names = [f"host{n}.example" for n in range(hosts)]
     urls = [f"http://{names[n % hosts]}/{n}.jpg" for n in range(40)]
     with Nameserver(dict.fromkeys(["", *names], reply or SILENCE)) as server:
@@ -537,9 +537,9 @@ def test_a_machine_without_a_route_commits_nothing(tmp_path: Path, monkeypatch: 
         port = nobody.getsockname()[1]
     urls = [f"http://127.0.0.{n}:{port}/x.jpg" for n in range(10, 30)]
     settings: Row = {"retries": 0, "allow_private": ("127.0.0.0/8",)}
-    monkeypatch.setattr(builder.network, "has_default_route", lambda: True)
+    monkeypatch.setattr(builder.stages.network, "has_default_route", lambda: True)
     assert download(tmp_path / "route", urls, **settings).counts == {"unavailable": 20}
-    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+    monkeypatch.setattr(builder.stages.network, "has_default_route", lambda: False)
     message = outage(tmp_path / "none", urls, **settings)
     assert message == "20 of 20 hosts could not be reached, and this machine has no default route"
     assert download(tmp_path / "few", urls[1:], **settings).counts == {"unavailable": 19}
@@ -548,7 +548,7 @@ def test_a_machine_without_a_route_commits_nothing(tmp_path: Path, monkeypatch: 
 
 def test_a_host_that_spoke_once_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An HTTP status, a redirect, a body that stops: all of them came over a network that works."""
-    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+    monkeypatch.setattr(builder.stages.network, "has_default_route", lambda: False)
 
     def stops(visit: Visit) -> None:
         visit.send(response(JPG)[:-100])
@@ -566,14 +566,14 @@ def test_a_host_that_spoke_once_is_no_outage(tmp_path: Path, monkeypatch: pytest
 
 
 def test_hosts_that_are_not_public_are_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+    monkeypatch.setattr(builder.stages.network, "has_default_route", lambda: False)
     done = download(tmp_path, [f"http://10.0.0.{n}/x.jpg" for n in range(40)])
     assert done.counts == {"blocked": 40}
 
 
 def test_the_demo_s_web_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is one host, given by its address."""
-    monkeypatch.setattr(builder.network, "has_default_route", lambda: False)
+    monkeypatch.setattr(builder.stages.network, "has_default_route", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     done = download(tmp_path, [f"http://127.0.0.1:{port}/{n}.jpg" for n in range(40)], retries=0)

@@ -24,7 +24,7 @@ from conftest import a_version
 from PIL import Image
 
 from builder.errors import InputError
-from builder.select import LEDGER, SCHEMA
+from builder.stages.select import LEDGER, SCHEMA
 from cards.explore import explore
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: uv sync")

@@ -216,7 +216,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from builder.core import Recipe, Stage
-from builder.source import Source
+from builder.stages.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

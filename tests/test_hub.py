@@ -26,10 +26,11 @@ from hub.server import Hub as Server
 
 from builder import tombstones
 from builder.errors import InputError, UserError, VersionError
-from builder.hub import Hub
-from builder.publish import stage
-from builder.target import MANIFEST, Folder, Staged
-from builder.versions import remove, verify
+from builder.versions.folder import Folder
+from builder.versions.hub import Hub
+from builder.versions.publish import stage
+from builder.versions.verify import remove, verify
+from builder.versions.version import MANIFEST, Staged
 
 FULL = os.environ.get("RECAP_FULL") == "1"  # every kill and every fault on every route; measured in CONTRIBUTING.md
 
@@ -254,7 +255,7 @@ def test_a_refused_token_is_one_line(server: Server, staged: Staged, monkeypatch
 
 def test_a_rate_limit_is_waited_for_as_long_as_it_says(server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("builder.hub.time.sleep", waits.append)
+    monkeypatch.setattr("builder.versions.hub.time.sleep", waits.append)
     server.faults.append(Fault("tag", 1, "rate_limit", wait_s=17))
     hub().publish(staged)
     assert waits == [18]
@@ -300,7 +301,7 @@ def _publish(url: str, environment: dict[str, str], staged: Staged, repo: str, x
 @pytest.fixture(scope="session")
 def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["builder.publish", "builder.hub", "test_hub"])
+    context.set_forkserver_preload(["builder.versions.publish", "builder.versions.hub", "test_hub"])
     return context
 
 

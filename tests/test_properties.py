@@ -45,17 +45,17 @@ from PIL import Image
 
 from analysis import report
 from builder import sql, tombstones, urls
-from builder.caption import MAX_QUOTED_CHARACTERS, QUOTABLE, CaptionSpec, Engine
 from builder.cli import printable
 from builder.core import Recipe, Record, Stage, Task
-from builder.download import _faces
 from builder.errors import InputError, RecipeError, UserError
-from builder.executors import Outcome, attempt
+from builder.executors.local import Outcome, attempt
 from builder.run import build
-from builder.select import LEDGER, SCHEMA
-from builder.source import LAYOUTS, OPTIONAL, Source
-from builder.source import SCHEMA as ROWS
-from builder.target import MANIFEST, check_version, manifest_of
+from builder.stages.caption import MAX_QUOTED_CHARACTERS, QUOTABLE, CaptionSpec, Engine
+from builder.stages.download import _faces
+from builder.stages.select import LEDGER, SCHEMA
+from builder.stages.source import LAYOUTS, OPTIONAL, Source
+from builder.stages.source import SCHEMA as ROWS
+from builder.versions.version import MANIFEST, check_version, manifest_of
 from cards.card import card
 from cards.explore import PAGE, explore
 from recipes.datasets import demo
@@ -239,11 +239,11 @@ def test_a_manifest_names_files_of_its_version_or_is_refused(data: bytes) -> Non
 
 GOOD_RECIPE = json.loads(demo(short=True).to_json())
 STAGE_NAMES = TEXT | st.sampled_from([
-    "os:system", "builder.cli:main", "builder.core:Stage", "builder.core:Recipe", "builder.source:Path",
+    "os:system", "builder.cli:main", "builder.core:Stage", "builder.core:Recipe", "builder.stages.source:Path",
     "builder:Stage", "builder.:x", "builder..core:Stage", "builder.nothing:Stage", "builder.core", ":", "",
-    "json:loads", "pathlib:Path", "builder.download:Download", "builder.run:StagePlan", "antigravity:x",
-    "this:x", "builder.core:Stage.open", "analysis.report:stats", "recipes.datasets:demo", "builder.source:",
-    "builder.source:Source:x", ".source:Source", "wsgiref.simple_server:x", "builder.source:\u017fource",
+    "json:loads", "pathlib:Path", "builder.stages.download:Download", "builder.run:StagePlan", "antigravity:x",
+    "this:x", "builder.core:Stage.open", "analysis.report:stats", "recipes.datasets:demo", "builder.stages.source:",
+    "builder.stages.source:Source:x", ".source:Source", "wsgiref.simple_server:x", "builder.stages.source:\u017fource",
 ])  # fmt: skip
 
 

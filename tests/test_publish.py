@@ -21,9 +21,9 @@ import pytest
 from conftest import ROOT, fill, mounted, recap, web_of
 
 from builder.errors import InputError, VersionError
-from builder.publish import publish
-from builder.select import LEDGER, SCHEMA
-from builder.versions import verify
+from builder.stages.select import LEDGER, SCHEMA
+from builder.versions.publish import publish
+from builder.versions.verify import verify
 
 RECAP_DATACOMP_1B = {  # the published schema
     "url": "string", "re_caption": "string", "org_caption": "string", "sha256": "string", "key": "string", "re_clip_score": "float64",
@@ -151,7 +151,7 @@ def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(copied
 
 
 def test_what_is_wrong_with_the_target_does_not_cost_hashing_the_run(copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.publish._damaged", lambda *_: pytest.fail("the run was hashed"))
+    monkeypatch.setattr("builder.versions.publish._damaged", lambda *_: pytest.fail("the run was hashed"))
     (tmp_path / "out" / "latest").mkdir(parents=True)
     with pytest.raises(InputError, match="no link to a version"):
         publish(copied_run, str(tmp_path / "out"), "1.0.0")
@@ -264,7 +264,7 @@ def test_published_files_name_no_place_on_this_machine(version: Path, demo_run: 
 
 def test_hostile_captions_cannot_break_the_card(copied_run: Path) -> None:
     """The first row's caption tries to end its block and start markup."""
-    from builder.publish import preview_card
+    from builder.versions.publish import preview_card
 
     file = next((copied_run / "select").glob("00000.parquet"))
     rows = pq.read_table(file).to_pylist()

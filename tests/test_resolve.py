@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from builder.caption import Caption
 from builder.core import Recipe
-from builder.dedup import Dedup
-from builder.download import Download
 from builder.errors import RecipeError, UserError
 from builder.resolve import resolve
-from builder.source import Source
+from builder.stages.caption import Caption
+from builder.stages.dedup import Dedup
+from builder.stages.download import Download
+from builder.stages.source import Source
 from recipes import datasets as recipes
 
 MY_FILE = """
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from builder.core import Recipe, Stage
-from builder.dedup import Dedup
+from builder.stages.dedup import Dedup
 
 
 @dataclass(frozen=True, kw_only=True)

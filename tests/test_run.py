@@ -25,13 +25,13 @@ from conftest import fill, mounted, recap
 
 from builder.commit import lock
 from builder.core import Recipe, Record, Stage, Task, Work, sha256_file
-from builder.dedup import Dedup
-from builder.download import Download
 from builder.errors import InputError, RecipeError
-from builder.executors import Executor, Outcome, attempt, local
+from builder.executors.local import Executor, Outcome, attempt, local
 from builder.resolve import resolve
 from builder.run import build, estimate, finished, plan, status
-from builder.source import Source
+from builder.stages.dedup import Dedup
+from builder.stages.download import Download
+from builder.stages.source import Source
 from recipes.demo import web
 
 PORT, ROWS, SEED = 8660, 60, 208  # this seed plants eleven faults of seven kinds, four placeholders among them, and none that is slow
@@ -359,7 +359,7 @@ from typing import ClassVar
 import pyarrow as pa
 
 from builder.core import Recipe, Stage, Task, Work, write_parquet
-from builder.source import Source
+from builder.stages.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from conftest import CLIP
 from PIL import Image
 
 from builder.errors import InputError
-from builder.imagetar import images
-from builder.score import Clip, Score
+from builder.stages.imagetar import images
+from builder.stages.score import Clip, Score
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 from builder.commit import commit
 from builder.core import Recipe, Record, Stage, Task
 from builder.errors import InputError, RecipeError, ShardError
-from builder.executors import Outcome, attempt
+from builder.executors.local import Outcome, attempt
 from builder.run import build
-from builder.source import OPTIONAL, SCHEMA, Source
+from builder.stages.source import OPTIONAL, SCHEMA, Source
 
 Row = dict[str, Any]
 

@@ -20,8 +20,8 @@ from analysis import views
 from analysis.diff import diff
 from builder import sql
 from builder.errors import InputError
-from builder.select import LEDGER, SCHEMA
-from builder.source import Source
+from builder.stages.select import LEDGER, SCHEMA
+from builder.stages.source import Source
 
 
 @pytest.mark.parametrize("name", ["run[1]", "r*n1", "r?n1", "it's", "a=1", "{run1,x}", "back\\\\slash", "é" * 60])

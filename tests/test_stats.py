@@ -34,7 +34,7 @@ from analysis.diff import diff_columns
 from analysis.report import Options
 from builder.core import Status
 from builder.errors import InputError
-from builder.select import LEDGER, SCHEMA
+from builder.stages.select import LEDGER, SCHEMA
 
 QUERIES = report.QUERIES
 Row = dict[str, Any]

@@ -153,7 +153,7 @@ def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Pa
 def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:
     from builder.core import Recipe
     from builder.run import build, plan
-    from builder.source import Source
+    from builder.stages.source import Source
 
     rows = [{"uid": uid, "url": f"http://127.0.0.1/{k}", "text": "x"} for k, uid in enumerate(UIDS)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")

@@ -20,9 +20,11 @@ from analysis.views import Parts
 from builder import tombstones
 from builder.core import Recipe, sha256_file, write_parquet
 from builder.errors import InputError, MovedError, VersionError
-from builder.publish import Shard, put_together
-from builder.target import MANIFEST, Folder, Staged, split, target_of
-from builder.versions import remove, verify
+from builder.versions.folder import Folder
+from builder.versions.publish import Shard, put_together
+from builder.versions.targets import removed_from, split, target_of
+from builder.versions.verify import remove, verify
+from builder.versions.version import MANIFEST, Staged
 
 
 @pytest.fixture(params=["folder", "hub", "real hub"])
@@ -94,7 +96,7 @@ def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str
     later = remove(target, "0.1.2", {"uid": ["0" * 32]})
     assert (later.rows, later.ledger_rows, later.matched_nothing) == (0, 0, {"uid": ["0" * 32]})
     assert not remove(target, "0.1.2", {"uid": ["0" * 32]}).published.new
-    held = tombstones.of_target(target_of(target), "0.1.3")["mark"].to_pylist()
+    held = removed_from(target_of(target), "0.1.3")["mark"].to_pylist()
     assert tombstones.marks("domain", "Nowhere.Example.") | tombstones.marks("uid", "0" * 32) <= set(held)
 
 

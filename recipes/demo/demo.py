@@ -11,7 +11,7 @@ import click
 from analysis import report
 from builder import run as runs
 from builder.errors import VersionError
-from builder.publish import publish
+from builder.versions.publish import publish
 from recipes import datasets as recipes
 from recipes.demo import web
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from builder.caption import Caption, Engine
-from builder.score import Clip, Score
+from builder.stages.caption import Caption, Engine
+from builder.stages.score import Clip, Score
 from recipes.datasets import demo
 from recipes.demo import world
 

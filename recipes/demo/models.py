@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from builder.caption import RECAPTION_V1_PROMPT
+from builder.stages.caption import RECAPTION_V1_PROMPT
 from recipes.demo import world
 
 WEIGHTS = Path(__file__).parent / "weights"

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
-from builder.caption import RECAPTION_V1_PROMPT
+from builder.stages.caption import RECAPTION_V1_PROMPT
 from recipes.demo import models, world
 
 

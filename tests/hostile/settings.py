@@ -70,7 +70,7 @@ def no_shard(s: Situation, _: Outcome) -> None:
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
-IMPORTS = "from builder.core import Recipe\nfrom builder.source import Source\n"
+IMPORTS = "from builder.core import Recipe\nfrom builder.stages.source import Source\n"
 GOOD = "def mine(*, metadata: str) -> Recipe:\n    return Recipe('mine', (Source(files=metadata),))\n"
 
 
@@ -102,9 +102,9 @@ def recipes() -> Iterator[Case]:
         ("one stage, no tuple", IMPORTS + GOOD.replace("(Source(files=metadata),)", "Source(files=metadata)"), "stage"),
         ("a stage that is none", IMPORTS + GOOD.replace("(Source(files=metadata),)", "('source',)"), either("stage", "'source'")),
         ("a stage twice", IMPORTS + GOOD.replace("Source(files=metadata),", "Source(files=metadata), Source(files=metadata),"), "source"),
-        ("a stage without the one before it", IMPORTS + "from builder.dedup import Dedup\n" + GOOD.replace("metadata),", "metadata), Dedup(),"),
+        ("a stage without the one before it", IMPORTS + "from builder.stages.dedup import Dedup\n" + GOOD.replace("metadata),", "metadata), Dedup(),"),
          ("dedup", "download")),
-        ("no source", IMPORTS + "from builder.dedup import Dedup\n" + GOOD.replace("Source(files=metadata)", "Dedup()"), ("dedup", "download")),
+        ("no source", IMPORTS + "from builder.stages.dedup import Dedup\n" + GOOD.replace("Source(files=metadata)", "Dedup()"), ("dedup", "download")),
         ("a setting that is none", IMPORTS + GOOD.replace("files=metadata", "files=metadata, colour='red'"), "colour"),
         ("a setting of another type", IMPORTS + GOOD.replace("files=metadata", "files=metadata, limit='many'"), "limit"),
         ("a parameter of a type of its own", IMPORTS + GOOD.replace("metadata: str", "metadata: Source"), "metadata"),
@@ -137,7 +137,7 @@ def _planned(text: str | bytes, s: Situation) -> list[object]:
 SPECS = """
 from dataclasses import replace
 
-from builder.caption import Caption, CaptionSpec
+from builder.stages.caption import Caption, CaptionSpec
 from builder.core import Recipe
 from recipes.datasets import recap_datacomp_1b
 

@@ -228,8 +228,8 @@ def _uid_twice(s: Situation) -> list[object]:
 
 SOURCE_AND_DOWNLOAD = """
 from builder.core import Recipe
-from builder.download import Download
-from builder.source import Source
+from builder.stages.download import Download
+from builder.stages.source import Source
 
 
 def rows(*, metadata: str) -> Recipe:

@@ -32,8 +32,8 @@ from pydantic import ConfigDict, Field
 
 from builder.core import Count, Json, Stage, Status, Task, Work, from_json, read_file, read_rows, write_parquet
 from builder.errors import InputError, RecipeError
-from builder.imagetar import images
 from builder.model import check_files, has_chat_template, hub_model, identity, model_folder
+from builder.stages.imagetar import images
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -45,7 +45,7 @@ from pydantic import Field
 from builder import sql
 from builder.core import Count, Json, Seconds, Stage, Status, Task, Work, read_rows, write_parquet
 from builder.errors import InputError
-from builder.network import NOT_PUBLIC, RESOLVER_SHARE, Network, NoAnswer, Outage, is_nameserver, is_off_limits
+from builder.stages.network import NOT_PUBLIC, RESOLVER_SHARE, Network, NoAnswer, Outage, is_nameserver, is_off_limits
 from builder.urls import as_fetched
 
 SCHEMA = pa.schema(

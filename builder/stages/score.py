@@ -25,8 +25,8 @@ from PIL import Image
 
 from builder.core import Count, Json, Stage, Status, Task, Work, from_json, read_file, read_rows, write_parquet
 from builder.errors import InputError, RecipeError
-from builder.imagetar import images
 from builder.model import check_files, hub_model, identity, model_folder
+from builder.stages.imagetar import images
 
 MAX_CHARACTERS = 20_000  # a caption is cut here before tokenizing; no CLIP reads that far
 

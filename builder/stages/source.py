@@ -30,7 +30,7 @@ from pydantic import Field
 
 from builder.core import Count, Json, Record, Stage, Status, Task, Work, from_json, matching, read_file, sha256_file, sha256_known, write_parquet
 from builder.errors import InputError, RecipeError, ShardError
-from builder.texttable import TextTable
+from builder.stages.texttable import TextTable
 from builder.urls import as_fetched
 
 SCHEMA = pa.schema(

@@ -33,15 +33,17 @@ from builder import sql, tombstones
 from builder.commit import lock, write_atomically
 from builder.core import Recipe, Record, from_json, read_rows, sha256_file, write_parquet
 from builder.errors import DamagedError, InputError, MovedError, VersionError, command, telling_of_a_full_disk
-from builder.select import schemas
-from builder.target import MANIFEST, Published, Staged, Target, check_version, link, manifest_of, split, target_of
+from builder.stages.select import schemas
+from builder.versions.folder import link
+from builder.versions.targets import removed_from, split, target_of
+from builder.versions.version import MANIFEST, Published, Staged, Target, check_version, manifest_of
 from cards.card import card
 from cards.croissant import croissant
 
 PREVIEW_ROWS = 1000
 PREVIEW = "data/preview-00000-of-00001.parquet"
 SECRETS = r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36,}|\bsk-[A-Za-z0-9_-]{32,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
 def _published(where: Target, run: Path, version: str, *, dry_run: bool, rebase: bool) -> Published:
     while True:
         beside = where.versions()
-        removed = tombstones.of_target(where, version)
+        removed = removed_from(where, version)
         try:
             staged = stage(run, version, removed)
         except (InputError, OSError, pa.ArrowException, duckdb.Error) as error:  # a file that cannot be read

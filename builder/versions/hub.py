@@ -40,7 +40,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from builder.errors import DamagedError, InputError, VersionError
-from builder.target import HUB, MANIFEST, OURS, VERSION, Published, Staged, by_number, next_version
+from builder.versions.version import HUB, MANIFEST, OURS, VERSION, Published, Staged, by_number, next_version
 
 T = TypeVar("T")
 FILES_PER_COMMIT = 100  # what the Hub recommends

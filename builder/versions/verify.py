@@ -24,9 +24,10 @@ from analysis import report, views
 from builder import sql, tombstones
 from builder.core import Recipe, from_json, sha256_file, write_parquet
 from builder.errors import DamagedError, InputError, VersionError, command, telling_of_a_full_disk
-from builder.publish import PREVIEW, PREVIEW_ROWS, Shard, check, put_together
-from builder.select import ROW_GROUP_ROWS, schemas
-from builder.target import OURS, VERSION, Published, Version, by_number, check_version, is_inside, open_version, split, target_of
+from builder.stages.select import ROW_GROUP_ROWS, schemas
+from builder.versions.publish import PREVIEW, PREVIEW_ROWS, Shard, check, put_together
+from builder.versions.targets import open_version, removed_from, split, target_of
+from builder.versions.version import OURS, VERSION, Published, Version, by_number, check_version, is_inside
 from cards.card import card
 from cards.croissant import croissant
 
@@ -120,7 +121,7 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
     if named not in versions if named else not older:
         raise InputError(f"{text} has no version {named or f'older than {version}'}", f"its versions: {', '.join(versions) or 'none'}")
     base = open_version(f"{text}@v{named or older[-1]}")
-    before = tombstones.of_target(where, version)  # of `versions`, or of more
+    before = removed_from(where, version)  # of `versions`, or of more
     removed = tombstones.merged(before, tombstones.table(values))
     _hold_against_manifest(base, [name for name in base.manifest["files"] if base.is_local or not name.startswith(OURS)])
     with tempfile.TemporaryDirectory(prefix="recap-remove-") as folder, telling_of_a_full_disk(folder):

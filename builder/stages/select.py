@@ -79,7 +79,7 @@ def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
     """
     select = recipe.stage("select")
     if not isinstance(select, Select):
-        raise RecipeError(f"recipe {recipe.name}: its stage select is another", "use builder.select.Select")
+        raise RecipeError(f"recipe {recipe.name}: its stage select is another", "use builder.stages.select.Select")
     return {"data": schema(select.captions), "ledger": LEDGER}
 
 

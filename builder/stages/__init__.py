@@ -1,0 +1,1 @@
+"""One stage a file, in the order of the line: source, download, dedup, caption, score, select."""

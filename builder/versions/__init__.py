@@ -1,0 +1,1 @@
+"""Versions: put together, published to a folder or the Hub, verified, rows removed."""
