@@ -23,17 +23,32 @@ def diff(a: str, b: str) -> dict[str, Any]:
             if parts.filesystem is not None and "hf" not in con.list_filesystems():
                 con.register_filesystem(parts.filesystem)
             views.create(con, name, parts.published)
-        columns = {name: dict(con.sql(f"select column_name, column_type from (describe {name})").fetchall()) for name in ("a", "b")}
+        columns = {
+            name: dict(con.sql(f"select column_name, column_type from (describe {name})").fetchall())
+            for name in ("a", "b")
+        }
         for name, place in (("a", a), ("b", b)):
             if "uid" not in columns[name]:
-                raise InputError(f"{place} has no column uid: rows are joined on it", f"it has: {', '.join(columns[name])}")
+                raise InputError(
+                    f"{place} has no column uid: rows are joined on it", f"it has: {', '.join(columns[name])}"
+                )
         both = [name for name in columns["a"] if name in columns["b"] and name != "uid"]
         quoted = {name: sql.identifier(name) for name in both}
         if (kinds := [columns[name]["uid"] for name in ("a", "b")])[0] != kinds[1]:
-            raise InputError(f"uids of {a} and {b} are {' and '.join(kinds)}: rows cannot be joined on them", "give both as text")
+            raise InputError(
+                f"uids of {a} and {b} are {' and '.join(kinds)}: rows cannot be joined on them",
+                "give both as text",
+            )
         as_text = {name: "" if columns["a"][name] == columns["b"][name] else "::varchar" for name in both}
-        changed = ", ".join(f"count(*) filter (a.{quoted[name]}{as_text[name]} is distinct from b.{quoted[name]}{as_text[name]})" for name in both)
-        numeric = [name for name in both if {columns["a"][name], columns["b"][name]} <= {"DOUBLE", "FLOAT", "BIGINT", "INTEGER"}]
+        changed = ", ".join(
+            f"count(*) filter (a.{quoted[name]}{as_text[name]} is distinct from b.{quoted[name]}{as_text[name]})"
+            for name in both
+        )
+        numeric = [
+            name
+            for name in both
+            if {columns["a"][name], columns["b"][name]} <= {"DOUBLE", "FLOAT", "BIGINT", "INTEGER"}
+        ]
         means = {}
         try:
             ((rows_a, rows_b, shared),) = con.sql(
@@ -41,11 +56,16 @@ def diff(a: str, b: str) -> dict[str, Any]:
             ).fetchall()
             values = con.sql(f"select {changed} from a join b using (uid)").fetchall()[0] if both else ()
             for name in numeric:
-                ((before, after),) = con.sql(f"select (select avg({quoted[name]}) from a), (select avg({quoted[name]}) from b)").fetchall()
+                ((before, after),) = con.sql(
+                    f"select (select avg({quoted[name]}) from a), (select avg({quoted[name]}) from b)"
+                ).fetchall()
                 if repr(before) != repr(after):  # NaN is like itself
                     means[name] = (before, after)
         except duckdb.Error as error:
-            raise InputError(f"{a} or {b} cannot be read: {str(error).splitlines()[0][:200]}", "see which: recap verify, or recap sql") from error
+            raise InputError(
+                f"{a} or {b} cannot be read: {str(error).splitlines()[0][:200]}",
+                "see which: recap verify, or recap sql",
+            ) from error
     return {
         "rows": (rows_a, rows_b), "added": rows_b - shared, "removed": rows_a - shared,
         "columns_added": [name for name in columns["b"] if name not in columns["a"]],

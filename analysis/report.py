@@ -41,12 +41,16 @@ class Options:
     tokenizer: Path | None = None
 
 
-def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Options | None = None) -> dict[str, Any]:
+def stats(
+    place: str | Path | Parts, captions: Sequence[str] = (), options: Options | None = None
+) -> dict[str, Any]:
     """Every query's rows, each with the hash of its SQL."""
     options = options or Options()
     report: dict[str, Any] = {}
     given = {"visual_words": _visual_words(options), "concreteness": _concreteness(options)}
-    counter = tokens.counter(options.tokenizer)  # what a user gives is read first: a mistake in it is told at once
+    counter = tokens.counter(
+        options.tokenizer
+    )  # what a user gives is read first: a mistake in it is told at once
     with connect(place, captions) as con:
         for name, table in given.items():
             con.register(name, table)
@@ -57,7 +61,14 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
             sql = path.read_text(encoding="utf-8")
             answer: dict[str, Any] = {"sha256": hashlib.sha256(sql.encode()).hexdigest()}
             reads = set(re.findall(r"\b(?:from|join)\s+(\w+)", re.sub(r"--.*", "", sql)))
-            absent = next((f"no {name} here" for name in ("ledger", "scores") if name in reads and name not in _views(con)), None)
+            absent = next(
+                (
+                    f"no {name} here"
+                    for name in ("ledger", "scores")
+                    if name in reads and name not in _views(con)
+                ),
+                None,
+            )
             for name in reads & set(made):
                 if name not in _views(con):
                     try:
@@ -65,12 +76,22 @@ def stats(place: str | Path | Parts, captions: Sequence[str] = (), options: Opti
                     except _Absent as reason:
                         absent = str(reason)
             try:
-                answer |= {"absent": absent} if absent else {"rows": finite(con.sql(sql).to_arrow_table().to_pylist())}
+                answer |= (
+                    {"absent": absent}
+                    if absent
+                    else {"rows": finite(con.sql(sql).to_arrow_table().to_pylist())}
+                )
             except duckdb.BinderException as error:
                 if ours:
                     raise
-                column = re.search(r'Referenced column "(\w+)" not found', str(error))  # in somebody else's table
-                answer["absent"] = f"no column {column[1]} here" if column else f"columns of other types here: {str(error).splitlines()[0]}"
+                column = re.search(
+                    r'Referenced column "(\w+)" not found', str(error)
+                )  # in somebody else's table
+                answer["absent"] = (
+                    f"no column {column[1]} here"
+                    if column
+                    else f"columns of other types here: {str(error).splitlines()[0]}"
+                )
             report[path.stem] = answer
     return report
 
@@ -119,7 +140,12 @@ def _texts(con: duckdb.DuckDBPyConnection, number: int) -> pa.Table:
 def _languages(con: duckdb.DuckDBPyConnection) -> pa.Table:
     """(caption, language) of the first rows."""
     found = _texts(con, LANGUAGE_ROWS)
-    return pa.table({"caption": found["caption"], "language": pa.array(map(select.language, found["text"].to_pylist()), pa.string())})
+    return pa.table(
+        {
+            "caption": found["caption"],
+            "language": pa.array(map(select.language, found["text"].to_pylist()), pa.string()),
+        }
+    )
 
 
 def _tokens(con: duckdb.DuckDBPyConnection, counter: tuple[str, tokens.Counter]) -> pa.Table:
@@ -136,7 +162,11 @@ def _near_duplicates(con: duckdb.DuckDBPyConnection) -> pa.Table:
     found = _texts(con, NEAR_ROWS)
     result = []
     for caption in sorted(set(found["caption"].to_pylist())):
-        texts = [text for name, text in zip(found["caption"].to_pylist(), found["text"].to_pylist(), strict=True) if name == caption]
+        texts = [
+            text
+            for name, text in zip(found["caption"].to_pylist(), found["text"].to_pylist(), strict=True)
+            if name == caption
+        ]
         index, near = MinHashLSH(threshold=0.8, num_perm=64), set()
         hashes = MinHash.bulk([[" ".join(words[k : k + 3]).encode() for k in range(max(1, len(words) - 2))]
                                for words in (re.findall(r"\w+", text[:20_000].lower()) for text in texts)], num_perm=64)  # fmt: skip
@@ -144,8 +174,16 @@ def _near_duplicates(con: duckdb.DuckDBPyConnection) -> pa.Table:
             others = [other for other in index.query(each) if each.jaccard(hashes[other]) >= 0.8]
             near |= {number, *others} if others else set()
             index.insert(number, each)
-        result.append({"caption": caption, "near_captions": len(texts), "near_percent": round(100 * len(near) / len(texts), 2)})
-    return pa.Table.from_pylist(result, pa.schema({"caption": pa.string(), "near_captions": pa.int64(), "near_percent": pa.float64()}))
+        result.append(
+            {
+                "caption": caption,
+                "near_captions": len(texts),
+                "near_percent": round(100 * len(near) / len(texts), 2),
+            }
+        )
+    return pa.Table.from_pylist(
+        result, pa.schema({"caption": pa.string(), "near_captions": pa.int64(), "near_percent": pa.float64()})
+    )
 
 
 def _nouns(con: duckdb.DuckDBPyConnection) -> pa.Table:
@@ -159,10 +197,14 @@ def _nouns(con: duckdb.DuckDBPyConnection) -> pa.Table:
     found = _texts(con, NOUN_ROWS)
     table: dict[str, list[Any]] = {"caption": [], "nth": [], "noun": []}
     documents = pipeline.pipe(text[:20_000] for text in found["text"].to_pylist())
-    for caption, nth, document in zip(found["caption"].to_pylist(), found["nth"].to_pylist(), documents, strict=True):
+    for caption, nth, document in zip(
+        found["caption"].to_pylist(), found["nth"].to_pylist(), documents, strict=True
+    ):
         for token in document:
             if token.pos_ in ("NOUN", "PROPN"):
-                for column, value in zip(table.values(), (caption, nth, token.lemma_.lower() or token.lower_), strict=True):
+                for column, value in zip(
+                    table.values(), (caption, nth, token.lemma_.lower() or token.lower_), strict=True
+                ):
                     column.append(value)
     return pa.table(table)
 
@@ -187,7 +229,13 @@ def _selections(con: duckdb.DuckDBPyConnection) -> pa.Table:
 
 def _visual_words(options: Options) -> pa.Table:
     lines = read_lines(options.vocabulary or VISUAL_WORDS)
-    return pa.table({"word": sorted({line.strip().lower() for line in lines if line.strip() and not line.startswith("#")})})
+    return pa.table(
+        {
+            "word": sorted(
+                {line.strip().lower() for line in lines if line.strip() and not line.startswith("#")}
+            )
+        }
+    )
 
 
 def _concreteness(options: Options) -> pa.Table:
@@ -203,7 +251,8 @@ def _concreteness(options: Options) -> pa.Table:
             pairs[word.lower()] = value
         elif number:  # the first may be a header
             raise InputError(
-                f"{options.concreteness}, line {number + 1}: '{line.strip()[:40]}' is no word, tab, number", "write a line as: banana<TAB>5.0"
+                f"{options.concreteness}, line {number + 1}: '{line.strip()[:40]}' is no word, tab, number",
+                "write a line as: banana<TAB>5.0",
             )
     return pa.table({"word": list(pairs), "score": pa.array(list(pairs.values()), pa.float64())})
 
@@ -242,14 +291,30 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         if found:
             lines.append((label, *(_shown(found.get(name, {}).get(column)) for name in names)))
     for row in rows(report, "preference"):
-        by_name = {"org_caption": row["original_nearer_percent"], "re_caption": row["recaption_nearer_percent"]}
+        by_name = {
+            "org_caption": row["original_nearer_percent"],
+            "re_caption": row["recaption_nearer_percent"],
+        }
         lines.append(("nearer to the image, % of rows", *(_shown(by_name.get(name)) for name in names)))
     english = {row["caption"]: row["percent"] for row in rows(report, "languages") if row["language"] == "en"}
     measured = {row["caption"] for row in rows(report, "languages")}
-    lines.append(("in English (lid.176), %", *(_shown(english.get(name, 0.0 if name in measured else None)) for name in names)))
+    lines.append(
+        (
+            "in English (lid.176), %",
+            *(_shown(english.get(name, 0.0 if name in measured else None)) for name in names),
+        )
+    )
     shown = {"org_caption": "original", "re_caption": "recaption"}
     return ["statistic", *(shown.get(name, name) for name in names)], lines
 
 
 def _shown(value: float | int | None) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3f}"
+    return (
+        "-"
+        if value is None
+        else f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:,.2f}"
+        if abs(value) >= 1
+        else f"{value:.3f}"
+    )

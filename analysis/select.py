@@ -33,7 +33,10 @@ COLUMNS = {  # ours <- the first that is there
     "org_cosine": ("org_clip_score", "clip_l14_similarity_score"),
     "re_cosine": ("re_clip_score",),
     "b32_cosine": ("clip_b32_similarity_score",),
-    "width": ("original_width", "width"),  # of a version or a run `width` is that of the image as it was stored, which says nothing here
+    "width": (
+        "original_width",
+        "width",
+    ),  # of a version or a run `width` is that of the image as it was stored, which says nothing here
     "height": ("original_height", "height"),
 }
 U8U8 = np.dtype("u8,u8")
@@ -60,14 +63,18 @@ def names() -> list[str]:
     return sorted(path.stem for path in STRATEGIES.glob("*.sql"))
 
 
-def select(place: str | Path | views.Parts, strategies: Sequence[str], given: Given | None = None) -> pa.Table:
+def select(
+    place: str | Path | views.Parts, strategies: Sequence[str], given: Given | None = None
+) -> pa.Table:
     """(uid, caption) that a strategy selects, sorted; of several strategies, what all of them do. See `selecting`."""
     with selecting(place, strategies, given) as con:
         return con.sql("from selected order by uid, caption").to_arrow_table()
 
 
 @contextmanager
-def selecting(place: str | Path | views.Parts, strategies: Sequence[str], given: Given | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+def selecting(
+    place: str | Path | views.Parts, strategies: Sequence[str], given: Given | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """DuckDB with the table `selected(uid, caption)`.
 
     Raises:
@@ -78,7 +85,11 @@ def selecting(place: str | Path | views.Parts, strategies: Sequence[str], given:
         if strategy not in names():
             raise InputError(f"there is no strategy '{strategy}'", f"there are: {', '.join(names())}")
         query = (STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
-        if "getvariable('fraction')" in query and given.fraction is None and not ("'threshold'" in query and given.threshold is not None):
+        if (
+            "getvariable('fraction')" in query
+            and given.fraction is None
+            and not ("'threshold'" in query and given.threshold is not None)
+        ):
             raise InputError(f"{strategy} needs a fraction of the pool", "for example fraction=0.3")
         queries.append(query)
     with pool(place, given) as con:
@@ -86,18 +97,28 @@ def selecting(place: str | Path | views.Parts, strategies: Sequence[str], given:
             try:
                 con.execute(f"create temp table selected_{number} as {query}")
             except duckdb.Error as error:
-                raise InputError(f"{strategy}: {_needs(str(error))}", "give what it needs: recap select --help") from error
+                raise InputError(
+                    f"{strategy}: {_needs(str(error))}", "give what it needs: recap select --help"
+                ) from error
         both = " intersect ".join(f"from selected_{number}" for number in range(len(strategies)))
         con.execute(f"create temp table selected as {both}")
         yield con
 
 
 def _needs(message: str) -> str:
-    for what, hint in (("wordlist", "a word list (words=FILE)"), ("near_targets", "embeddings=, centroids= and targets="), ("threshold", "cosines")):
+    for what, hint in (
+        ("wordlist", "a word list (words=FILE)"),
+        ("near_targets", "embeddings=, centroids= and targets="),
+        ("threshold", "cosines"),
+    ):
         if f"{what} does not exist" in message:
             return f"it needs {hint}"
     if column := re.search(r'Referenced column "(\w+)" not found', message):
-        where = " of the metadata: a version knows its stored images' sizes only" if column[1] in ("width", "height") else ""
+        where = (
+            " of the metadata: a version knows its stored images' sizes only"
+            if column[1] in ("width", "height")
+            else ""
+        )
         return f"it needs a column {' or '.join(COLUMNS.get(column[1], (column[1],)))}{where}"
     return message.strip().splitlines()[0]
 
@@ -109,13 +130,17 @@ def pool(place: str | Path | views.Parts, given: Given) -> Iterator[duckdb.DuckD
         raise InputError(f"fraction={given.fraction:g} is no share of the pool", "for example fraction=0.3")
     tables = {}  # a mistake in what the user gives is told of first
     if given.words:
-        tables["wordlist"] = pa.table({"word": [line.strip().lower() for line in read_lines(given.words) if line.strip()]})
+        tables["wordlist"] = pa.table(
+            {"word": [line.strip().lower() for line in read_lines(given.words) if line.strip()]}
+        )
     if given.embeddings and given.centroids and given.targets:
         tables["near_targets"] = uids_near_targets(given.embeddings, given.centroids, given.targets)
     with views.connect(place) as con:
         there = define_pool(con)
         if "uid" not in there:
-            raise InputError(f"{place} has no column uid: a subset names rows by it", f"it has: {', '.join(sorted(there))}")
+            raise InputError(
+                f"{place} has no column uid: a subset names rows by it", f"it has: {', '.join(sorted(there))}"
+            )
         con.execute(f"set variable fraction = {given.fraction if given.fraction is not None else 'null'}")
         con.execute(f"set variable threshold = {given.threshold if given.threshold is not None else 'null'}")
         con.create_function("english", _english, ["VARCHAR"], "BOOLEAN", type="arrow")  # type: ignore[call-overload]
@@ -127,14 +152,25 @@ def pool(place: str | Path | views.Parts, given: Given) -> Iterator[duckdb.DuckD
 def define_pool(con: duckdb.DuckDBPyConnection, rows: int | None = None) -> set[str]:
     """Create the view `pool` and the macro `threshold` over `published`, or its first rows with their positions as uids. Returns its columns."""
     there = {name for name, *_ in con.sql("describe published").fetchall()}
-    stored = ("width", "height") if "ledger" in {name for (name,) in con.sql("show tables").fetchall()} else ()
-    found = {ours: next((name for name in theirs if name in there and name not in stored), None) for ours, theirs in COLUMNS.items()}
+    stored = (
+        ("width", "height") if "ledger" in {name for (name,) in con.sql("show tables").fetchall()} else ()
+    )
+    found = {
+        ours: next((name for name in theirs if name in there and name not in stored), None)
+        for ours, theirs in COLUMNS.items()
+    }
     columns = [f"{sql.identifier(theirs)} as {ours}" for ours, theirs in found.items() if theirs]
     if rows is None:
-        con.execute(f"create view pool as select {', '.join((['uid'] if 'uid' in there else []) + columns)} from published")
+        con.execute(
+            f"create view pool as select {', '.join((['uid'] if 'uid' in there else []) + columns)} from published"
+        )
     else:
-        con.execute(f"create temp table pool as select row_number() over () as uid, {', '.join(columns)} from (from published limit {rows})")
-    cosines = [f"when '{name}' then ({_threshold(name)})" for name in ("org_cosine", "re_cosine") if found[name]]
+        con.execute(
+            f"create temp table pool as select row_number() over () as uid, {', '.join(columns)} from (from published limit {rows})"
+        )
+    cosines = [
+        f"when '{name}' then ({_threshold(name)})" for name in ("org_cosine", "re_cosine") if found[name]
+    ]
     if cosines:
         con.execute(f"create macro threshold(which, part) as case which {' '.join(cosines)} end")
     return {name for name, *_ in con.sql("describe pool").fetchall()}
@@ -162,7 +198,11 @@ def _english(texts: Any) -> Any:
 def uids_near_targets(embeddings: Path, centroids: Path, targets: Path) -> pa.Table:
     """uids of images whose nearest of C centroids (by inner product of unit vectors) is the nearest of at least one target."""
     try:
-        stored, centers, examples = np.load(embeddings), np.load(centroids).astype(np.float32), np.load(targets)
+        stored, centers, examples = (
+            np.load(embeddings),
+            np.load(centroids).astype(np.float32),
+            np.load(targets),
+        )
         keep = np.isin(_nearest(stored["embedding"], centers), np.unique(_nearest(examples, centers)))
         return pa.table({"uid": stored["uid"][keep].astype(str)})
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -171,7 +211,10 @@ def uids_near_targets(embeddings: Path, centroids: Path, targets: Path) -> pa.Ta
 
 
 def _nearest(vectors: npt.NDArray[Any], centers: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    parts = [np.argmax(vectors[k : k + 10_000].astype(np.float32) @ centers.T, axis=1) for k in range(0, len(vectors), 10_000)]
+    parts = [
+        np.argmax(vectors[k : k + 10_000].astype(np.float32) @ centers.T, axis=1)
+        for k in range(0, len(vectors), 10_000)
+    ]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
@@ -186,9 +229,16 @@ def write(con: duckdb.DuckDBPyConnection, folder: Path) -> tuple[Path, Path]:
     for path in (path for path in (subset, table) if path.is_dir()):
         raise InputError(f"{path} is a folder", "name another folder: --out DIR")
     parts = [path.with_name(f".{path.name}.part") for path in (subset, table)]
-    for (uid,) in con.sql("select uid from selected where not coalesce(regexp_full_match(uid::varchar, '[0-9a-f]{32}'), false) limit 1").fetchall():
-        raise InputError(f"uid '{str(uid)[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs", "select from a run or a version")
-    con.execute(f"copy (from selected order by uid, caption) to {sql.literal(sql.absolute(parts[1]))} (format parquet, compression zstd)")
+    for (uid,) in con.sql(
+        "select uid from selected where not coalesce(regexp_full_match(uid::varchar, '[0-9a-f]{32}'), false) limit 1"
+    ).fetchall():
+        raise InputError(
+            f"uid '{str(uid)[:40]}' is not 32 hexadecimal digits, as DataComp's subset format needs",
+            "select from a run or a version",
+        )
+    con.execute(
+        f"copy (from selected order by uid, caption) to {sql.literal(sql.absolute(parts[1]))} (format parquet, compression zstd)"
+    )
     ((number,),) = con.sql("select count(distinct uid) from selected").fetchall()
     halves = con.sql(
         "select ('0x' || uid[:16])::ubigint as high, ('0x' || uid[17:])::ubigint as low from (select distinct uid from selected order by uid)"

@@ -48,13 +48,26 @@ def _clip() -> Tokenizer:
     spec = find_spec("open_clip")  # does not import it
     assert spec is not None
     assert spec.submodule_search_locations
-    lines = gzip.decompress(Path(spec.submodule_search_locations[0], "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    lines = (
+        gzip.decompress(Path(spec.submodule_search_locations[0], "bpe_simple_vocab_16e6.txt.gz").read_bytes())
+        .decode()
+        .split("\n")
+    )
     merges = [(first, second) for first, second in (line.split() for line in lines[_MERGES])]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges)]
-    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges, end_of_word_suffix="</w>"))
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(first + second for first, second in merges),
+    ]
+    tokenizer = Tokenizer(
+        models.BPE({word: number for number, word in enumerate(words)}, merges, end_of_word_suffix="</w>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PATTERN), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.add_special_tokens(["<start_of_text>", "<end_of_text>"])
     return tokenizer

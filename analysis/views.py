@@ -88,7 +88,12 @@ def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
     run, chosen = Path(place), tuple(captions)
     if (run / "recipe.json").exists() and (run / "select").is_dir():
         select = runs.plan(runs.load_recipe(run), run)["select"]
-        found = Parts([str(path) for path in select.files(run)], [str(path) for path in select.files(run, ".ledger.parquet")], None, chosen)
+        found = Parts(
+            [str(path) for path in select.files(run)],
+            [str(path) for path in select.files(run, ".ledger.parquet")],
+            None,
+            chosen,
+        )
         found = replace(found, spill=run if os.access(run, os.W_OK) else None)
     elif tables := _tables(str(place)):
         return Parts(tables, [], None, chosen)
@@ -119,15 +124,23 @@ def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:
     found: dict[str, list[str]] = {kind: [] for kind in expected}
     for name in sorted(name for name in version.manifest["files"] if re.match("(data|ledger)/train-", name)):
         if version.is_local and not is_inside(root, name):
-            raise InputError(f"{root}/{name} is missing, or no regular file of this folder", "get it again from where it was published")
+            raise InputError(
+                f"{root}/{name} is missing, or no regular file of this folder",
+                "get it again from where it was published",
+            )
         kind = name.partition("/")[0]
         found[kind].append(f"{root}/{name}" if version.is_local else fs.unstrip_protocol(f"{root}/{name}"))
     for kind, paths in found.items():
         for path in paths[:1]:  # with which `create` compares the others
             there = _schema(path, fs)
             if not there.equals(expected[kind]):
-                differ = ", ".join(sorted({*there.names} ^ {*expected[kind].names})[:5]) or "their types or order"
-                raise InputError(f"{path} has another schema than the recipe's: {differ}", f"see what differs: {command('recap', 'verify', root)}")
+                differ = (
+                    ", ".join(sorted({*there.names} ^ {*expected[kind].names})[:5]) or "their types or order"
+                )
+                raise InputError(
+                    f"{path} has another schema than the recipe's: {differ}",
+                    f"see what differs: {command('recap', 'verify', root)}",
+                )
     return Parts(found["data"], found["ledger"], None if version.is_local else fs, tuple(captions))
 
 
@@ -136,10 +149,14 @@ def _tables(place: str) -> list[str]:
     if "://" in place:
         return []
     if Path(place).is_dir():
-        names = sorted(str(path) for path in Path(place).iterdir() if path.is_file() and not path.name.startswith("."))
+        names = sorted(
+            str(path) for path in Path(place).iterdir() if path.is_file() and not path.name.startswith(".")
+        )
     else:
         names = [place] if Path(place).is_file() else sorted(matching(LocalFileSystem(), place))
-    if any((Path(place) / name).exists() for name in ("manifest.json", "recipe.json")) or any(Path(name, "manifest.json").exists() for name in names):
+    if any((Path(place) / name).exists() for name in ("manifest.json", "recipe.json")) or any(
+        Path(name, "manifest.json").exists() for name in names
+    ):
         return []
     by_kind = ([name for name in names if name.lower().endswith(kind)] for kind in sql.READERS)
     return next((of_kind for of_kind in by_kind if of_kind), [])
@@ -153,7 +170,9 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
         InputError: the tables differ, are empty, are not UTF-8, or have no caption column.
     """
     found = place if isinstance(place, Parts) else parts(place, captions)
-    with sql.connect(found.spill, preserve_insertion_order=True, memory_limit=MEMORY, python_enable_replacements=False) as con:
+    with sql.connect(
+        found.spill, preserve_insertion_order=True, memory_limit=MEMORY, python_enable_replacements=False
+    ) as con:
         con.execute(COUNT_WORDS)
         if found.filesystem is not None:
             con.register_filesystem(found.filesystem)
@@ -164,7 +183,9 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
             try:
                 _captions_view(con, found)
             except InputError as error:
-                raise InputError(f"{found.published[0]}: {error.message}" if found.published else error.message, error.hint) from error
+                raise InputError(
+                    f"{found.published[0]}: {error.message}" if found.published else error.message, error.hint
+                ) from error
         except (duckdb.Error, UnicodeDecodeError) as error:
             if found.filesystem is not None and not _is_text_error(error):
                 raise
@@ -172,20 +193,40 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
         try:
             yield con
         except (duckdb.Error, UnicodeDecodeError) as error:
-            if _is_text_error(error) or type(error) is duckdb.Error:  # the latter: damaged pages of a parquet file
+            if (
+                _is_text_error(error) or type(error) is duckdb.Error
+            ):  # the latter: damaged pages of a parquet file
                 raise _unreadable(found, error) from error
             raise
 
 
 def _is_text_error(error: Exception) -> bool:
-    return any(words in str(error).lower() for words in ("not utf-8", "valid utf8", "invalid utf-8", "invalid unicode", "surrogate", "can't decode"))
+    return any(
+        words in str(error).lower()
+        for words in (
+            "not utf-8",
+            "valid utf8",
+            "invalid utf-8",
+            "invalid unicode",
+            "surrogate",
+            "can't decode",
+        )
+    )
 
 
 def _unreadable(found: Parts, error: Exception) -> InputError:
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Original Line")]
+    lines = [
+        line for line in str(error).splitlines() if line.strip() and not line.startswith("Original Line")
+    ]
     said = " ".join(lines[: 2 if lines[0].endswith(":") or "CSV Error" in lines[0] else 1])[:300]
-    hint = "write its text as UTF-8" if _is_text_error(error) else "give whole tables of one schema, as parquet if in doubt"
-    return InputError(f"{found.published[0]}{' ...' if found.published[1:] else ''} cannot be read: {said}", hint)
+    hint = (
+        "write its text as UTF-8"
+        if _is_text_error(error)
+        else "give whole tables of one schema, as parquet if in doubt"
+    )
+    return InputError(
+        f"{found.published[0]}{' ...' if found.published[1:] else ''} cannot be read: {said}", hint
+    )
 
 
 def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
@@ -196,10 +237,18 @@ def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
             schema = _schema(path)
             if schema.names != first.names:
                 differ = sorted(set(schema.names) ^ set(first.names)) or ["their order"]
-                raise InputError(f"{path} has other columns than {paths[0]}: {', '.join(differ)}", "give tables of one schema")
+                raise InputError(
+                    f"{path} has other columns than {paths[0]}: {', '.join(differ)}",
+                    "give tables of one schema",
+                )
             for a, b in zip(first, schema, strict=True):
-                if _is_text(a.type) != _is_text(b.type) and not (_is_text(a.type) and pa.types.is_null(b.type)):
-                    raise InputError(f"{a.name} is {b.type} in {path} and {a.type} in {paths[0]}", "give tables of one schema")
+                if _is_text(a.type) != _is_text(b.type) and not (
+                    _is_text(a.type) and pa.types.is_null(b.type)
+                ):
+                    raise InputError(
+                        f"{a.name} is {b.type} in {path} and {a.type} in {paths[0]}",
+                        "give tables of one schema",
+                    )
     con.execute(f"create view {sql.identifier(name)} as from {sql.table(paths)}")
 
 
@@ -207,7 +256,9 @@ def _schema(path: str, fs: AbstractFileSystem | None = None) -> pa.Schema:
     try:
         return pq.read_schema(sql.absolute(path), filesystem=None if isinstance(fs, LocalFileSystem) else fs)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a parquet file, or not a whole one: {error}", "take it out, or get it again") from error
+        raise InputError(
+            f"{path} is not a parquet file, or not a whole one: {error}", "take it out, or get it again"
+        ) from error
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -220,24 +271,39 @@ def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> li
     columns = {name: kind for name, kind, *_ in con.sql("describe published").fetchall()}
     texts = [name for name, kind in columns.items() if kind == "VARCHAR"]
     missing = [name for name in wanted if name not in texts]
-    captions = [name for name in texts if re.search("caption|alt_?text", name.lower()) and not name.endswith(("_finish_reason", "_model"))]
+    captions = [
+        name
+        for name in texts
+        if re.search("caption|alt_?text", name.lower()) and not name.endswith(("_finish_reason", "_model"))
+    ]
     names = list(dict.fromkeys(wanted or [*(name for name in KNOWN if name in texts), *captions]))
     if missing or not names:
         raise InputError(
-            f"there is no caption column {missing[0]}" if missing else "none of the columns has a name that captions are known by",
+            f"there is no caption column {missing[0]}"
+            if missing
+            else "none of the columns has a name that captions are known by",
             f"text columns: {', '.join(texts) or 'none'}; name them: --captions {','.join(texts[:2]) or 'COLUMN'}",
         )
-    counts = con.sql(f"select {', '.join(f'count({sql.identifier(name)})' for name in names)}, count(*) from published").fetchall()[0]
+    counts = con.sql(
+        f"select {', '.join(f'count({sql.identifier(name)})' for name in names)}, count(*) from published"
+    ).fetchall()[0]
     if not counts[-1]:
         raise InputError("the tables hold no row", "give tables with rows in them")
     names = [name for name, number in zip(names, counts[:-1], strict=True) if number]
     if not names:
-        raise InputError(f"every caption is null in {', '.join(wanted) or 'all of its columns'}", "name other columns: --captions COLUMN,...")
+        raise InputError(
+            f"every caption is null in {', '.join(wanted) or 'all of its columns'}",
+            "name other columns: --captions COLUMN,...",
+        )
     return names
 
 
 def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
-    names = caption_columns(con, found.captions) if _readable(con, found) else list(found.captions) or ["org_caption", "re_caption"]
+    names = (
+        caption_columns(con, found.captions)
+        if _readable(con, found)
+        else list(found.captions) or ["org_caption", "re_caption"]
+    )
     columns = [  # a union of columns, unlike UNPIVOT, groups by `caption` at no cost
         f"select position, row_number() over () as nth, {sql.literal(name)} as caption, text "
         f"from (select row_number() over () as position, {sql.identifier(name)} as text from published) where text is not null"
@@ -245,14 +311,29 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
     ]
     con.execute(f"create view captions as {' union all '.join(columns)}")
     # Unlike a condition on `nth`, a limit ends the reading.
-    con.execute(f"create macro first_captions(number) as table {' union all '.join(f'from ({column} limit number)' for column in columns)}")
+    con.execute(
+        f"create macro first_captions(number) as table {' union all '.join(f'from ({column} limit number)' for column in columns)}"
+    )
     con.execute("create temp table caption_columns (caption varchar, place integer)")
-    con.executemany("insert into caption_columns values (?, ?)", [(name, place) for place, name in enumerate(names, start=1)])
+    con.executemany(
+        "insert into caption_columns values (?, ?)",
+        [(name, place) for place, name in enumerate(names, start=1)],
+    )
     there = {name for name, *_ in con.sql("describe published").fetchall()}
-    scored = [f"{sql.identifier(score)} as {sql.identifier(caption)}" for score, caption in SCORES.items() if score in there and caption in names]
+    scored = [
+        f"{sql.identifier(score)} as {sql.identifier(caption)}"
+        for score, caption in SCORES.items()
+        if score in there and caption in names
+    ]
     if scored:
-        of = ", ".join(sql.identifier(caption) for score, caption in SCORES.items() if score in there and caption in names)
-        con.execute(f"create view scores as unpivot (select {', '.join(scored)} from published) on {of} into name caption value cosine")
+        of = ", ".join(
+            sql.identifier(caption)
+            for score, caption in SCORES.items()
+            if score in there and caption in names
+        )
+        con.execute(
+            f"create view scores as unpivot (select {', '.join(scored)} from published) on {of} into name caption value cosine"
+        )
 
 
 def _readable(con: duckdb.DuckDBPyConnection, found: Parts) -> bool:

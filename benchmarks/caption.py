@@ -70,7 +70,11 @@ def main() -> None:
         for turn in range(TURNS):
             for who in list(rates) if turn % 2 else list(reversed(rates)):
                 start = time.perf_counter()
-                number = plain(engine, tars) if who == "bare" else stage(settings, engine, by_size[int(who.rpartition("_")[2])][1])
+                number = (
+                    plain(engine, tars)
+                    if who == "bare"
+                    else stage(settings, engine, by_size[int(who.rpartition("_")[2])][1])
+                )
                 rates[who].append(number / (time.perf_counter() - start))
         compared = {who: ratio(found, rates["bare"]) for who, found in rates.items() if who != "bare"}
         keep("caption", {"unit": "images/s", "images": number, **compared})

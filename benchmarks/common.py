@@ -20,14 +20,26 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 def machine() -> str:
     import torch
 
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "CPU")
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "CPU",
+    )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{os.cpu_count()} cores of {model}{gpu}"
 
 
 def keep(name: str, result: dict[str, Any]) -> None:
     """Print a result and write it to benchmarks/results/<name>.json."""
-    result = {**result, "command": f"python benchmarks/{name}.py", "machine": machine(), "date": datetime.date.today().isoformat()}
+    result = {
+        **result,
+        "command": f"python benchmarks/{name}.py",
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
     text = json.dumps(result, indent=1) + "\n"
     (Path(__file__).parent / "results").mkdir(exist_ok=True)
     (Path(__file__).parent / "results" / f"{name}.json").write_text(text)
@@ -37,4 +49,8 @@ def keep(name: str, result: dict[str, Any]) -> None:
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """Rates of paired runs, and the median of the pairs' ratios."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {"ours": [round(x, 1) for x in ours], "bare": [round(x, 1) for x in theirs], "ratio_median": round(statistics.median(ratios), 3)}
+    return {
+        "ours": [round(x, 1) for x in ours],
+        "bare": [round(x, 1) for x in theirs],
+        "ratio_median": round(statistics.median(ratios), 3),
+    }

@@ -63,7 +63,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         metadata = Path(folder, "metadata.parquet")
         rows = [
-            {"uid": f"{n:032x}", "url": f"http://127.0.0.1:{PORT}/{n}.jpg", "text": f"picture {n}", "sha256": hashes[n % PICTURES]}
+            {
+                "uid": f"{n:032x}",
+                "url": f"http://127.0.0.1:{PORT}/{n}.jpg",
+                "text": f"picture {n}",
+                "sha256": hashes[n % PICTURES],
+            }
             for n in range(URLS)
         ]
         pq.write_table(pa.Table.from_pylist(rows), metadata)
@@ -81,11 +86,15 @@ def main() -> None:
 
 
 def recap(metadata: Path, out: Path, processes: int) -> int:
-    recipe = datasets.recap_datacomp_1b(metadata=str(metadata), captioner="none/none@0000000", clip="none/none@0000000", rows_per_shard=1000)
+    recipe = datasets.recap_datacomp_1b(
+        metadata=str(metadata), captioner="none/none@0000000", clip="none/none@0000000", rows_per_shard=1000
+    )
     source, _, *_ = recipe.stages
     download = Download(image_px=256, allow_private=("127.0.0.1/32",), concurrency=THREADS, workers=processes)
     runs.build(replace(recipe, stages=(source, download)), out)
-    return runs.plan(replace(recipe, stages=(source, download)), out)["download"].shards()[0].rows["ok"] * (URLS // 1000)
+    return runs.plan(replace(recipe, stages=(source, download)), out)["download"].shards()[0].rows["ok"] * (
+        URLS // 1000
+    )
 
 
 def img2dataset(metadata: Path, out: Path, processes: int) -> int:
@@ -97,7 +106,10 @@ def img2dataset(metadata: Path, out: Path, processes: int) -> int:
         resize_only_if_bigger=True, processes_count=processes, thread_count=THREADS, number_sample_per_shard=1000, retries=2,
         compute_hash="sha256", verify_hash=["sha256", "sha256"], disallowed_header_directives=["noai"], timeout=20,
     )  # fmt: skip
-    return sum(pq.read_table(path, columns=["status"]).column("status").to_pylist().count("success") for path in out.glob("*.parquet"))
+    return sum(
+        pq.read_table(path, columns=["status"]).column("status").to_pylist().count("success")
+        for path in out.glob("*.parquet")
+    )
 
 
 if __name__ == "__main__":

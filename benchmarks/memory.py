@@ -52,12 +52,22 @@ def peak(folder: Path, shards: int) -> dict[str, float]:
                 pass
             time.sleep(0.2)
     assert process.returncode == 0, process.returncode
-    return {"parent_mib": round(parent / 2**20, 1), "largest_worker_mib": round(worker / 2**20, 1), "seconds": round(time.monotonic() - start)}
+    return {
+        "parent_mib": round(parent / 2**20, 1),
+        "largest_worker_mib": round(worker / 2**20, 1),
+        "seconds": round(time.monotonic() - start),
+    }
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        keep("memory", {"rows_per_shard": 100, "shards": {number: peak(Path(folder), number) for number in (10, 100, 1000)}})
+        keep(
+            "memory",
+            {
+                "rows_per_shard": 100,
+                "shards": {number: peak(Path(folder), number) for number in (10, 100, 1000)},
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ from builder.stages.select import ROW_GROUP_ROWS, SCHEMA
 from builder.versions.version import Staged
 
 SHARDS, ROWS, TURNS = 20, 20_000, 3
-WORDS = np.array(["".join(map(chr, word)) for word in np.random.default_rng(0).integers(97, 123, (30_000, 6))])
+WORDS = np.array(
+    ["".join(map(chr, word)) for word in np.random.default_rng(0).integers(97, 123, (30_000, 6))]
+)
 FREQUENCY = 1 / (np.arange(len(WORDS)) + 10)
 
 
@@ -52,7 +54,9 @@ def rows_of(number: int) -> pa.Table:
         "re_clip_cut": [False] * ROWS, "org_clip_cut": [False] * ROWS, "width": rng.integers(200, 512, ROWS).astype(np.int32),
         "height": rng.integers(200, 512, ROWS).astype(np.int32),
     }  # fmt: skip
-    return pa.table({name: columns.get(name, pa.nulls(ROWS, SCHEMA.field(name).type)) for name in SCHEMA.names}).cast(SCHEMA)
+    return pa.table(
+        {name: columns.get(name, pa.nulls(ROWS, SCHEMA.field(name).type)) for name in SCHEMA.names}
+    ).cast(SCHEMA)
 
 
 def stage(folder: Path, shards: list[Path], version: str) -> Staged:
@@ -63,8 +67,16 @@ def stage(folder: Path, shards: list[Path], version: str) -> Staged:
         os.link(shard, folder / name)
         files[name] = {"sha256": sha256_file(shard), "bytes": shard.stat().st_size, "rows": ROWS}
     (folder / "README.md").write_text(f"---\nlicense: mit\n---\nversion {version}\n")
-    files["README.md"] = {"sha256": sha256_file(folder / "README.md"), "bytes": (folder / "README.md").stat().st_size}
-    manifest = {"name": "hub benchmark", "version": version, "rows": {"train": ROWS * len(shards)}, "files": files}
+    files["README.md"] = {
+        "sha256": sha256_file(folder / "README.md"),
+        "bytes": (folder / "README.md").stat().st_size,
+    }
+    manifest = {
+        "name": "hub benchmark",
+        "version": version,
+        "rows": {"train": ROWS * len(shards)},
+        "files": files,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return Staged(folder, version, manifest)
 
@@ -96,7 +108,12 @@ def run(server: Server, what: str, staged: Staged) -> float:
 
 
 def stored(server: Server) -> int:
-    files = (path for part in ("xorbs", "shards") for path in server.folder.glob(f"cas*/xet/xorbs/{part}/*") if path.suffix != ".tagset")
+    files = (
+        path
+        for part in ("xorbs", "shards")
+        for path in server.folder.glob(f"cas*/xet/xorbs/{part}/*")
+        if path.suffix != ".tagset"
+    )
     return sum(path.stat().st_size for path in files) + server.bytes_in
 
 
@@ -109,7 +126,9 @@ def main() -> None:
             plain.append(folder / f"plain-{number}.parquet")
             write_parquet(table, plain[-1], row_group_size=ROW_GROUP_ROWS)
             wider.append(folder / f"wider-{number}.parquet")
-            more = table.append_column("short_caption", pa.array(texts(np.random.default_rng(1000 + number), ROWS, 20)))
+            more = table.append_column(
+                "short_caption", pa.array(texts(np.random.default_rng(1000 + number), ROWS, 20))
+            )
             write_parquet(more, wider[-1], row_group_size=ROW_GROUP_ROWS)
         column = sum(
             group.column(group.num_columns - 1).total_compressed_size
@@ -119,22 +138,37 @@ def main() -> None:
         captions[10_000:10_010] = [f"{caption} changed" for caption in captions[10_000:10_010]]
         at = pq.read_schema(wider[3]).get_field_index("re_caption")
         changed = [*wider[:3], folder / "changed.parquet", *wider[4:]]
-        write_parquet(pq.read_table(wider[3]).set_column(at, "re_caption", pa.array(captions)), changed[3], row_group_size=ROW_GROUP_ROWS)
+        write_parquet(
+            pq.read_table(wider[3]).set_column(at, "re_caption", pa.array(captions)),
+            changed[3],
+            row_group_size=ROW_GROUP_ROWS,
+        )
         versions = {
             "first": stage(folder / "v1", plain[:SHARDS], "0.1.0"), "5_percent_appended": stage(folder / "v2", plain, "0.2.0"),
             "one_more_caption_column": stage(folder / "v3", wider, "0.3.0"), "10_rows_of_one_shard_changed": stage(folder / "v4", changed, "0.4.0"),
             "same_rows_under_a_new_version": stage(folder / "v5", changed, "0.5.0"),
         }  # fmt: skip
-        result: dict[str, Any] = {"rows": SHARDS * ROWS, "shards": SHARDS, "column_bytes": column, "changed_shard_bytes": changed[3].stat().st_size}
+        result: dict[str, Any] = {
+            "rows": SHARDS * ROWS,
+            "shards": SHARDS,
+            "column_bytes": column,
+            "changed_shard_bytes": changed[3].stat().st_size,
+        }
         sent: dict[str, Any] = {}
         with Server(folder / "hub") as server:
             for name, staged in versions.items():
                 before = stored(server)
                 run(server, "ours", staged)
-                sent[name] = {"version_bytes": sum(file["bytes"] for file in staged.files.values()), "sent_bytes": stored(server) - before}
+                sent[name] = {
+                    "version_bytes": sum(file["bytes"] for file in staged.files.values()),
+                    "sent_bytes": stored(server) - before,
+                }
             before = stored(server)
             run(server, "ours", staged)
-            sent["published_again"] = {"version_bytes": sent[name]["version_bytes"], "sent_bytes": stored(server) - before}
+            sent["published_again"] = {
+                "version_bytes": sent[name]["version_bytes"],
+                "sent_bytes": stored(server) - before,
+            }
         rates: dict[str, list[float]] = {"ours": [], "bare": []}
         size = sent["first"]["version_bytes"]
         for turn in range(TURNS):
@@ -142,7 +176,16 @@ def main() -> None:
                 with Server(folder / f"hub-{turn}-{what}") as server:
                     rates[what].append(round(size / run(server, what, versions["first"]) / 1e6, 1))
         ratios = sorted(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True))
-        keep("publish", result | {"sent": sent, "rate_unit": "MB/s", **rates, "ratio_median": round(ratios[len(ratios) // 2], 3)})
+        keep(
+            "publish",
+            result
+            | {
+                "sent": sent,
+                "rate_unit": "MB/s",
+                **rates,
+                "ratio_median": round(ratios[len(ratios) // 2], 3),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -36,12 +36,18 @@ def words(rng: np.random.Generator) -> tuple[pa.Array, np.ndarray[Any, Any]]:
     """A vocabulary, and a table from which a uniform draw is a draw by Zipf's law."""
     letters = rng.integers(97, 123, (WORDS, 8), dtype=np.uint8)
     lengths = rng.integers(2, 9, WORDS)
-    vocabulary = pa.array([bytes(row[:length]).decode() for row, length in zip(letters, lengths, strict=True)])
+    vocabulary = pa.array(
+        [bytes(row[:length]).decode() for row, length in zip(letters, lengths, strict=True)]
+    )
     mass = 1 / (np.arange(WORDS) + 2.7)
-    return vocabulary, np.searchsorted(np.cumsum(mass / mass.sum()), rng.random(1 << 22)).astype(np.int32).clip(0, WORDS - 1)
+    return vocabulary, np.searchsorted(np.cumsum(mass / mass.sum()), rng.random(1 << 22)).astype(
+        np.int32
+    ).clip(0, WORDS - 1)
 
 
-def texts(rng: np.random.Generator, vocabulary: pa.Array, table: np.ndarray[Any, Any], rows: int, mean: int) -> pa.Array:
+def texts(
+    rng: np.random.Generator, vocabulary: pa.Array, table: np.ndarray[Any, Any], rows: int, mean: int
+) -> pa.Array:
     lengths = rng.integers(mean // 2, mean + mean // 2 + 1, rows)
     drawn = vocabulary.take(pa.array(table[rng.integers(0, len(table), lengths.sum())]))
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
@@ -57,9 +63,15 @@ def make(folder: Path, millions: int) -> None:
         # Half a million random URLs cost more than all the rest: hosts and paths come from a table.
         ids = pa.array(np.arange(part * ROWS, (part + 1) * ROWS)).cast(pa.string())
         urls = pc.binary_join_element_wise(
-            pc.binary_join_element_wise("https://host-", pc.utf8_slice_codeunits(ids, 0, 3), ""), ".example.org/", ids, ""
+            pc.binary_join_element_wise("https://host-", pc.utf8_slice_codeunits(ids, 0, 3), ""),
+            ".example.org/",
+            ids,
+            "",
         )
-        scores = {"re_clip_score": pa.array(rng.normal(0.33, 0.04, ROWS)), "org_clip_score": pa.array(rng.normal(0.27, 0.05, ROWS))}
+        scores = {
+            "re_clip_score": pa.array(rng.normal(0.33, 0.04, ROWS)),
+            "org_clip_score": pa.array(rng.normal(0.27, 0.05, ROWS)),
+        }
         published = {
             "uid": ids, "url": urls, "sha256": ids, "re_caption": texts(rng, vocabulary, table, ROWS, 50),
             "org_caption": texts(rng, vocabulary, table, ROWS, 10), **scores, "re_gpt4v_score": pa.nulls(ROWS, pa.int64()),
@@ -69,24 +81,43 @@ def make(folder: Path, millions: int) -> None:
         }  # fmt: skip
         for kind, columns in (
             ("data", published),
-            ("ledger", {"uid": ids, "url": urls, "status": pa.array(["ok"] * ROWS), "error": pa.nulls(ROWS, pa.string())}),
+            (
+                "ledger",
+                {
+                    "uid": ids,
+                    "url": urls,
+                    "status": pa.array(["ok"] * ROWS),
+                    "error": pa.nulls(ROWS, pa.string()),
+                },
+            ),
         ):
             (folder / kind).mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.table(columns), folder / kind / f"train-{part:05d}-of-{number:05d}.parquet", compression="zstd", row_group_size=100_000)
+            pq.write_table(
+                pa.table(columns),
+                folder / kind / f"train-{part:05d}-of-{number:05d}.parquet",
+                compression="zstd",
+                row_group_size=100_000,
+            )
     (folder / "manifest.json").write_text("{}")
 
 
 def measured(folder: Path, *arguments: str) -> dict[str, Any]:
     """Seconds and peak memory of a process of its own."""
     start = time.monotonic()
-    process = subprocess.Popen([sys.executable, __file__, *arguments, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, __file__, *arguments, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     watched, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         peak = max(peak, watched.memory_info().rss)
         time.sleep(0.2)
     assert process.returncode == 0, process.returncode
     assert process.stdout is not None
-    return {"seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2), **json.loads(process.stdout.read() or "{}")}
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_gib": round(peak / 2**30, 2),
+        **json.loads(process.stdout.read() or "{}"),
+    }
 
 
 def whole(folder: Path) -> None:
@@ -110,9 +141,9 @@ def plain(folder: Path) -> None:
     """The same with `datasets` and plain Python."""
     import datasets
 
-    rows = datasets.load_dataset("parquet", data_files=f"{folder}/data/*.parquet", split="train", streaming=True).select_columns(
-        ["org_caption", "re_caption"]
-    )
+    rows = datasets.load_dataset(
+        "parquet", data_files=f"{folder}/data/*.parquet", split="train", streaming=True
+    ).select_columns(["org_caption", "re_caption"])
     lengths: dict[str, list[int]] = {"org_caption": [], "re_caption": []}
     characters: dict[str, list[int]] = {"org_caption": [], "re_caption": []}
     vocabulary = {name: collections.Counter[str]() for name in lengths}
@@ -125,7 +156,12 @@ def plain(folder: Path) -> None:
             vocabulary[name].update(find(text.lower()))
             seen[name][text] += 1
     for name in lengths:
-        _ = (np.mean(lengths[name]), np.quantile(lengths[name], [0.05, 0.5, 0.95]), np.histogram(lengths[name], 25), np.mean(characters[name]))
+        _ = (
+            np.mean(lengths[name]),
+            np.quantile(lengths[name], [0.05, 0.5, 0.95]),
+            np.histogram(lengths[name], 25),
+            np.mean(characters[name]),
+        )
         _ = (vocabulary[name].most_common(30), sum(n for n in seen[name].values() if n > 1))
     joint = len(vocabulary["org_caption"].keys() | vocabulary["re_caption"].keys())
     print(json.dumps({"distinct_words": len(vocabulary["re_caption"]), "joint": joint}))
@@ -139,10 +175,22 @@ def with_pandas(folder: Path) -> None:
     for name in rows:
         split = rows[name].str.lower().str.split()
         words_each = split.str.len()
-        _ = (words_each.mean(), words_each.quantile([0.05, 0.5, 0.95]), np.histogram(words_each, 25), rows[name].str.len().mean())
+        _ = (
+            words_each.mean(),
+            words_each.quantile([0.05, 0.5, 0.95]),
+            np.histogram(words_each, 25),
+            rows[name].str.len().mean(),
+        )
         counts[name] = split.explode().value_counts()
         _ = (counts[name].head(30), rows[name].duplicated(keep=False).sum())
-    print(json.dumps({"distinct_words": len(counts["re_caption"]), "joint": len(counts["org_caption"].index.union(counts["re_caption"].index))}))
+    print(
+        json.dumps(
+            {
+                "distinct_words": len(counts["re_caption"]),
+                "joint": len(counts["org_caption"].index.union(counts["re_caption"].index)),
+            }
+        )
+    )
 
 
 def main(millions: list[int]) -> None:
@@ -153,11 +201,17 @@ def main(millions: list[int]) -> None:
             folder = Path(temporary, str(number))
             make(folder, number)
             size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
-            result["pairs"][f"{number}M"] = measured(folder, "whole") | {"parquet_gb": round(size / 1e9, 2), "date": f"{datetime.date.today()}"}
+            result["pairs"][f"{number}M"] = measured(folder, "whole") | {
+                "parquet_gb": round(size / 1e9, 2),
+                "date": f"{datetime.date.today()}",
+            }
             print(number, result["pairs"][f"{number}M"], file=sys.stderr)
             if number == 1:
                 runs = {name: measured(folder, name) for name in ("ours", "plain", "with_pandas")}
-                ratios = {name: round(runs[name]["seconds"] / runs["ours"]["seconds"], 1) for name in ("plain", "with_pandas")}
+                ratios = {
+                    name: round(runs[name]["seconds"] / runs["ours"]["seconds"], 1)
+                    for name in ("plain", "with_pandas")
+                }
                 result |= {"same_questions_on_1M": runs, "times_faster_than": ratios}
                 print(ratios, file=sys.stderr)
     keep("stats_scale", result)

@@ -59,7 +59,9 @@ def _signals(come: list[int]) -> Iterator[None]:
         come.append(number)
         raise KeyboardInterrupt
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
@@ -109,7 +111,12 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _recipe = click.argument("recipe")
 _settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 _limit = click.option("--limit", type=click.IntRange(min=1), help="Only the first N source rows.")
-_run_option = click.option("--run", "run", type=click.Path(path_type=Path, file_okay=False), help="Run directory; runs/<recipe> unless given.")
+_run_option = click.option(
+    "--run",
+    "run",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Run directory; runs/<recipe> unless given.",
+)
 _run = click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 _place = click.argument("place", metavar="RUN|TARGET[@v1.2.0]")
 
@@ -128,14 +135,25 @@ def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
 @_settings
 @_run_option
 @_limit
-@click.option("--accept-failures", is_flag=True, help="Take shards as they are though this machine seems to be offline.")
+@click.option(
+    "--accept-failures", is_flag=True, help="Take shards as they are though this machine seems to be offline."
+)
 @_as_json
-def build(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | None, accept_failures: bool, as_json: bool) -> None:
+def build(
+    recipe: str,
+    settings: tuple[str, ...],
+    run: Path | None,
+    limit: int | None,
+    accept_failures: bool,
+    as_json: bool,
+) -> None:
     """Build RECIPE: a name, my_file.py:function or a recipe.json. The same command again goes on where it stopped.
 
     KEY=VALUE sets a parameter of the recipe, or of a stage: download.timeout_s=5.
     """
-    resolved = _resolve(recipe, [*settings, "download.accept_failures=true"] if accept_failures else settings, limit)
+    resolved = _resolve(
+        recipe, [*settings, "download.accept_failures=true"] if accept_failures else settings, limit
+    )
     run = run or Path("runs", resolved.name)
     with shown_progress() as progress:
         result = runs.build(resolved, run, progress=progress)
@@ -181,23 +199,36 @@ def status(run: Path, as_json: bool) -> None:
         assert isinstance(failed, dict)
         eta = f", about {row['eta_s']} s left" if row["shards_left"] and row["eta_s"] is not None else ""
         rate = f", {row['rows_per_s']} rows/s" if row["rows_per_s"] else ""
-        lines.append(f"{row['stage']:<10} {row['shards_done']} shards done, {row['shards_left']} left{rate}{eta}")
+        lines.append(
+            f"{row['stage']:<10} {row['shards_done']} shards done, {row['shards_left']} left{rate}{eta}"
+        )
         lines += [f"{'':<10} {number:>9,} {name}" for name, number in rows.items()]
         lines += [f"{'':<10} failed {name}: {reason}" for name, reason in failed.items()]
     _print(table, as_json, "\n".join(lines))
 
 
-_captions = click.option("--captions", default="", help="Caption columns, comma separated; found by their names unless given.")
+_captions = click.option(
+    "--captions", default="", help="Caption columns, comma separated; found by their names unless given."
+)
 
 
 @main.command()
 @_place
 @_captions
-@click.option("--vocabulary", type=click.Path(path_type=Path), help="Visual words, one a line, for the grounding ratio.")
+@click.option(
+    "--vocabulary", type=click.Path(path_type=Path), help="Visual words, one a line, for the grounding ratio."
+)
 @click.option("--concreteness", type=click.Path(path_type=Path), help="word, tab, score a line.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json, instead of CLIP's.")
 @_as_json
-def stats(place: str, captions: str, vocabulary: Path | None, concreteness: Path | None, tokenizer: Path | None, as_json: bool) -> None:
+def stats(
+    place: str,
+    captions: str,
+    vocabulary: Path | None,
+    concreteness: Path | None,
+    tokenizer: Path | None,
+    as_json: bool,
+) -> None:
     """Statistics of a run, a published version, or any tables with captions; a run keeps them as stats.json."""
     from analysis import report
     from builder.commit import write_atomically
@@ -228,9 +259,14 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
         try:
             statements = con.extract_statements(query or (sys.stdin.read() if sys.stdin else ""))
             if not statements:
-                raise UserError("there is no query", f"for example: {command('recap', 'sql', place, 'describe published')}")
+                raise UserError(
+                    "there is no query",
+                    f"for example: {command('recap', 'sql', place, 'describe published')}",
+                )
             if any(statement.type == duckdb.StatementType.LOAD for statement in statements):
-                raise UserError("extensions are neither installed nor loaded here", "use a DuckDB shell of your own")
+                raise UserError(
+                    "extensions are neither installed nor loaded here", "use a DuckDB shell of your own"
+                )
             found = None
             for statement in statements:
                 found = con.sql(statement)
@@ -243,7 +279,9 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
                     found.show(max_width=200)
                 _echo(shown.getvalue().rstrip("\n"))
         except duckdb.Error as error:
-            hint = f"the views are published and ledger: {command('recap', 'sql', place, 'describe published')}"
+            hint = (
+                f"the views are published and ledger: {command('recap', 'sql', place, 'describe published')}"
+            )
             raise UserError(str(error).strip().replace("\n\n", " "), hint) from error
 
 
@@ -251,7 +289,12 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
 @_place
 @click.argument("strategy")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for subset.npy (DataComp's format) and subset.parquet.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for subset.npy (DataComp's format) and subset.parquet.",
+)
 @_as_json
 def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Select rows and captions by STRATEGY, or by several joined by '+', which must all agree.
@@ -263,7 +306,9 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
 
     given = parse(selection.Given, pairs_of(settings), what="recap select")
     with selection.selecting(place, strategy.split("+"), given) as con:
-        counts = dict(con.sql("select caption, count(*) from selected group by caption order by caption").fetchall())
+        counts = dict(
+            con.sql("select caption, count(*) from selected group by caption order by caption").fetchall()
+        )
         subset, table = selection.write(con, out)
     lines = [f"{number:>12,} {name}" for name, number in counts.items()] + [f"{subset}  {table}"]
     _print({"rows": counts, "subset": str(subset), "table": str(table)}, as_json, "\n".join(lines))
@@ -271,7 +316,11 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
 
 @main.command()
 @_place
-@click.option("--check", is_flag=True, help="Compute a version's statistics and card again; exit status 1 where they no longer agree with the data.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Compute a version's statistics and card again; exit status 1 where they no longer agree with the data.",
+)
 def card(place: str, check: bool) -> None:
     """Write the card and its plots of a run into RUN/card, as `publish` would; or check those of a version."""
     from builder.versions.publish import preview_card
@@ -279,11 +328,17 @@ def card(place: str, check: bool) -> None:
 
     if not check:
         if "://" in place:
-            raise UserError(f"{place} is no run", f"check a version's card: {command('recap', 'card', '--check', place)}")
+            raise UserError(
+                f"{place} is no run", f"check a version's card: {command('recap', 'card', '--check', place)}"
+            )
         _echo(str(preview_card(Path(place))))
         return
     problems = check_card(place)
-    _echo("\n".join([f"{place}: {len(problems)} numbers, counts or columns do not agree with the data", *problems]))
+    _echo(
+        "\n".join(
+            [f"{place}: {len(problems)} numbers, counts or columns do not agree with the data", *problems]
+        )
+    )
     sys.exit(1 if problems else 0)
 
 
@@ -297,12 +352,20 @@ def explore(place: str, out: Path, rows: int | None, captions: str) -> None:
     from cards.explore import explore as write_page
 
     page = write_page(place, out, rows=rows, captions=_names(captions))
-    _echo(f"{page}\nlook at it: {command('python', '-m', 'http.server', '--bind', '127.0.0.1', '--directory', out)}")
+    _echo(
+        f"{page}\nlook at it: {command('python', '-m', 'http.server', '--bind', '127.0.0.1', '--directory', out)}"
+    )
 
 
 _version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
-_dry_run = click.option("--dry-run", is_flag=True, help="Put it together, check it and say what publishing would take, but do not publish.")
-_rebase = click.option("--rebase", is_flag=True, help="On top of what somebody else put on main since this upload began.")
+_dry_run = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Put it together, check it and say what publishing would take, but do not publish.",
+)
+_rebase = click.option(
+    "--rebase", is_flag=True, help="On top of what somebody else put on main since this upload began."
+)
 
 
 @main.command()
@@ -319,14 +382,29 @@ def publish(run: Path, target: str, version: str, dry_run: bool, rebase: bool, a
     """
     from builder.versions.publish import publish as publish_run
 
-    _say_published(publish_run(run, target, version, dry_run=dry_run, rebase=rebase), target, version, as_json)
+    _say_published(
+        publish_run(run, target, version, dry_run=dry_run, rebase=rebase), target, version, as_json
+    )
 
 
 def _say_published(result: Any, target: str, version: str, as_json: bool, removal: Any = None) -> None:
-    said = "would be published" if result.plan else "published" if result.new else "is there already, byte for byte; nothing to do"
-    lines = [f"{result.place}: {result.rows} rows, {said}", *(f"  {name:<16} {value}" for name, value in result.plan.items())]
+    said = (
+        "would be published"
+        if result.plan
+        else "published"
+        if result.new
+        else "is there already, byte for byte; nothing to do"
+    )
+    lines = [
+        f"{result.place}: {result.rows} rows, {said}",
+        *(f"  {name:<16} {value}" for name, value in result.plan.items()),
+    ]
     if not result.plan:
-        load = f'"{target.removeprefix("hf://datasets/")}", revision="v{version}"' if target.startswith("hf://") else json.dumps(result.place)
+        load = (
+            f'"{target.removeprefix("hf://datasets/")}", revision="v{version}"'
+            if target.startswith("hf://")
+            else json.dumps(result.place)
+        )
         lines += [f"  at {result.commit}"] if result.commit else []
         lines += [
             "load it:",
@@ -336,10 +414,19 @@ def _say_published(result: Any, target: str, version: str, as_json: bool, remova
         ]
     about = {}
     if removal:
-        about = {"removed": removal.rows, "removed_of_ledger": removal.ledger_rows, "matched_nothing": removal.matched_nothing}
-        went = [f"  {removal.rows} rows {'would be ' if result.plan else ''}removed, and {removal.ledger_rows} that were in the ledger only"]
+        about = {
+            "removed": removal.rows,
+            "removed_of_ledger": removal.ledger_rows,
+            "matched_nothing": removal.matched_nothing,
+        }
+        went = [
+            f"  {removal.rows} rows {'would be ' if result.plan else ''}removed, and {removal.ledger_rows} that were in the ledger only"
+        ]
         for kind, values in removal.matched_nothing.items():
-            went += [f"  no row has the {kind} {value[:200]}; later versions will not have it either" for value in values[:20]]
+            went += [
+                f"  no row has the {kind} {value[:200]}; later versions will not have it either"
+                for value in values[:20]
+            ]
             went += [f"  and {len(values) - 20} more of {kind}"] if values[20:] else []
         lines[1:1] = went
     _print(vars(result) | about, as_json, "\n".join(lines))
@@ -353,7 +440,10 @@ def verify(place: str, as_json: bool) -> None:
     from builder.versions.verify import verify as verify_version
 
     result = verify_version(place)
-    found = [f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(result['problems'])} problems", *result["problems"]]
+    found = [
+        f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(result['problems'])} problems",
+        *result["problems"],
+    ]
     _print(result, as_json, "\n".join(found))
     sys.exit(1 if result["problems"] else 0)
 
@@ -361,7 +451,11 @@ def verify(place: str, as_json: bool) -> None:
 @main.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="[B]", required=False)
-@click.option("--columns", default="", help="Two caption columns of A to compare, comma separated, instead of two versions.")
+@click.option(
+    "--columns",
+    default="",
+    help="Two caption columns of A to compare, comma separated, instead of two versions.",
+)
 @_as_json
 def diff(a: str, b: str | None, columns: str, as_json: bool) -> None:
     """What differs between two versions or runs: rows, columns, values, scores. Or between two caption columns of A."""
@@ -376,10 +470,19 @@ def diff(a: str, b: str | None, columns: str, as_json: bool) -> None:
         _print(found, as_json, "\n".join(f"{name:<21} {_listed(value)}" for name, value in found.items()))
         return
     result = differences(a, str(b))
-    lines = [f"rows      {result['rows'][0]:,} -> {result['rows'][1]:,}: {result['added']:,} added, {result['removed']:,} removed"]
-    lines += [f"columns   {sign} {name}" for sign, names in (("+", result["columns_added"]), ("-", result["columns_removed"])) for name in names]
+    lines = [
+        f"rows      {result['rows'][0]:,} -> {result['rows'][1]:,}: {result['added']:,} added, {result['removed']:,} removed"
+    ]
+    lines += [
+        f"columns   {sign} {name}"
+        for sign, names in (("+", result["columns_added"]), ("-", result["columns_removed"]))
+        for name in names
+    ]
     lines += [f"changed   {name}: {number:,} rows" for name, number in result["changed"].items()]
-    lines += [f"mean      {name}: {_number(before)} -> {_number(after)}" for name, (before, after) in result["means"].items()]
+    lines += [
+        f"mean      {name}: {_number(before)} -> {_number(after)}"
+        for name, (before, after) in result["means"].items()
+    ]
     _print(result, as_json, "\n".join(lines))
 
 
@@ -401,7 +504,9 @@ def _number(value: float | None) -> str:
 @_dry_run
 @_rebase
 @_as_json
-def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Path | None) -> None:
+def remove(
+    target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Path | None
+) -> None:
     """Publish a new version of TARGET without the rows that the files name; later versions cannot bring them back."""
     from builder.core import read_lines
     from builder.versions.targets import split, target_of
@@ -409,7 +514,11 @@ def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool
     from builder.versions.version import by_number
 
     kinds = {"uids": "uid", "sha256": "sha256", "urls": "url", "domains": "domain"}
-    values = {kinds[name]: [line.strip() for line in read_lines(path) if line.strip()] for name, path in files.items() if path}
+    values = {
+        kinds[name]: [line.strip() for line in read_lines(path) if line.strip()]
+        for name, path in files.items()
+        if path
+    }
     if not any(values.values()):
         named = " ".join(str(path) for path in files.values() if path)
         raise UserError(
@@ -427,8 +536,16 @@ def remove(target: str, version: str, dry_run: bool, rebase: bool, as_json: bool
 
 
 @main.command()
-@click.option("--rows", default=2000, show_default=True, type=click.IntRange(min=1), help="URLs of the small web.")
-@click.option("--port", default=8642, show_default=True, type=click.IntRange(1, 65535), help="Of the small web on 127.0.0.1.")
+@click.option(
+    "--rows", default=2000, show_default=True, type=click.IntRange(min=1), help="URLs of the small web."
+)
+@click.option(
+    "--port",
+    default=8642,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Of the small web on 127.0.0.1.",
+)
 @_run_option
 def demo(rows: int, port: int, run: Path | None) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
@@ -436,7 +553,10 @@ def demo(rows: int, port: int, run: Path | None) -> None:
 
     with shown_progress() as progress:
         code = run_demo(
-            run or Path("runs", "demo" if (rows, port) == (2000, 8642) else f"demo-{rows}-{port}"), rows=rows, port=port, progress=progress
+            run or Path("runs", "demo" if (rows, port) == (2000, 8642) else f"demo-{rows}-{port}"),
+            rows=rows,
+            port=port,
+            progress=progress,
         )
     sys.exit(code)
 
@@ -448,7 +568,10 @@ def _print(data: Any, as_json: bool, text: str) -> None:
 def _columns(table: list[dict[str, Any]]) -> str:
     lines = [list(table[0]), *([str(value) for value in row.values()] for row in table)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def stats_table(result: dict[str, Any]) -> str:
@@ -478,7 +601,10 @@ class shown_progress:
             if self.bar is None or self.stage != name:
                 self.__exit__()
                 total = len(plan.done) + len(plan.todo) + plan.waiting
-                self.bar, self.stage = tqdm(total=total, initial=len(plan.done), desc=name, unit="shard"), name
+                self.bar, self.stage = (
+                    tqdm(total=total, initial=len(plan.done), desc=name, unit="shard"),
+                    name,
+                )
             self.bar.update(1)
         elif outcome.record:
             rows = ", ".join(f"{number} {status}" for status, number in outcome.record.rows.items())

@@ -49,7 +49,10 @@ def today() -> str:
     try:
         return datetime.fromtimestamp(float(given or time.time()), UTC).date().isoformat()
     except (ValueError, OverflowError, OSError) as error:
-        raise InputError(f"SOURCE_DATE_EPOCH is {given!r}, which is no time", "give seconds since 1970, or unset SOURCE_DATE_EPOCH") from error
+        raise InputError(
+            f"SOURCE_DATE_EPOCH is {given!r}, which is no time",
+            "give seconds since 1970, or unset SOURCE_DATE_EPOCH",
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

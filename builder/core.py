@@ -83,7 +83,10 @@ class Task:
 
     def all_inputs(self, stage: str, suffix: str = ".parquet") -> list[Path]:
         """Inputs from `stage` in the order of their shards; a stage's survey is not among them."""
-        names = sorted((p for p in self.inputs if p.startswith(f"{stage}/") and not p.startswith(f"{stage}/survey")), key=by_shard)
+        names = sorted(
+            (p for p in self.inputs if p.startswith(f"{stage}/") and not p.startswith(f"{stage}/survey")),
+            key=by_shard,
+        )
         return [self.run / name for name in names if name.partition(".")[2] == suffix.lstrip(".")]
 
     def output(self, suffix: str = ".parquet") -> Path:
@@ -133,7 +136,11 @@ class Stage:
 
     def portable(self) -> Stage:
         """The same settings without this machine's directories, as they are published."""
-        names = {name: Path(value).name for name in self.paths if (value := getattr(self, name)) and Path(value).is_absolute()}
+        names = {
+            name: Path(value).name
+            for name in self.paths
+            if (value := getattr(self, name)) and Path(value).is_absolute()
+        }
         return replace(self, **names)
 
     def num_workers(self) -> int:
@@ -199,14 +206,21 @@ class Recipe:
     source: SourceSet | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stages, list | tuple) or not all(isinstance(stage, Stage) for stage in self.stages):
-            raise RecipeError(f"recipe {self.name}: stages are a tuple of stages, not {self.stages!r:.80}", "Recipe(name, (Source(...), ...))")
+        if not isinstance(self.stages, list | tuple) or not all(
+            isinstance(stage, Stage) for stage in self.stages
+        ):
+            raise RecipeError(
+                f"recipe {self.name}: stages are a tuple of stages, not {self.stages!r:.80}",
+                "Recipe(name, (Source(...), ...))",
+            )
         # Through the types once, so that 5 and 5.0 for a float are one setting and have one key.
         stages = tuple(parse(type(stage), asdict(stage), what=f"stage {stage.name}") for stage in self.stages)
         object.__setattr__(self, "stages", stages)
         hints = get_type_hints(type(self), include_extras=True)
         for about in hints.keys() - {"stages"}:
-            object.__setattr__(self, about, parse(hints[about], getattr(self, about), what=f"recipe: {about}"))
+            object.__setattr__(
+                self, about, parse(hints[about], getattr(self, about), what=f"recipe: {about}")
+            )
         names = [stage.name for stage in stages]
         for name in (name for name in names if names.count(name) > 1):
             raise RecipeError(f"recipe {self.name} has two stages '{name}'", "leave one of them out")
@@ -233,12 +247,23 @@ class Recipe:
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise RecipeError(f"recipe {self.name} has no stage '{name}'", f"its stages: {', '.join(s.name for s in self.stages)}")
+        raise RecipeError(
+            f"recipe {self.name} has no stage '{name}'",
+            f"its stages: {', '.join(s.name for s in self.stages)}",
+        )
 
     def to_json(self) -> str:
         """The resolved recipe, one setting a line, so that two of them can be compared."""
-        stages = [{"stage": type(s).__name__.lower(), **{k: v for k, v in asdict(s).items() if k not in s.once}} for s in self.stages]
-        about = {"name": self.name, "title": self.title, "license": self.license, "description": self.description}
+        stages = [
+            {"stage": type(s).__name__.lower(), **{k: v for k, v in asdict(s).items() if k not in s.once}}
+            for s in self.stages
+        ]
+        about = {
+            "name": self.name,
+            "title": self.title,
+            "license": self.license,
+            "description": self.description,
+        }
         # Left out where there is none: a recipe.json from before there were any stays as it is.
         source = {"source": asdict(self.source)} if self.source else {}
         return json.dumps({**about, **source, "stages": stages}, indent=2, ensure_ascii=False) + "\n"
@@ -276,7 +301,10 @@ def _stage_from_json(data: dict[str, Json]) -> Stage:
             importlib.import_module(f"builder.stages.{named}")
     found = [kind for kind in _stage_types(Stage) if kind.__name__.lower() == named]
     if not found:
-        raise RecipeError(f"recipe.json names a stage '{given:.200}', which is not part of recapkit", "give the recipe as my_file.py:function")
+        raise RecipeError(
+            f"recipe.json names a stage '{given:.200}', which is not part of recapkit",
+            "give the recipe as my_file.py:function",
+        )
     return parse(found[-1], data, what=f"stage {found[-1].name}")
 
 
@@ -309,7 +337,9 @@ def from_json(kind: type[T], text: str | bytes, *, what: str) -> T:
         checked: T = _adapter(kind).validate_json(text)
         return checked
     except ValidationError as error:
-        raise InputError(f"{what} cannot be used: {_first(error)}", "get it again from where it was published") from error
+        raise InputError(
+            f"{what} cannot be used: {_first(error)}", "get it again from where it was published"
+        ) from error
 
 
 _adapters: dict[Any, TypeAdapter[Any]] = {}
@@ -405,7 +435,14 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_size: int = 10_000) 
 
     Pages end where the content says so: a changed row changes the bytes around it, not all that follow.
     """
-    pq.write_table(table, path, compression="zstd", write_page_index=True, row_group_size=row_group_size, use_content_defined_chunking=True)
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        write_page_index=True,
+        row_group_size=row_group_size,
+        use_content_defined_chunking=True,
+    )
 
 
 def read_rows(path: Path, columns: list[str] | None = None, *, batch: int = 1024) -> Iterator[dict[str, Any]]:
@@ -456,7 +493,11 @@ def matching(fs: AbstractFileSystem, path: str) -> list[str]:
             there, slash, last = there.rpartition("/")
             rest = f"{slash}{last}{rest}"
         found = fs.glob(glob.escape(there) + rest)
-    return [name for name in found if fs.isfile(name) and (name == path or not name.rpartition("/")[2].startswith("."))]
+    return [
+        name
+        for name in found
+        if fs.isfile(name) and (name == path or not name.rpartition("/")[2].startswith("."))
+    ]
 
 
 def finite(data: Any) -> Any:

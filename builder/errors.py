@@ -66,11 +66,15 @@ def telling_of_a_full_disk(place: object) -> Iterator[None]:
     except Exception as error:
         if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
             where = error.filename if isinstance(error, OSError) and error.filename else place
-            raise InputError(f"the disk of {where} is full", "free some space, then type the same command again") from error
+            raise InputError(
+                f"the disk of {where} is full", "free some space, then type the same command again"
+            ) from error
         raise
 
 
 def command(*words: object) -> str:
     """A command to type, quoted for a shell; a path that begins with a dash is no option."""
-    texts = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    texts = (
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words
+    )
     return shlex.join(texts)

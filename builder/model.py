@@ -25,7 +25,10 @@ def model_folder(model: str) -> Path | None:
         if folder.is_dir():
             return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise InputError(f"there is no model folder {model}", "name a folder, or a Hub model with its revision: user/name@0123abc")
+        raise InputError(
+            f"there is no model folder {model}",
+            "name a folder, or a Hub model with its revision: user/name@0123abc",
+        )
     return None
 
 
@@ -37,9 +40,15 @@ def hub_model(model: str) -> tuple[str, str]:
     """
     name, _, revision = model.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
-        raise InputError(f"model {model} is neither a folder nor a Hub id", "name a folder, or a Hub model with its revision: user/name@0123abc")
+        raise InputError(
+            f"model {model} is neither a folder nor a Hub id",
+            "name a folder, or a Hub model with its revision: user/name@0123abc",
+        )
     if not re.fullmatch(r"[0-9a-f]{7,40}", revision):
-        raise InputError(f"model {name} has no pinned revision", f"add the commit: {name}@<40 hex digits>, from its page's history")
+        raise InputError(
+            f"model {name} has no pinned revision",
+            f"add the commit: {name}@<40 hex digits>, from its page's history",
+        )
     return name, revision
 
 
@@ -51,11 +60,21 @@ def identity(model: str) -> str:
 
 @cache
 def _folder_sha256(folder: Path) -> str:
-    lines = [f"{path.relative_to(folder)} {sha256_file(path)}" for path in sorted(folder.rglob("*")) if path.is_file()]
+    lines = [
+        f"{path.relative_to(folder)} {sha256_file(path)}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-_CONFIGS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer_config.json")
+_CONFIGS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 
 
 class _Index(TypedDict):
@@ -77,7 +96,11 @@ def has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.json").exists():
         return True
     configs = (folder / name for name in ("tokenizer_config.json", "processor_config.json"))
-    return any("chat_template" in from_json(dict[str, Any], read_file(path), what=str(path)) for path in configs if path.exists())
+    return any(
+        "chat_template" in from_json(dict[str, Any], read_file(path), what=str(path))
+        for path in configs
+        if path.exists()
+    )
 
 
 def check_files(folder: Path) -> None:
@@ -98,7 +121,10 @@ def check_files(folder: Path) -> None:
         reason = f"model folder {folder} has no weights as *.safetensors{f'; {pickles} may run code' if pickles else ''}"
         raise InputError(reason, "copy model.safetensors, or open_clip_model.safetensors, into it")
     elif len(weights) > 1 and not (folder / "model.safetensors").exists():
-        raise InputError(f"model folder {folder} has {len(weights)} files of weights and no {index.name}", "copy it into it")
+        raise InputError(
+            f"model folder {folder} has {len(weights)} files of weights and no {index.name}",
+            "copy it into it",
+        )
     for path in weights:
         try:
             with safe_open(path, framework="numpy"):
@@ -117,4 +143,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no narrower one
-        raise InputError(f"{path} is no tokenizer: {str(error).splitlines()[0][:200]}", "give a model's tokenizer.json") from error
+        raise InputError(
+            f"{path} is no tokenizer: {str(error).splitlines()[0][:200]}", "give a model's tokenizer.json"
+        ) from error

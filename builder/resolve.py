@@ -31,7 +31,10 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
     of_stages = {key: pairs.pop(key) for key in list(pairs) if "." in key}
     if text.endswith(".json"):
         if pairs:
-            raise RecipeError(f"a recipe.json has no parameter '{next(iter(pairs))}'", "name the stage: download.timeout_s=5")
+            raise RecipeError(
+                f"a recipe.json has no parameter '{next(iter(pairs))}'",
+                "name the stage: download.timeout_s=5",
+            )
         recipe = Recipe.from_json(read_file(Path(text)), text)
     else:
         recipe = _call(text, *_find(text), pairs)
@@ -41,7 +44,13 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
 def recipe_functions(module: ModuleType) -> dict[str, RecipeFunction]:
     """Public functions of a module that return a Recipe."""
     functions = inspect.getmembers(module, inspect.isfunction)
-    return {n: f for n, f in functions if not n.startswith("_") and f.__module__ == module.__name__ and get_type_hints(f).get("return") is Recipe}
+    return {
+        n: f
+        for n, f in functions
+        if not n.startswith("_")
+        and f.__module__ == module.__name__
+        and get_type_hints(f).get("return") is Recipe
+    }
 
 
 def _find(text: str) -> tuple[str, RecipeFunction]:
@@ -52,7 +61,8 @@ def _find(text: str) -> tuple[str, RecipeFunction]:
     if name not in functions:
         where = f" in {path}" if path else ""
         raise RecipeError(
-            f"there is no recipe '{name}'{where}", f"there are: {', '.join(functions)}; or my_file.py:function (public, -> Recipe), or a recipe.json"
+            f"there is no recipe '{name}'{where}",
+            f"there are: {', '.join(functions)}; or my_file.py:function (public, -> Recipe), or a recipe.json",
         )
     return name, functions[name]
 
@@ -66,7 +76,9 @@ def _load(path: Path) -> ModuleType:
     module = importlib.import_module(path.stem)
     if Path(module.__file__ or "").resolve() != path:
         sys.path.remove(str(path.parent))
-        raise RecipeError(f"{path} has the name of a module that is loaded already", "give the file another name")
+        raise RecipeError(
+            f"{path} has the name of a module that is loaded already", "give the file another name"
+        )
     return module
 
 
@@ -80,13 +92,21 @@ def _telling_of_users_code(path: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{path}: {error.message}" if path and path not in error.message else error.message, error.hint) from error
+        raise type(error)(
+            f"{path}: {error.message}" if path and path not in error.message else error.message, error.hint
+        ) from error
     except (Exception, SystemExit) as error:
         if not path:
             raise
-        last = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == Path(path).name]
+        last = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).name == Path(path).name
+        ]
         line = error.lineno if isinstance(error, SyntaxError) else last[-1] if last else None
-        raise RecipeError(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", "mend the file") from error
+        raise RecipeError(
+            f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", "mend the file"
+        ) from error
 
 
 def pairs_of(settings: Iterable[str]) -> dict[str, str]:
@@ -101,7 +121,9 @@ def pairs_of(settings: Iterable[str]) -> dict[str, str]:
         if not equals:
             raise RecipeError(f"'{setting}' is not key=value", "for example: rows_per_shard=1000")
         if key in pairs:
-            raise RecipeError(f"'{key}' is given twice", f"leave one of them out: {key}={pairs[key]} or {key}={value}")
+            raise RecipeError(
+                f"'{key}' is given twice", f"leave one of them out: {key}={pairs[key]} or {key}={value}"
+            )
         pairs[key] = value
     return pairs
 
@@ -111,15 +133,22 @@ def _call(text: str, name: str, function: RecipeFunction, pairs: Mapping[str, st
     for key in pairs:
         if key not in parameters:
             raise _unknown(f"recipe {text}", "parameter", key, parameters)
-    missing = [key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in pairs]
+    missing = [
+        key
+        for key, parameter in parameters.items()
+        if parameter.default is parameter.empty and key not in pairs
+    ]
     if missing:
         raise RecipeError(
-            f"recipe {text} needs {', '.join(missing)}", f"{command('recap', 'build', text)} " + " ".join(f"{key}=..." for key in missing)
+            f"recipe {text} needs {', '.join(missing)}",
+            f"{command('recap', 'build', text)} " + " ".join(f"{key}=..." for key in missing),
         )
     with _telling_of_users_code(text.rpartition(":")[0]):
         recipe = function(**{key: _value(hints.get(key, str), value, key) for key, value in pairs.items()})
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{text} returned {type(recipe).__name__}, not a Recipe", "return Recipe(name, stages)")
+        raise RecipeError(
+            f"{text} returned {type(recipe).__name__}, not a Recipe", "return Recipe(name, stages)"
+        )
     return recipe
 
 
@@ -139,7 +168,10 @@ def _with_stage_settings(recipe: Recipe, pairs: Mapping[str, str]) -> Recipe:
 def _value(hint: Any, text: str, key: str) -> Any:
     """A command line's string as a value: tuples are separated by commas, `none` is None."""
     if is_dataclass(hint):
-        raise RecipeError(f"{key} has parts and cannot be given as key=value", "write a recipe function: my_file.py:function")
+        raise RecipeError(
+            f"{key} has parts and cannot be given as key=value",
+            "write a recipe function: my_file.py:function",
+        )
     if text.lower() == "none" and type(None) in getattr(hint, "__args__", ()):
         return None
     if getattr(hint, "__origin__", None) is tuple:
@@ -150,4 +182,7 @@ def _value(hint: Any, text: str, key: str) -> Any:
 def _unknown(owner: str, kind: str, key: str, known: Iterable[str]) -> RecipeError:
     known = list(known)
     close = difflib.get_close_matches(key, known, 1)
-    return RecipeError(f"{owner} has no {kind} '{key}'", f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}")
+    return RecipeError(
+        f"{owner} has no {kind} '{key}'",
+        f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}",
+    )

@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from builder.commit import lock, today, write_atomically
-from builder.core import Recipe, Record, Stage, Task, by_shard, from_json, read_file, read_lines, sha256_file, task_key
+from builder.core import (
+    Recipe,
+    Record,
+    Stage,
+    Task,
+    by_shard,
+    from_json,
+    read_file,
+    read_lines,
+    sha256_file,
+    task_key,
+)
 from builder.errors import InputError, command, telling_of_a_full_disk
 from builder.executors.local import ATTEMPTS, Executor, Outcome, attempt, local
 from builder.stages.source import Source
@@ -39,14 +50,20 @@ class StagePlan:
         """Put the task where it belongs; its record if it is done."""
         record = Record.read(task.record)
         if record and record.key == task.key and _intact(task.run, record):
-            self.done[task.name] = replace(record, inputs={})  # there may be a million of them, and the task knew its inputs
+            self.done[task.name] = replace(
+                record, inputs={}
+            )  # there may be a million of them, and the task knew its inputs
             return record
         self.todo.append(task)
         return None
 
     def shards(self) -> list[Record]:
         """Records of the shards that are done, in order."""
-        return [record for name, record in sorted(self.done.items(), key=lambda item: by_shard(item[0])) if name != "survey"]
+        return [
+            record
+            for name, record in sorted(self.done.items(), key=lambda item: by_shard(item[0]))
+            if name != "survey"
+        ]
 
     def files(self, run: Path, suffix: str = ".parquet") -> list[Path]:
         """Outputs of the shards that are done, in order, whose name after the shard's number is `suffix`."""
@@ -66,7 +83,9 @@ class Result:
     failed: dict[str, str]
 
 
-def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Progress | None = None) -> Result:
+def build(
+    recipe: Recipe, run: Path, *, executor: Executor = local, progress: Progress | None = None
+) -> Result:
     """Do all that is not done yet.
 
     Raises:
@@ -74,7 +93,11 @@ def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Pr
     """
     with telling_of_a_full_disk(run):
         adopt(recipe, run)
-        with lock(run / ".lock", f"another build is at work in {run}", f"see how far it is: {command('recap', 'status', run)}"):
+        with lock(
+            run / ".lock",
+            f"another build is at work in {run}",
+            f"see how far it is: {command('recap', 'status', run)}",
+        ):
             check(recipe)
             write_atomically(run / "recipe.json", recipe.to_json())
             result = Result([], {})
@@ -84,7 +107,9 @@ def build(recipe: Recipe, run: Path, *, executor: Executor = local, progress: Pr
             return result
 
 
-def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress | None, result: Result) -> bool:
+def _one_pass(
+    recipe: Recipe, run: Path, executor: Executor, progress: Progress | None, result: Result
+) -> bool:
     """Every stage once. Returns whether a damaged file was found whose record is now gone."""
     damaged = False
     plans: Plans = {}
@@ -93,7 +118,9 @@ def _one_pass(recipe: Recipe, run: Path, executor: Executor, progress: Progress 
         plans[stage.name] = plan_stage(stage, run, plans)
         while (todo := plans[stage.name]).todo:
             survey = todo.todo[0].name == "survey"
-            for outcome in [attempt(stage, todo.todo[0], stage.survey)] if survey else executor(stage, todo.todo):
+            for outcome in (
+                [attempt(stage, todo.todo[0], stage.survey)] if survey else executor(stage, todo.todo)
+            ):
                 name = f"{stage.name}/{outcome.task.name}"
                 damaged |= outcome.damaged
                 if outcome.record:
@@ -122,10 +149,13 @@ def adopt(recipe: Recipe, run: Path) -> None:
             raise InputError(f"{run} is not empty and holds no run", "name another directory with --run")
         run.mkdir(parents=True, exist_ok=True)
         return
-    written = from_json(dict[str, Any], read_file(run / "recipe.json"), what=f"{run}/recipe.json")  # its stages may be of another version
+    written = from_json(
+        dict[str, Any], read_file(run / "recipe.json"), what=f"{run}/recipe.json"
+    )  # its stages may be of another version
     if (old := written.get("name")) != recipe.name:
         raise InputError(
-            f"{run}/recipe.json is of a run of recipe '{old}', not of '{recipe.name}'", f"name another directory: --run runs/{recipe.name}"
+            f"{run}/recipe.json is of a run of recipe '{old}', not of '{recipe.name}'",
+            f"name another directory: --run runs/{recipe.name}",
         )
 
 
@@ -149,9 +179,13 @@ def check(recipe: Recipe) -> None:
 def load_recipe(run: Path) -> Recipe:
     """The recipe of a run directory."""
     if not (run / "recipe.json").exists():
-        raise InputError(f"{run} holds no run (no recipe.json)", "build one: recap build demo --run runs/demo")
+        raise InputError(
+            f"{run} holds no run (no recipe.json)", "build one: recap build demo --run runs/demo"
+        )
     if (run / MANIFEST).exists():
-        raise InputError(f"{run} is a published version, not a run", f"look at it: {command('recap', 'verify', run)}")
+        raise InputError(
+            f"{run} is a published version, not a run", f"look at it: {command('recap', 'verify', run)}"
+        )
     return Recipe.from_json(read_file(run / "recipe.json"), f"{run}/recipe.json")
 
 
@@ -171,7 +205,9 @@ def plan_stage(stage: Stage, run: Path, plans: Plans) -> StagePlan:
         inputs = stage.survey_inputs(run)
         for name in stage.surveys:
             for record in plans[name].shards():
-                inputs |= {path: sha256 for path, sha256 in record.outputs.items() if path.endswith(".parquet")}
+                inputs |= {
+                    path: sha256 for path, sha256 in record.outputs.items() if path.endswith(".parquet")
+                }
         if not inputs:
             plan.waiting = _num_tasks(stage, plans)
             return plan
@@ -218,7 +254,9 @@ def _intact(run: Path, record: Record) -> bool:
     """Do the outputs exist with the sizes of the record? Hashes are compared when a stage cannot read them."""
     try:
         return all((run / name).stat().st_size == size for name, size in record.bytes.items()) and all(
-            sha256_file(run / name) == sha256 for name, sha256 in record.outputs.items() if name.endswith("/survey.parquet")
+            sha256_file(run / name) == sha256
+            for name, sha256 in record.outputs.items()
+            if name.endswith("/survey.parquet")
         )  # a survey is small, and planning reads it
     except FileNotFoundError:
         return False
@@ -244,20 +282,36 @@ def estimate(recipe: Recipe, run: Path) -> list[dict[str, object]]:
     for name, stage_plan in plans.items():
         records, size = stage_plan.shards(), stage_plan.stage.shards_per_task
         done = sum(sum(record.rows.values()) for record in records)
-        undone = (index for index in range(_num_tasks(stage_plan.stage, plans)) if f"{index:05d}" not in stage_plan.done)
-        left = sum(sum(of_shard[index * size : (index + 1) * size]) for index in undone) if surveyed else total
+        undone = (
+            index
+            for index in range(_num_tasks(stage_plan.stage, plans))
+            if f"{index:05d}" not in stage_plan.done
+        )
+        left = (
+            sum(sum(of_shard[index * size : (index + 1) * size]) for index in undone) if surveyed else total
+        )
         per_row = None if left is None or not done else left / done
         table.append(
             {
                 "stage": name,
                 "shards_done": len(records),
-                "shards_left": sum(task.name != "survey" for task in stage_plan.todo) + stage_plan.waiting if surveyed else None,
+                "shards_left": sum(task.name != "survey" for task in stage_plan.todo) + stage_plan.waiting
+                if surveyed
+                else None,
                 "rows_done": done,
                 "rows_left": left,
-                "bytes_left": None if per_row is None else round(per_row * sum(sum(record.bytes.values()) for record in records)),
+                "bytes_left": None
+                if per_row is None
+                else round(per_row * sum(sum(record.bytes.values()) for record in records)),
                 "hours_left": None
                 if per_row is None
-                else round(per_row * sum(record.seconds for record in records) / stage_plan.stage.num_workers() / 3600, 3),
+                else round(
+                    per_row
+                    * sum(record.seconds for record in records)
+                    / stage_plan.stage.num_workers()
+                    / 3600,
+                    3,
+                ),
             }
         )
     return table
@@ -288,7 +342,11 @@ def status(run: Path) -> list[dict[str, object]]:
                 "rows": dict(rows),
                 "rows_per_s": round(rows.total() / at_once, 1) if at_once else None,
                 "eta_s": round(-(-left // workers) * seconds / len(records)) if records else None,
-                "failed": {path.stem: "".join(read_lines(path)[:1]) for path in sorted((run / name).glob("*.failed")) if path.stem not in plan_.done},
+                "failed": {
+                    path.stem: "".join(read_lines(path)[:1])
+                    for path in sorted((run / name).glob("*.failed"))
+                    if path.stem not in plan_.done
+                },
             }
         )
     return table

@@ -20,7 +20,13 @@ import duckdb
 
 from builder.errors import InputError
 
-READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
+READERS = {
+    ".parquet": "read_parquet",
+    ".csv": "read_csv",
+    ".tsv": "read_csv",
+    ".json": "read_json",
+    ".jsonl": "read_json",
+}
 
 
 @contextmanager
@@ -36,7 +42,9 @@ def connect(spill: Path | None = None, **config: Any) -> Iterator[duckdb.DuckDBP
                 con.execute("set lock_configuration = true")
                 yield con
         except RuntimeError as error:
-            if "Query interrupted" in str(error):  # which is all that DuckDB leaves of the exception of a signal's handler
+            if "Query interrupted" in str(
+                error
+            ):  # which is all that DuckDB leaves of the exception of a signal's handler
                 raise KeyboardInterrupt from error
             raise
 
@@ -91,8 +99,15 @@ def table(paths: str | PathLike[str] | Iterable[str | PathLike[str]], **options:
     """SQL of the rows of files of one kind, in their order. Names are taken as they are: neither globs nor `key=value` folders."""
     names = [str(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
     reader = next(reader for kind, reader in READERS.items() if names[0].lower().endswith(kind))
-    for name in (name for name in names if "\\" in name and glob.has_magic(name)):  # DuckDB has no way to write that
-        raise InputError(f"{name}: a backslash beside one of *?[ in a path cannot be read", "give the file or its folder another name")
+    for name in (
+        name for name in names if "\\" in name and glob.has_magic(name)
+    ):  # DuckDB has no way to write that
+        raise InputError(
+            f"{name}: a backslash beside one of *?[ in a path cannot be read",
+            "give the file or its folder another name",
+        )
     listed = ", ".join(literal(glob.escape(absolute(name))) for name in names)
-    settings = "".join(f", {key} = {value}" for key, value in {"hive_partitioning": "false", **options}.items())
+    settings = "".join(
+        f", {key} = {value}" for key, value in {"hive_partitioning": "false", **options}.items()
+    )
     return f"{reader}([{listed}]{settings})"

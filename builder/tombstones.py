@@ -48,7 +48,9 @@ def table(values: Mapping[str, Iterable[str]]) -> pa.Table:
     Raises:
         InputError: a value names nothing.
     """
-    found = sorted({(kind, mark) for kind, named in values.items() for value in named for mark in marks(kind, value)})
+    found = sorted(
+        {(kind, mark) for kind, named in values.items() for value in named for mark in marks(kind, value)}
+    )
     return pa.table([[kind for kind, _ in found], [mark for _, mark in found]], SCHEMA)
 
 
@@ -57,7 +59,13 @@ def marks(kind: str, value: str) -> set[str]:
 
     The latter for versions of before 2026-11-24, whose URLs are as they were found.
     """
-    forms = {as_fetched(value)[0], value} if kind == "url" else {domain(value)} if kind == "domain" else {_lower(value)}
+    forms = (
+        {as_fetched(value)[0], value}
+        if kind == "url"
+        else {domain(value)}
+        if kind == "domain"
+        else {_lower(value)}
+    )
     if "" in forms:
         raise InputError(f"{value!r} is no {kind}", "take it out of the file")
     return {hashlib.sha256(f"{kind}:{form}".encode("utf-8", "replace")).hexdigest() for form in forms}
@@ -82,13 +90,18 @@ def read(data: bytes, name: object) -> pa.Table:
         found = found.select(SCHEMA.names).cast(SCHEMA)
         found.validate(full=True)
         if (
-            not pc.all(pc.fill_null(pc.match_substring_regex(found["mark"], "^[0-9a-f]{64}$"), False), min_count=0).as_py()
+            not pc.all(
+                pc.fill_null(pc.match_substring_regex(found["mark"], "^[0-9a-f]{64}$"), False), min_count=0
+            ).as_py()
             or found["kind"].null_count
         ):
             raise ValueError("a mark is no hash")
         return found
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{name} holds no tombstones: {str(error).splitlines()[0][:200]}", f"name the {FILE} of a published version") from error
+        raise InputError(
+            f"{name} holds no tombstones: {str(error).splitlines()[0][:200]}",
+            f"name the {FILE} of a published version",
+        ) from error
 
 
 def write(tombstones: pa.Table, path: Path) -> None:
@@ -97,4 +110,6 @@ def write(tombstones: pa.Table, path: Path) -> None:
 
 def named(view: str, image: str = "sha256") -> str:
     """SQL of (row, mark): the uids of a version's view that the table `tombstones` names."""
-    return MARKS.format(rows=f"(select uid as row, uid, url, {image} as image from {view})", tombstones="tombstones")
+    return MARKS.format(
+        rows=f"(select uid as row, uid, url, {image} as image from {view})", tombstones="tombstones"
+    )

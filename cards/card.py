@@ -28,7 +28,9 @@ ADDRESS = "an IP address"  # the only name with white space in the answer of lin
 _DTYPES = {"double": "float64", "float": "float32"}
 
 
-def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
+def card(
+    recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any], sample: Mapping[str, Any]
+) -> str:
     """README.md of a version, or of a run that is none yet: then the manifest has no version.
 
     The manifest's `content`, a hash of the data, is in it for `datasets`, which tells two local folders of one name apart by their cards.
@@ -50,15 +52,25 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
         f"Words of a length are runs without white space; tokens are {tokenizer}, with the special tokens it adds; the vocabulary is lower case, "
         "letters and digits, exact. Numbers on a sample say so in their query. Each number's SQL is named in `stats.json` with its hash.",
         "## Every source row",
-        _table(("status", "rows", "%"), [(r["status"], f"{r['rows']:,}", f"{r['percent']}") for r in of(report, "rows_by_status")]),
+        _table(
+            ("status", "rows", "%"),
+            [(r["status"], f"{r['rows']:,}", f"{r['percent']}") for r in of(report, "rows_by_status")],
+        ),
         "The config `ledger` holds all of them, with the reason of each failure. Links by top-level domain: "
         "alive where the image came (`ok`, `caption_failed`), changed where another came (`hash_mismatch`).",
         _links([r for r in of(report, "links") if r["what"] == "tld"]),
         "## How it was made",
-        "\n\n".join(_stage(stage, manifest.get("made_on", {}).get(stage.name, [])) for stage in recipe.stages),
-        f"With {', '.join(_plain(f'{name} {number}') for name, number in manifest['made_with'].items())}." if manifest.get("made_with") else "",
+        "\n\n".join(
+            _stage(stage, manifest.get("made_on", {}).get(stage.name, [])) for stage in recipe.stages
+        ),
+        f"With {', '.join(_plain(f'{name} {number}') for name, number in manifest['made_with'].items())}."
+        if manifest.get("made_with")
+        else "",
         "## Columns",
-        _table(("column", "type", "what"), [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)]),
+        _table(
+            ("column", "type", "what"),
+            [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)],
+        ),
         "`preview` repeats the first rows of `train`.",
         "## Known limits",
         f"{ends['stopped_at_limit']:,} recaptions stopped at the token limit and {ends['without_full_stop']:,} end without a full stop "
@@ -90,13 +102,18 @@ def card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any],
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front(recipe: Recipe, manifest: Mapping[str, Any], published: Sequence[tuple[str, pa.DataType, str]]) -> DatasetCardData:
+def _front(
+    recipe: Recipe, manifest: Mapping[str, Any], published: Sequence[tuple[str, pa.DataType, str]]
+) -> DatasetCardData:
     rows, sizes, content = manifest["rows"], manifest.get("bytes", {}), manifest.get("content", "")
     features = [{"name": name, "dtype": _DTYPES.get(str(kind), str(kind))} for name, kind, _ in published]
     ledger = [{"name": field.name, "dtype": str(field.type)} for field in LEDGER]
 
     def info(config: str, columns: list[dict[str, str]], splits: dict[str, str]) -> dict[str, Any]:
-        of_splits = [{"name": split, "num_bytes": sizes.get(name, 0), "num_examples": rows[name]} for split, name in splits.items()]
+        of_splits = [
+            {"name": split, "num_bytes": sizes.get(name, 0), "num_examples": rows[name]}
+            for split, name in splits.items()
+        ]
         return {"config_name": config, "features": columns, "splits": of_splits}
 
     return DatasetCardData(
@@ -112,18 +129,29 @@ def _front(recipe: Recipe, manifest: Mapping[str, Any], published: Sequence[tupl
                 "config_name": "default",
                 "default": True,
                 "description": content,
-                "data_files": [{"split": "preview", "path": "data/preview-*.parquet"}, {"split": "train", "path": "data/train-*.parquet"}],
+                "data_files": [
+                    {"split": "preview", "path": "data/preview-*.parquet"},
+                    {"split": "train", "path": "data/train-*.parquet"},
+                ],
             },
-            {"config_name": "ledger", "description": content, "data_files": [{"split": "train", "path": "ledger/train-*.parquet"}]},
+            {
+                "config_name": "ledger",
+                "description": content,
+                "data_files": [{"split": "train", "path": "ledger/train-*.parquet"}],
+            },
         ],
-        dataset_info=[info("default", features, {"preview": "preview", "train": "train"}), info("ledger", ledger, {"train": "ledger"})],
+        dataset_info=[
+            info("default", features, {"preview": "preview", "train": "train"}),
+            info("ledger", ledger, {"train": "ledger"}),
+        ],
     )
 
 
 def _residue(found: Sequence[Mapping[str, Any]]) -> str:
     kinds = [name for name in (found[0] if found else {}) if name.endswith("_percent")]
     return _table(
-        ("caption", *(kind.removesuffix("_percent") for kind in kinds)), [(f"`{r['caption']}`", *(str(r[kind]) for kind in kinds)) for r in found]
+        ("caption", *(kind.removesuffix("_percent") for kind in kinds)),
+        [(f"`{r['caption']}`", *(str(r[kind]) for kind in kinds)) for r in found],
     )
 
 
@@ -180,7 +208,11 @@ def license_link(recipe: Recipe) -> str | None:
 
 
 def _stage(stage: Any, days: Sequence[str]) -> str:
-    settings = {field.name: getattr(stage, field.name) for field in fields(stage) if field.name not in ("workers", "concurrency")}
+    settings = {
+        field.name: getattr(stage, field.name)
+        for field in fields(stage)
+        if field.name not in ("workers", "concurrency")
+    }
     return f"**{', '.join([stage.name, *filter(None, [' to '.join(dict.fromkeys(days))])])}**\n\n{_code(settings)}"
 
 

@@ -42,8 +42,14 @@ def croissant(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     select = recipe.stage("select")
     assert isinstance(select, Select)
     sets = {
-        "train": ("data/train-*.parquet", [(name, kind, what) for name, kind, what in columns(select.captions)]),
-        "preview": ("data/preview-*.parquet", [(name, kind, what) for name, kind, what in columns(select.captions)]),
+        "train": (
+            "data/train-*.parquet",
+            [(name, kind, what) for name, kind, what in columns(select.captions)],
+        ),
+        "preview": (
+            "data/preview-*.parquet",
+            [(name, kind, what) for name, kind, what in columns(select.captions)],
+        ),
         "ledger": ("ledger/train-*.parquet", [(field.name, field.type, "") for field in LEDGER]),
     }
     about = {

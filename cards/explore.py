@@ -65,8 +65,13 @@ def explore(place: str | Path, out: Path, *, rows: int | None = None, captions: 
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}", "name another folder: --out DIR") from error
-    with tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}-", dir=out.parent) as folder, telling_of_a_full_disk(out):
+        raise InputError(
+            f"{out} cannot be written: {error.strerror}", "name another folder: --out DIR"
+        ) from error
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}-", dir=out.parent) as folder,
+        telling_of_a_full_disk(out),
+    ):
         page, before = Path(folder, "page"), Path(folder, "before")
         _write(parts(place, captions), place, page, rows or ROWS)
         _only_a_page(out)  # still
@@ -83,18 +88,29 @@ def _only_a_page(out: Path) -> None:
     if not out.exists() or not any(out.iterdir() if out.is_dir() else [out]):
         return
     if not all((out / name).is_file() for name in (*FILES, "data.json")):
-        raise InputError(f"{out} is there already and is no page of recap explore", "name a folder that does not exist yet: --out DIR")
+        raise InputError(
+            f"{out} is there already and is no page of recap explore",
+            "name a folder that does not exist yet: --out DIR",
+        )
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
-        if not path.is_dir() and not re.fullmatch(r"index\.html|explorer\.(js|css)|data\.json|rows/\d+\.json\.gz|thumbs/\d+/\d+\.jpg", name):
-            raise InputError(f"{path} is no part of the page that recap explore wrote", "move it away, or name another folder: --out DIR")
+        if not path.is_dir() and not re.fullmatch(
+            r"index\.html|explorer\.(js|css)|data\.json|rows/\d+\.json\.gz|thumbs/\d+/\d+\.jpg", name
+        ):
+            raise InputError(
+                f"{path} is no part of the page that recap explore wrote",
+                "move it away, or name another folder: --out DIR",
+            )
 
 
 def _write(found: Parts, place: str | Path, folder: Path, room: int) -> None:
     (folder / "rows").mkdir(parents=True)
     for name in FILES:
         shutil.copyfile(PAGE / name, folder / name)
-    about, tars = _about(place) if found.ledger else {"title": Path(place).name, "version": "", "license": ""}, _tars(Path(place))
+    about, tars = (
+        _about(place) if found.ledger else {"title": Path(place).name, "version": "", "license": ""},
+        _tars(Path(place)),
+    )
     digest, keys, shown, chunks = hashlib.sha256(), set[str](), 0, 0
     with connect(found) as con:
         view = "published" if found.ledger else _table_view(con)
@@ -113,8 +129,17 @@ def _write(found: Parts, place: str | Path, folder: Path, room: int) -> None:
             keys.update(key for key in table["key"].to_pylist() if key)
     if tars:
         _thumbs(tars, keys, folder / "thumbs")
-    about |= {"id": digest.hexdigest()[:16], "status": status, "rows": shown, "chunks": chunks, "columns": described, "thumbs": bool(tars)}
-    (folder / "data.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    about |= {
+        "id": digest.hexdigest()[:16],
+        "status": status,
+        "rows": shown,
+        "chunks": chunks,
+        "columns": described,
+        "thumbs": bool(tars),
+    }
+    (folder / "data.json").write_text(
+        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _about(place: str | Path) -> dict[str, Any]:
@@ -124,7 +149,11 @@ def _about(place: str | Path) -> dict[str, Any]:
         return {"title": recipe.title or recipe.name, "version": "not published", "license": recipe.license}
     version = open_version(str(place))
     title = version.recipe.title or version.manifest["name"]
-    return {"title": title, "version": f"version {version.manifest['version']}", "license": version.recipe.license}
+    return {
+        "title": title,
+        "version": f"version {version.manifest['version']}",
+        "license": version.recipe.license,
+    }
 
 
 def _tars(run: Path) -> list[Path]:
@@ -139,10 +168,16 @@ def _table_view(con: duckdb.DuckDBPyConnection) -> str:
     """Somebody else's table as if it were published: with uid, url and key, made up where there is none."""
     there = [name for name, *_ in con.sql("describe published").fetchall()]
     url = next((name for name in ("url", "URL", "image_url", "coco_url") if name in there), None)
-    made = {"uid": "cast(row_number() over () as varchar)", "url": sql.identifier(url) if url else "null::varchar", "key": "null::varchar"}
+    made = {
+        "uid": "cast(row_number() over () as varchar)",
+        "url": sql.identifier(url) if url else "null::varchar",
+        "key": "null::varchar",
+    }
     added = [f"{expression} as {name}" for name, expression in made.items() if name not in there]
     renamed = [
-        f"{sql.identifier(name)} as {sql.identifier(f'{name}_there')}" for name in there if name.lower() in ("status", "error")
+        f"{sql.identifier(name)} as {sql.identifier(f'{name}_there')}"
+        for name in there
+        if name.lower() in ("status", "error")
     ]  # the page has columns of these names
     every = f"* rename ({', '.join(renamed)})" if renamed else "*"
     con.execute(f"create temp view shown as select {', '.join([*added, every])} from published")
@@ -153,11 +188,16 @@ def _columns(con: duckdb.DuckDBPyConnection, view: str) -> list[dict[str, str]]:
     """Name, kind (text, number, bool), what it is, and how the page shows it: as a caption, a score, or only among the others."""
     schema = con.sql(f"from {view} limit 0").to_arrow_table().schema
     schema = schema.append(pa.field("status", pa.string())).append(pa.field("error", pa.string()))
-    what = {name: text for name, _, text in columns()} | {"status": "how far the row came", "error": "why it came no further"}
+    what = {name: text for name, _, text in columns()} | {
+        "status": "how far the row came",
+        "error": "why it came no further",
+    }
     described = []
     for field in schema:
         kind = "bool" if pa.types.is_boolean(field.type) else "number" if _is_number(field.type) else "text"
-        caption = kind == "text" and field.name not in NO_CAPTION and not field.name.endswith("_finish_reason")
+        caption = (
+            kind == "text" and field.name not in NO_CAPTION and not field.name.endswith("_finish_reason")
+        )
         role = "caption" if caption else "score" if kind == "number" and field.name.endswith("_score") else ""
         described.append({"name": field.name, "kind": kind, "role": role, "what": what.get(field.name, "")})
     return sorted(described, key=lambda column: column["name"] != "org_caption")  # the original first
@@ -173,9 +213,17 @@ def _sample(con: duckdb.DuckDBPyConnection, view: str, failed: int, room: int) -
     failed_room = failed if published + failed <= room else min(failed, max(room - published, room // 10))
     for rows, number, most in (
         (f"(select *, 'ok' as status, null::varchar as error from {view})", published, room - failed_room),
-        ("(select uid, url, status, error, null::varchar as key from ledger where status <> 'ok')", failed, failed_room),
+        (
+            "(select uid, url, status, error, null::varchar as key from ledger where status <> 'ok')",
+            failed,
+            failed_room,
+        ),
     ):
-        chosen = f" where hash(uid, url) in (select hash(uid, url) as h from {rows} order by h limit {most})" if number > most else ""
+        chosen = (
+            f" where hash(uid, url) in (select hash(uid, url) as h from {rows} order by h limit {most})"
+            if number > most
+            else ""
+        )
         for batch in con.sql(f"from {rows}{chosen} limit {most}").to_arrow_reader(1000) if most else ():
             yield pa.table(batch)
 
@@ -194,8 +242,17 @@ def _chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def _chunk(table: pa.Table) -> bytes:
     """JSON by column, gzipped without a clock; a column without a value is null."""
-    columns = {name: None if table[name].null_count == table.num_rows else _values(table[name]) for name in table.column_names}
-    text = json.dumps({"rows": table.num_rows, "columns": columns}, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    columns = {
+        name: None if table[name].null_count == table.num_rows else _values(table[name])
+        for name in table.column_names
+    }
+    text = json.dumps(
+        {"rows": table.num_rows, "columns": columns},
+        ensure_ascii=False,
+        separators=(",", ":"),
+        allow_nan=False,
+        default=str,
+    )
     return gzip.compress(text.encode(), compresslevel=4, mtime=0)
 
 
@@ -203,7 +260,11 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     values: list[Any] = column.to_pylist()
     if pa.types.is_nested(column.type):
         return [None if value is None else str(value) for value in values]
-    return [None if v is None or not math.isfinite(v) else v for v in values] if pa.types.is_floating(column.type) else values
+    return (
+        [None if v is None or not math.isfinite(v) else v for v in values]
+        if pa.types.is_floating(column.type)
+        else values
+    )
 
 
 def _thumbs(tars: Iterable[Path], keys: set[str], folder: Path) -> None:

@@ -34,7 +34,9 @@ _connections, _survived = SESSION / "connections", SESSION / "survived"
 os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT), str(ROOT / "tests")])
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of two engines would wait for each other
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # the workers share the cores: threads of two engines would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SOURCE_DATE_EPOCH", str(int(time.time())))  # one day for all builds of a session
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -68,10 +70,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(SESSION, ignore_errors=True)
 
 
-def recap(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+def recap(
+    *arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout_s: float = 400
+) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; `check` is the exit status that is expected."""
     done = subprocess.run(
-        [sys.executable, "-m", "builder.cli", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+        [sys.executable, "-m", "builder.cli", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
     assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -98,21 +107,32 @@ def demo_run() -> Path:
     return run
 
 
-def a_version(folder: Path, data: pa.Table, ledger: pa.Table, captions: tuple[str, ...] = (), **about: str) -> Path:
+def a_version(
+    folder: Path, data: pa.Table, ledger: pa.Table, captions: tuple[str, ...] = (), **about: str
+) -> Path:
     """A published version as far as it is read: its rows, with null in the columns that `data` lacks, its ledger, recipe and manifest."""
     from builder.core import Recipe, write_parquet
     from builder.stages.caption import Caption, CaptionSpec
     from builder.stages.select import LEDGER, Select, schema
 
     whole = schema(captions)
-    data = pa.table({f.name: data[f.name].cast(f.type) if f.name in data.column_names else pa.nulls(len(data), f.type) for f in whole})
+    data = pa.table(
+        {
+            f.name: data[f.name].cast(f.type) if f.name in data.column_names else pa.nulls(len(data), f.type)
+            for f in whole
+        }
+    )
     files = {}
     for kind, table in (("data", data), ("ledger", ledger.cast(LEDGER))):
         path = folder / kind / "train-00000-of-00001.parquet"
         path.parent.mkdir(parents=True)
         write_parquet(table, path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        files[str(path.relative_to(folder))] = {"sha256": sha256, "bytes": path.stat().st_size, "rows": table.num_rows}
+        files[str(path.relative_to(folder))] = {
+            "sha256": sha256,
+            "bytes": path.stat().st_size,
+            "rows": table.num_rows,
+        }
     specs = tuple(CaptionSpec(name=name) for name in ("re_caption", *captions))
     stages = (Caption(model="no/model@0", specs=specs), Select(captions=captions))
     (folder / "recipe.json").write_text(Recipe("tiny", stages, **about).to_json())
@@ -142,7 +162,12 @@ def web_of(run: Path) -> Iterator[Path]:
 def mounted(folder: Path, *, mib: int) -> Iterator[Path]:
     """A file system of `mib` MiB."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     try:

@@ -32,7 +32,12 @@ Page = bytes | Callable[[Visit], None]
 
 def response(body: bytes = b"", *headers: str, status: str = "200 OK", length: int | None = None) -> bytes:
     """A whole answer; `length` is the Content-Length where that should be a lie."""
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", "Connection: close", *headers]
+    lines = [
+        f"HTTP/1.1 {status}",
+        f"Content-Length: {len(body) if length is None else length}",
+        "Connection: close",
+        *headers,
+    ]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
@@ -97,7 +102,9 @@ class Web:
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop.set()
         self.server.shutdown()
         self.server.server_close()

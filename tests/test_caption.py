@@ -45,7 +45,10 @@ def requests(scenes: list[world.Scene]) -> Iterator[tuple[str, bytes, dict[str, 
 
 def test_recaption_v1_is_the_published_prompt_and_decoding(engine: Engine) -> None:
     """Prompt and decoding of arXiv 2406.08478, in the chat format of Llama 3."""
-    assert RECAPTION_V1.prompt == "Please generate a detailed caption of this image. Please be as descriptive as possible."
+    assert (
+        RECAPTION_V1.prompt
+        == "Please generate a detailed caption of this image. Please be as descriptive as possible."
+    )
     assert (RECAPTION_V1.temperature, RECAPTION_V1.max_tokens) == (0.0, 128)
     assert engine.prompts["re_caption"] == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\n"
@@ -59,7 +62,10 @@ def test_the_prompt_that_is_served_is_the_prompt_that_was_trained() -> None:
 
     content = [{"type": "image"}, {"type": "text", "text": RECAPTION_V1.prompt}]
     processor = AutoProcessor.from_pretrained(str(CAPTIONER))
-    assert processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True) == PROMPT_V1
+    assert (
+        processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        == PROMPT_V1
+    )
 
 
 def test_captions_name_what_is_there(engine: Engine) -> None:
@@ -88,14 +94,18 @@ def test_captions_do_not_depend_on_the_batch(engine: Engine) -> None:
     assert together == few
 
 
-def test_no_row_is_left_when_all_in_flight_end_in_one_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_row_is_left_when_all_in_flight_end_in_one_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One at a time they always do."""
     monkeypatch.setattr(engine, "in_flight", 1)
     found = dict(engine.captions(requests(held_out(4))))
     assert sorted(found) == ["0", "1", "2", "3"]
 
 
-def test_a_prompt_begins_as_the_tokenizer_begins_a_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once, whether the chat template writes it, as the demo's does, or leaves it to the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(str(CAPTIONER))
     first = tokenizer.bos_token_id
@@ -112,7 +122,9 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(engine: Engine, monkeypa
     assert engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"] == whole[1:]
 
 
-def test_braces_of_a_chat_template_are_no_placeholders(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_braces_of_a_chat_template_are_no_placeholders(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(engine.prompts, "re_caption", f"On {{date}}, {{url}}: {engine.prompts['re_caption']}")
     ids = engine.prompt(RECAPTION_V1, Image.new("RGB", (8, 8)), {"url": "http://h/"})[0]["prompt_token_ids"]
     assert "{date}, {url}:" in engine.tokenizer.decode(ids)
@@ -162,14 +174,19 @@ def test_a_journaled_caption_is_not_generated_again(engine: Engine, demo_run: Pa
     import pyarrow.parquet as pq
 
     texts = {row["uid"]: row["re_caption"] for row in pq.read_table(task.output()).to_pylist()}
-    before = {row["uid"]: row["re_caption"] for row in pq.read_table(demo_run / "caption" / "00000.parquet").to_pylist()}
+    before = {
+        row["uid"]: row["re_caption"]
+        for row in pq.read_table(demo_run / "caption" / "00000.parquet").to_pylist()
+    }
     assert texts[uids[0]] == "Journaled."
     assert texts == before | {uids[0]: "Journaled."}
     assert (task.folder / "00000.journal").exists()  # until the record is there
     commit(SETTINGS, task, {"ok": 1}, 0)
     assert not (task.folder / "00000.journal").exists()
 
-    (task.folder / "00000.journal").write_text("\n".join(["another-key", *lines[1:]]))  # other settings: not the same captions
+    (task.folder / "00000.journal").write_text(
+        "\n".join(["another-key", *lines[1:]])
+    )  # other settings: not the same captions
     SETTINGS.caption(engine, task)
     assert "Journaled." not in pq.read_table(task.output())["re_caption"].to_pylist()
 
@@ -210,7 +227,9 @@ def quoting() -> Iterator[Engine]:
 
 
 def ids(engine: Engine, org_caption: str, url: str = "http://h/") -> list[int]:
-    prompt, _ = engine.prompt(engine.specs[0], Image.new("RGB", (8, 8)), {"org_caption": org_caption, "url": url})
+    prompt, _ = engine.prompt(
+        engine.specs[0], Image.new("RGB", (8, 8)), {"org_caption": org_caption, "url": url}
+    )
     tokens: list[int] = prompt["prompt_token_ids"]
     return tokens
 
@@ -232,7 +251,9 @@ def test_special_tokens_in_a_caption_are_characters(quoting: Engine) -> None:
 def test_text_of_a_row_that_is_too_long_is_cut_and_counted(quoting: Engine) -> None:
     """The shard goes on; a row in the middle of it gets a caption all the same."""
     pictures = [image for _, image, _ in requests(held_out(3))]
-    rows = [{"org_caption": text, "url": "http://h/"} for text in ("a cat", "word " * 50_000, "<image> " * 300)]
+    rows = [
+        {"org_caption": text, "url": "http://h/"} for text in ("a cat", "word " * 50_000, "<image> " * 300)
+    ]
     found = dict(quoting.captions(iter(zip("abc", pictures, rows, strict=True))))
     assert all(found[uid]["quoting"]["text"] for uid in "abc")
     assert [found[uid]["quoting"].get("prompt_cut", False) for uid in "abc"] == [False, True, True]
@@ -247,7 +268,10 @@ def test_a_placeholder_that_is_none_is_told_when_the_recipe_is_made(prompt: str)
 
 
 def test_a_prompt_that_leaves_no_room_is_told_before_any_shard() -> None:
-    with pytest.raises(InputError, match=r"caption 're_caption': prompt and picture take \d+ tokens, the reply 128, in all at most 64"):
+    with pytest.raises(
+        InputError,
+        match=r"caption 're_caption': prompt and picture take \d+ tokens, the reply 128, in all at most 64",
+    ):
         Engine(replace(SETTINGS, max_model_len=64))
 
 
@@ -278,7 +302,9 @@ def test_weights_that_are_no_numbers_are_told_before_any_shard(tmp_path: Path) -
         Engine(replace(SETTINGS, model=str(tmp_path / "model")))
 
 
-def test_a_caption_with_logits_that_are_no_numbers_is_a_failure(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caption_with_logits_that_are_no_numbers_is_a_failure(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one row: the others are captioned."""
     add, bad = engine.llm.llm_engine.add_request, []
 
@@ -314,12 +340,16 @@ def damaged(folder: Path, name: str) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"]
+)
 def test_a_damaged_model_is_told_with_its_file_before_any_shard(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(CAPTIONER, folder)
     damaged(folder, name)
-    with pytest.raises(InputError, match="chat template" if name == "chat_template.jinja" else rf"model/{name} is"):
+    with pytest.raises(
+        InputError, match="chat template" if name == "chat_template.jinja" else rf"model/{name} is"
+    ):
         replace(SETTINGS, model=str(folder)).check()
 
 
@@ -334,5 +364,7 @@ def test_two_captions_have_two_names() -> None:
         Caption(model=str(CAPTIONER), specs=(RECAPTION_V1, RECAPTION_V1))
     with pytest.raises(RecipeError, match="'a_num_tokens', which is there already"):
         Caption(model=str(CAPTIONER), specs=(CaptionSpec(name="a"), CaptionSpec(name="a_num_tokens")))
-    with pytest.raises(RecipeError, match="stage select names the caption 'long', which no stage before it makes"):
+    with pytest.raises(
+        RecipeError, match="stage select names the caption 'long', which no stage before it makes"
+    ):
         Recipe("r", (Caption(model=str(CAPTIONER)), Select(captions=("long",))))

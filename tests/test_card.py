@@ -65,7 +65,9 @@ def test_a_changed_statistic_is_found(version: Path) -> None:
 def test_changed_rows_and_columns_are_found(version: Path) -> None:
     file = version / "data" / "train-00000-of-00001.parquet"
     table = pq.read_table(file)
-    pq.write_table(table.slice(1).drop_columns(["width"]).append_column("width2", table.slice(1)["width"]), file)
+    pq.write_table(
+        table.slice(1).drop_columns(["width"]).append_column("width2", table.slice(1)["width"]), file
+    )
     with pytest.raises(InputError, match="another schema than the recipe's"):
         check_card(str(version))
     pq.write_table(table.slice(1), file)
@@ -77,9 +79,14 @@ def test_features_and_splits_match_the_parquet(version: Path) -> None:
     front = yaml.safe_load((version / "README.md").read_text().split("---\n")[1])
     default, ledger = front["dataset_info"]
     names = {"double": "float64", "float": "float32"}
-    assert [(f["name"], f["dtype"]) for f in default["features"]] == [(f.name, names.get(str(f.type), str(f.type))) for f in SCHEMA]
+    assert [(f["name"], f["dtype"]) for f in default["features"]] == [
+        (f.name, names.get(str(f.type), str(f.type))) for f in SCHEMA
+    ]
     counts = {split["name"]: split["num_examples"] for split in default["splits"]}
-    assert counts == {name: pq.read_table(next((version / "data").glob(f"{name}-*"))).num_rows for name in ("train", "preview")}
+    assert counts == {
+        name: pq.read_table(next((version / "data").glob(f"{name}-*"))).num_rows
+        for name in ("train", "preview")
+    }
     assert ledger["splits"][0]["num_examples"] == 240
     assert front["configs"][0]["data_files"][0]["split"] == "preview"
 
@@ -95,14 +102,21 @@ def test_croissant_is_valid_and_reads_the_rows(version: Path) -> None:
 
 def test_what_the_card_tells_to_type_works(version: Path, demo_run: Path) -> None:
     """Every command and program of it, in the version's folder, the small web being up."""
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", (version / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```(\w+)\n(.*?)^```$", (version / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     assert [kind for kind, _ in blocks] == ["python", "sql", "sql", "sh", "python"]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+    }
     with web_of(demo_run):
         for kind, text in blocks:
             line = {"python": [sys.executable, "-c", text.replace("PATH_OR_REPO", str(version))], "sh": ["bash", "-ec", text],
                     "sql": [sys.executable, "-c", f"import duckdb; print(duckdb.execute({text!r}).fetchall()[:3])"]}[kind]  # fmt: skip
-            done = subprocess.run(line, cwd=version, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                line, cwd=version, env=environment, capture_output=True, text=True, check=False
+            )
             assert done.returncode == 0, f"{text}\n{done.stderr}"
     rows = pq.read_table(next(version.glob("data/train-*"))).num_rows
     assert len(done.stdout.splitlines()) == rows

@@ -44,7 +44,13 @@ def key(stage: Stage) -> str:
 
 def metadata(folder: Path, rows: int = 3) -> Path:
     folder.mkdir(parents=True)
-    table = pa.table({"uid": [f"{n:032x}" for n in range(rows)], "url": ["http://h/1.jpg"] * rows, "text": ["a cat"] * rows})
+    table = pa.table(
+        {
+            "uid": [f"{n:032x}" for n in range(rows)],
+            "url": ["http://h/1.jpg"] * rows,
+            "text": ["a cat"] * rows,
+        }
+    )
     pq.write_table(table, folder / "part.parquet")
     return folder
 
@@ -110,7 +116,13 @@ OTHER_DOWNLOADS = {
 
 def test_every_setting_of_the_download_but_its_parallelism_changes_its_key() -> None:
     """A setting that is added later has to be decided upon here."""
-    assert set(asdict(Download())) == {*OTHER_DOWNLOADS, "workers", "concurrency", "nameservers", "accept_failures"}
+    assert set(asdict(Download())) == {
+        *OTHER_DOWNLOADS,
+        "workers",
+        "concurrency",
+        "nameservers",
+        "accept_failures",
+    }
     keys = {key(Download(**{name: value})) for name, value in OTHER_DOWNLOADS.items()}
     assert len(keys - {key(Download())}) == len(OTHER_DOWNLOADS)
 
@@ -140,13 +152,21 @@ def test_the_folder_of_the_metadata_does_not_change_a_key(tmp_path: Path) -> Non
 
 def test_other_metadata_another_limit_or_other_shards_change_the_survey(tmp_path: Path) -> None:
     here, other = str(metadata(tmp_path / "here")), str(metadata(tmp_path / "other", rows=4))
-    stages = [Source(files=here), Source(files=other), Source(files=here, limit=2), Source(files=here, rows_per_shard=2)]
+    stages = [
+        Source(files=here),
+        Source(files=other),
+        Source(files=here, limit=2),
+        Source(files=here, rows_per_shard=2),
+    ]
     assert len({task_key(stage, stage.survey_inputs(tmp_path), "survey") for stage in stages}) == 4
 
 
 def test_limit_and_shard_size_do_not_change_the_key_of_a_shard_that_stays_as_it_is() -> None:
     slices = {"part.parquet[0:10]": "a" * 64}
-    keys = {task_key(stage, slices, "00000") for stage in (Source(files="x"), Source(files="y", limit=10), Source(files="x", rows_per_shard=10))}
+    keys = {
+        task_key(stage, slices, "00000")
+        for stage in (Source(files="x"), Source(files="y", limit=10), Source(files="x", rows_per_shard=10))
+    }
     assert len(keys) == 1
     assert task_key(Source(files="x", url_column="link"), slices, "00000") not in keys
 
@@ -172,11 +192,17 @@ def test_5_and_5_0_are_one_setting_with_one_key() -> None:
 
 def a_recipe() -> Recipe:
     return recipes.recap_datacomp_1b(
-        metadata="/data/of/mine/*.parquet", captioner="user/captioner@0123abc", clip="/models/clip", allow_private=("::1/128",)
+        metadata="/data/of/mine/*.parquet",
+        captioner="user/captioner@0123abc",
+        clip="/models/clip",
+        allow_private=("::1/128",),
     )
 
 
-@pytest.mark.parametrize("recipe", [recipes.demo(), a_recipe(), Recipe("ünïcødé", (Dedup(),), title="図", description='"quoted"\n')])
+@pytest.mark.parametrize(
+    "recipe",
+    [recipes.demo(), a_recipe(), Recipe("ünïcødé", (Dedup(),), title="図", description='"quoted"\n')],
+)
 def test_a_recipe_survives_its_json(recipe: Recipe) -> None:
     again = Recipe.from_json(recipe.to_json())
     assert again == recipe
@@ -186,7 +212,9 @@ def test_a_recipe_survives_its_json(recipe: Recipe) -> None:
 def test_two_recipes_that_differ_in_one_setting_differ_in_one_line() -> None:
     one, other = (recipes.demo(rows_per_shard=n).to_json().splitlines() for n in (100, 200))
     assert len(one) == len(other)
-    assert [(a.strip(), b.strip()) for a, b in zip(one, other, strict=True) if a != b] == [('"rows_per_shard": 100,', '"rows_per_shard": 200,')]
+    assert [(a.strip(), b.strip()) for a, b in zip(one, other, strict=True) if a != b] == [
+        ('"rows_per_shard": 100,', '"rows_per_shard": 200,')
+    ]
 
 
 def test_a_published_recipe_does_not_tell_where_things_lay_on_this_machine() -> None:
@@ -230,7 +258,9 @@ def test_what_is_not_a_recipe_json_is_refused_with_the_reason(text: str, says: s
     assert says in str(error.value)
 
 
-def test_a_foreign_module_of_a_recipe_json_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_module_of_a_recipe_json_is_not_even_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "evil_stages.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RecipeError, match="not part of recapkit"):
@@ -252,7 +282,15 @@ def test_a_value_of_the_wrong_type_is_named_with_its_place() -> None:
 
 
 def a_record() -> Record:
-    return Record("k", {"a": "1"}, {"source/00000.parquet": "2"}, {"source/00000.parquet": 3}, {"ok": 4}, 5.5, {"pyarrow": "6"})
+    return Record(
+        "k",
+        {"a": "1"},
+        {"source/00000.parquet": "2"},
+        {"source/00000.parquet": 3},
+        {"ok": 4},
+        5.5,
+        {"pyarrow": "6"},
+    )
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
@@ -265,13 +303,26 @@ def test_a_half_written_record_is_none(tmp_path: Path) -> None:
     path = tmp_path / "00000.json"
     assert Record.read(path) is None
     whole = json.dumps(asdict(a_record())).encode()
-    for damaged in (*(whole[:n] for n in range(len(whole))), b"\0" * len(whole), whole[:100] + b"\0" * 100, b"{}", b"null", b"[]"):
+    for damaged in (
+        *(whole[:n] for n in range(len(whole))),
+        b"\0" * len(whole),
+        whole[:100] + b"\0" * 100,
+        b"{}",
+        b"null",
+        b"[]",
+    ):
         path.write_bytes(damaged)
         assert Record.read(path) is None, damaged
 
 
 def test_a_task_finds_its_inputs_by_stage_and_ending(tmp_path: Path) -> None:
-    names = ["download/00007.tar", "download/00007.parquet", "dedup/survey.parquet", "dedup/00007.parquet", "download2/00007.tar"]
+    names = [
+        "download/00007.tar",
+        "download/00007.parquet",
+        "dedup/survey.parquet",
+        "dedup/00007.parquet",
+        "download2/00007.tar",
+    ]
     task = Task(tmp_path, "caption", "00007", "k", dict.fromkeys(names, ""))
     assert task.input("download") == tmp_path / "download/00007.parquet"
     assert task.input("download", ".tar") == tmp_path / "download/00007.tar"

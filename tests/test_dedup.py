@@ -25,7 +25,15 @@ Row = dict[str, Any]
 
 def image(sha256: str, *urls: str, status: str = "ok") -> list[Row]:
     """Rows of a download: one image, served under these URLs."""
-    return [{"url": url, "status": status, "image_sha256": sha256, "error": None if status == "ok" else f"why {status}"} for url in urls]
+    return [
+        {
+            "url": url,
+            "status": status,
+            "image_sha256": sha256,
+            "error": None if status == "ok" else f"why {status}",
+        }
+        for url in urls
+    ]
 
 
 def urls(name: str, number: int) -> list[str]:
@@ -59,7 +67,11 @@ def statuses(tables: list[pa.Table]) -> list[list[str]]:
 
 
 def test_an_image_goes_from_one_url_more_than_max_urls(tmp_path: Path) -> None:
-    rows = [*image("photo", *urls("a", 5)), *image("placeholder", *urls("b", 6)), *image("other", *urls("c", 1))]
+    rows = [
+        *image("photo", *urls("a", 5)),
+        *image("placeholder", *urls("b", 6)),
+        *image("other", *urls("c", 1)),
+    ]
     (table,) = dedup(tmp_path, [rows], max_urls=5)
     assert table["status"].to_pylist() == ["ok"] * 5 + ["duplicate_image"] * 6 + ["ok"]
     assert table["error"].to_pylist() == [None] * 5 + ["one image behind 6 URLs"] * 6 + [None]
@@ -79,12 +91,16 @@ def test_rows_of_one_url_count_once(tmp_path: Path) -> None:
 
 def test_rows_of_one_url_go_together(tmp_path: Path) -> None:
     """All rows of a placeholder go, those that repeat a URL too."""
-    assert statuses(dedup(tmp_path, [image("x", *urls("a", 3), *urls("a", 3))], max_urls=2)) == [["duplicate_image"] * 6]
+    assert statuses(dedup(tmp_path, [image("x", *urls("a", 3), *urls("a", 3))], max_urls=2)) == [
+        ["duplicate_image"] * 6
+    ]
 
 
 def test_only_rows_that_are_ok_count_and_change(tmp_path: Path) -> None:
     """Another image than the metadata's, or one that could not be decoded, also has a hash."""
-    failed = image("x", *urls("a", 9), status="hash_mismatch") + image("y", *urls("b", 9), status="undecodable")
+    failed = image("x", *urls("a", 9), status="hash_mismatch") + image(
+        "y", *urls("b", 9), status="undecodable"
+    )
     dead = [{"url": url, "status": "dead_link", "error": "HTTP 404"} for url in urls("c", 9)]
     rows = [*failed, *image("x", *urls("d", 2)), *dead, *image("y", *urls("e", 3))]
     (table,) = dedup(tmp_path, [rows], max_urls=2)
@@ -95,13 +111,25 @@ def test_only_rows_that_are_ok_count_and_change(tmp_path: Path) -> None:
 
 def test_urls_are_counted_over_the_whole_run(tmp_path: Path) -> None:
     """Two URLs in each of three shards are six."""
-    shards = [image("x", f"http://{n}/1", f"http://{n}/2") + image("y", f"http://{n}/3", "http://shared/") for n in range(3)]
-    assert statuses(dedup(tmp_path, shards, max_urls=5)) == [["duplicate_image", "duplicate_image", "ok", "ok"]] * 3
+    shards = [
+        image("x", f"http://{n}/1", f"http://{n}/2") + image("y", f"http://{n}/3", "http://shared/")
+        for n in range(3)
+    ]
+    assert (
+        statuses(dedup(tmp_path, shards, max_urls=5))
+        == [["duplicate_image", "duplicate_image", "ok", "ok"]] * 3
+    )
 
 
 def test_every_row_stays_in_its_place(tmp_path: Path) -> None:
     """More rows than DuckDB and parquet put in one batch, every third a placeholder."""
-    rows = [row for n in range(4000) for row in image("x", f"http://x/{n}") + image(f"y{n}", f"http://y/{n}") + image(f"z{n}", f"http://z/{n}")]
+    rows = [
+        row
+        for n in range(4000)
+        for row in image("x", f"http://x/{n}")
+        + image(f"y{n}", f"http://y/{n}")
+        + image(f"z{n}", f"http://z/{n}")
+    ]
     (table,) = dedup(tmp_path, [rows])
     assert table.column_names == ["uid", "status", "error"]
     assert table["uid"].to_pylist() == [f"0-{n}" for n in range(12_000)]
@@ -109,11 +137,16 @@ def test_every_row_stays_in_its_place(tmp_path: Path) -> None:
 
 
 def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
-    shards = [image("x", *urls("a", 7)) + image(f"y{n}", *urls(f"b{n}", 2)) + image(f"z{n}", *urls(f"c{n}", 9)) for n in range(3)]
+    shards = [
+        image("x", *urls("a", 7)) + image(f"y{n}", *urls(f"b{n}", 2)) + image(f"z{n}", *urls(f"c{n}", 9))
+        for n in range(3)
+    ]
     for name in ("first", "second"):
         dedup(tmp_path / name, shards)
     for part in ("survey.parquet", ".00000.parquet.part", ".00001.parquet.part", ".00002.parquet.part"):
-        assert (tmp_path / "first" / "dedup" / part).read_bytes() == (tmp_path / "second" / "dedup" / part).read_bytes()
+        assert (tmp_path / "first" / "dedup" / part).read_bytes() == (
+            tmp_path / "second" / "dedup" / part
+        ).read_bytes()
 
 
 def test_a_run_in_which_nothing_was_downloaded(tmp_path: Path) -> None:
@@ -123,7 +156,9 @@ def test_a_run_in_which_nothing_was_downloaded(tmp_path: Path) -> None:
 
 def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
     """Brackets and stars mean something to DuckDB, not to whoever names a directory."""
-    assert statuses(dedup(tmp_path / "it's run [1] * ?", [image("x", *urls("a", 6))])) == [["duplicate_image"] * 6]
+    assert statuses(dedup(tmp_path / "it's run [1] * ?", [image("x", *urls("a", 6))])) == [
+        ["duplicate_image"] * 6
+    ]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +166,14 @@ def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
     [({"domain": [".Example.com"]}, {"url": "http://A.example.COM./x.jpg"}), ({"uid": ["AB-1"]}, {"uid": "ab-1", "url": None}),
      ({"sha256": ["ABC"]}, {"url": None, "image_sha256": "abc"})],
 )  # fmt: skip
-def test_a_tombstone_names_rows_however_they_are_written(tmp_path: Path, named: dict[str, list[str]], row: dict[str, str | None]) -> None:
+def test_a_tombstone_names_rows_however_they_are_written(
+    tmp_path: Path, named: dict[str, list[str]], row: dict[str, str | None]
+) -> None:
     tombstones.write(tombstones.table(named), tmp_path / "tombstones.parquet")
     rows = [{"status": "ok", **row}, *image("x", "http://example.org/example.com")]
-    assert statuses(dedup(tmp_path, [rows], tombstones=str(tmp_path / "tombstones.parquet"))) == [["removed", "ok"]]
+    assert statuses(dedup(tmp_path, [rows], tombstones=str(tmp_path / "tombstones.parquet"))) == [
+        ["removed", "ok"]
+    ]
 
 
 def test_a_version_without_tombstones_has_none(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ STATUS = {  # fault -> status with verification, as the demo's web plants them
 
 def test_the_demo_shows_a_row_the_statistics_and_what_to_type_next(demo_run: Path) -> None:
     said = (demo_run.parent / "stdout.txt").read_text()
-    for expected in ("url             http://127.0.0.1:8651/", "re_caption ", "words, mean", "dead_link", "What to type next", "recap sql"):
+    for expected in (
+        "url             http://127.0.0.1:8651/",
+        "re_caption ",
+        "words, mean",
+        "dead_link",
+        "What to type next",
+        "recap sql",
+    ):
         assert expected in said
 
 
@@ -31,7 +38,9 @@ def test_every_row_has_the_status_of_its_fault(demo_run: Path) -> None:
 
 def test_recaptions_are_nearer_to_the_images_than_the_originals(demo_run: Path) -> None:
     """The papers' point, on the demo's data."""
-    rows = json.loads((demo_run.with_name("demo-published") / "latest" / "stats.json").read_text())["cosines"]["rows"]
+    rows = json.loads((demo_run.with_name("demo-published") / "latest" / "stats.json").read_text())[
+        "cosines"
+    ]["rows"]
     mean = {row["caption"]: row["cosine_mean"] for row in rows}
     assert mean["re_caption"] > mean["org_caption"]
 
@@ -50,7 +59,9 @@ def test_a_second_build_does_nothing(demo_run: Path) -> None:
 
 def test_a_changed_setting_redoes_its_stage_and_what_follows(demo_run: Path) -> None:
     site = demo_run.with_name("demo-web-240-8651")
-    plan = json.loads(recap("plan", "demo", f"web={site}", "score.batch=64", "--run", demo_run, "--json").stdout)
+    plan = json.loads(
+        recap("plan", "demo", f"web={site}", "score.batch=64", "--run", demo_run, "--json").stdout
+    )
     assert {p["stage"]: p["shards_left"] for p in plan} == {
         "source": 0, "download": 0, "dedup": 0, "caption": 0, "score": 2, "select": 1,
     }  # fmt: skip
@@ -73,5 +84,7 @@ def test_a_version_comes_back_from_its_own_recipe(demo_run: Path) -> None:
     """The published recipe.json is accepted in place of a name; only places of the other machine must be named."""
     recipe = demo_run.with_name("demo-published") / "latest" / "recipe.json"
     site = demo_run.with_name("demo-web-240-8651")
-    plan = json.loads(recap("plan", recipe, f"source.files={site}/metadata", "--run", demo_run, "--json").stdout)
+    plan = json.loads(
+        recap("plan", recipe, f"source.files={site}/metadata", "--run", demo_run, "--json").stdout
+    )
     assert [p["shards_left"] for p in plan] == [0] * 6

@@ -35,22 +35,39 @@ FOLDERS = ("builder", "analysis", "cards", "recipes", "tests", "benchmarks")
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:
     """Every module stands under its folder, and whatever stands there is there."""
-    tree = next(block for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S) if block.startswith("builder/"))
+    tree = next(
+        block
+        for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)
+        if block.startswith("builder/")
+    )
     folder, listed = "", dict[str, set[str]]()
     for line in tree.splitlines():
         if head := re.match(r"(\w+)/ ", line):
             folder = head[1]
-        names = re.findall(r"(?<![\w*/.])[\w/]+\.(?:py|sql)\b|(?<![\w*/.])\w+/(?=\s)", line[len(folder) + 2 :] if head else line)
+        names = re.findall(
+            r"(?<![\w*/.])[\w/]+\.(?:py|sql)\b|(?<![\w*/.])\w+/(?=\s)",
+            line[len(folder) + 2 :] if head else line,
+        )
         listed.setdefault(folder, set()).update(names)
     assert set(listed) == set(FOLDERS)
     for name, there in listed.items():
-        assert [each for each in there if not (ROOT / name / each).exists() and not [*(ROOT / name).rglob(each)]] == [], name
+        assert [
+            each for each in there if not (ROOT / name / each).exists() and not [*(ROOT / name).rglob(each)]
+        ] == [], name
     for name in ("builder", "analysis", "cards"):
-        assert {path.name for path in (ROOT / name).rglob("*.py")} - {"__init__.py"} - listed[name] == set(), name
-    assert {path.name for path in (ROOT / "recipes").glob("*.py")} - {"__init__.py"} - listed["recipes"] == set()
+        assert {path.name for path in (ROOT / name).rglob("*.py")} - {"__init__.py"} - listed[
+            name
+        ] == set(), name
+    assert {path.name for path in (ROOT / "recipes").glob("*.py")} - {"__init__.py"} - listed[
+        "recipes"
+    ] == set()
 
 
-DOCUMENTS = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", ".uv", "node_modules"} & set(path.relative_to(ROOT).parts)]
+DOCUMENTS = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not {".venv", ".uv", "node_modules"} & set(path.relative_to(ROOT).parts)
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -58,7 +75,11 @@ def test_what_a_document_names_is_there(document: Path) -> None:
     """Files in backquotes and targets of links, and no place that was left open."""
     text = document.read_text(encoding="utf-8")
     files = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link and not link.startswith("#")]
+    links = [
+        link
+        for link in re.findall(r"\]\(([^)\s]+)\)", text)
+        if "://" not in link and not link.startswith("#")
+    ]
     assert [name for name in files if not (ROOT / name).exists()] == []
     assert [name for name in links if not (document.parent / name.partition("#")[0]).exists()] == []
     assert re.findall(r"@@|\?\?\?|\b(?:TODO|TBD|FIXME|XXX)\b|\bN(?:\.N)+\b", text) == []
@@ -82,7 +103,9 @@ def test_every_status_is_explained() -> None:
         (["publish", "runs", "ftp://me/demo", "--version", "0.1.0"], "is no target"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_the_next_command(arguments: list[str], expected: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_users_mistake_is_one_line_and_the_next_command(
+    arguments: list[str], expected: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("cwd")
     (folder / "runs").mkdir()
     done = recap(*arguments, cwd=folder, check=2)

@@ -60,7 +60,11 @@ class Done:
     def images(self) -> dict[str, bytes]:
         """The pictures in the tar by uid."""
         with tarfile.open(self.tar) as tar:
-            jpgs = {name.removesuffix(".jpg"): tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".jpg")}  # type: ignore[union-attr]
+            jpgs = {
+                name.removesuffix(".jpg"): tar.extractfile(name).read()
+                for name in tar.getnames()
+                if name.endswith(".jpg")
+            }  # type: ignore[union-attr]
         return {row["uid"]: jpgs[row["key"]] for row in self.rows if row["key"] in jpgs}
 
     def pixels(self, uid: str) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -73,7 +77,10 @@ def download(run: Path, rows: Sequence[str | Row], *, shard: int = 0, **settings
 
     Names are asked of nobody unless `nameservers` says of whom: no packet leaves this machine.
     """
-    table = [{"uid": str(n), "org_caption": f"caption {n}"} | ({"url": row} if isinstance(row, str) else row) for n, row in enumerate(rows)]
+    table = [
+        {"uid": str(n), "org_caption": f"caption {n}"} | ({"url": row} if isinstance(row, str) else row)
+        for n, row in enumerate(rows)
+    ]
     for folder in ("source", "download"):
         (run / folder).mkdir(parents=True)
     name = f"source/{shard:05d}.parquet"
@@ -84,10 +91,14 @@ def download(run: Path, rows: Sequence[str | Row], *, shard: int = 0, **settings
         counts = Counter({str(status): n for status, n in work(task).items()})
         seconds = time.monotonic() - start
     done = Done(pq.read_table(task.output()).to_pylist(), counts, task.output(), task.output(".tar"), seconds)
-    assert [(row["uid"], row["url"]) for row in done.rows] == [(row["uid"], row["url"]) for row in table]  # one row per source row, in order
+    assert [(row["uid"], row["url"]) for row in done.rows] == [
+        (row["uid"], row["url"]) for row in table
+    ]  # one row per source row, in order
     assert done.counts == Counter(done.statuses)
     assert set(done.statuses) <= set(Status)
-    assert all((row["error"] is None) == (row["status"] == "ok") for row in done.rows)  # a reason wherever there is no image
+    assert all(
+        (row["error"] is None) == (row["status"] == "ok") for row in done.rows
+    )  # a reason wherever there is no image
     assert list(done.images) == [row["uid"] for row in done.rows if row["status"] == "ok"]
     return done
 
@@ -104,7 +115,12 @@ def web() -> Iterator[Web]:
 
 
 def picture(
-    width: int = 64, height: int = 48, colour: str | tuple[int, ...] = "teal", mode: str = "RGB", kind: str = "JPEG", **options: Any
+    width: int = 64,
+    height: int = 48,
+    colour: str | tuple[int, ...] = "teal",
+    mode: str = "RGB",
+    kind: str = "JPEG",
+    **options: Any,
 ) -> bytes:
     return encoded(Image.new(mode, (width, height), colour), kind, **options)
 
@@ -119,8 +135,14 @@ def png(width: int, height: int, depth: int, colour: int, lines: Iterable[bytes]
     """A PNG put together by hand, line by line: in kinds that Pillow does not write, and in sizes that must not be held in memory."""
     packer = zlib.compressobj(1)
     data = b"".join(packer.compress(b"\0" + line) for line in lines) + packer.flush()
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0), b"IDAT": data, b"IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks.items())
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0),
+        b"IDAT": data,
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks.items()
+    )
 
 
 def sha256(data: bytes) -> str:
@@ -160,7 +182,10 @@ def test_every_fault_of_the_demo_web_gets_its_status(tmp_path: Path, verify: boo
     (metadata,) = (folder / "metadata").iterdir()
     faults = [*EXPECT, *["placeholder"] * 6, "ok"]
     rows = pq.read_table(metadata, columns=["uid", "sha256"]).to_pylist()
-    rows = [row | {"url": f"http://127.0.0.1:{port}/{fault}/{row['uid']}.jpg"} for row, fault in zip(rows, faults, strict=True)]
+    rows = [
+        row | {"url": f"http://127.0.0.1:{port}/{fault}/{row['uid']}.jpg"}
+        for row, fault in zip(rows, faults, strict=True)
+    ]
     with demo_web.serve(folder, port) as seen:
         done = download(run, rows, verify_sha256=verify, timeout_s=2.5)
     (run / "dedup").mkdir()
@@ -206,14 +231,20 @@ def test_no_server_holds_a_url_longer_than_its_deadline(tmp_path: Path, web: Web
 
 def test_urls_do_not_wait_for_a_slow_neighbour_longer_than_they_must(tmp_path: Path, web: Web) -> None:
     """With two at a time, one of them stuck, all others are fetched meanwhile."""
-    urls = [web.put("/silent", lambda visit: (visit.sleep(60), None)[1]), *[web.put(f"/{n}", response(JPG)) for n in range(20)]]
+    urls = [
+        web.put("/silent", lambda visit: (visit.sleep(60), None)[1]),
+        *[web.put(f"/{n}", response(JPG)) for n in range(20)],
+    ]
     done = download(tmp_path, urls, timeout_s=1.5, concurrency=2)
     assert done.statuses == ["timeout"] + ["ok"] * 20
     assert done.seconds < 3
 
 
 def test_a_server_that_asks_for_more_patience_than_there_is_gets_none(tmp_path: Path, web: Web) -> None:
-    urls = [web.put(f"/{status[:3]}", response(b"", "Retry-After: 3600", status=status)) for status in ("503 Busy", "429 Too Many Requests")]
+    urls = [
+        web.put(f"/{status[:3]}", response(b"", "Retry-After: 3600", status=status))
+        for status in ("503 Busy", "429 Too Many Requests")
+    ]
     done = download(tmp_path, urls, timeout_s=30, retries=3)
     assert done.statuses == ["unavailable"] * 2
     assert [row["error"] for row in done.rows] == ["HTTP 503", "HTTP 429"]
@@ -250,7 +281,13 @@ def test_what_may_pass_is_asked_again_and_what_will_not_is_not(tmp_path: Path, w
         "/500": (response(status="500 Oops"), "unavailable", 3),
         "/503": (response(status="503 Busy"), "unavailable", 3),
         "/always-cut": (response(JPG[:200], length=len(JPG)), "undecodable", 3),
-        "/chunks-cut": (response(b"c8\r\n" + JPG[:200], "Transfer-Encoding: chunked").replace(b"Content-Length", b"X-Length"), "undecodable", 3),
+        "/chunks-cut": (
+            response(b"c8\r\n" + JPG[:200], "Transfer-Encoding: chunked").replace(
+                b"Content-Length", b"X-Length"
+            ),
+            "undecodable",
+            3,
+        ),
         "/400": (response(status="400 Bad Request"), "dead_link", 1),
         "/403": (response(status="403 Forbidden"), "dead_link", 1),
         "/404": (response(status="404 Not Found"), "dead_link", 1),
@@ -274,7 +311,9 @@ def test_a_server_that_hangs_up_is_unavailable(tmp_path: Path, web: Web) -> None
 def test_a_connection_that_is_refused_is_unavailable(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
-    assert statuses(tmp_path, {"refused": f"http://127.0.0.1:{port}/x.jpg"}, retries=1) == {"refused": "unavailable"}
+    assert statuses(tmp_path, {"refused": f"http://127.0.0.1:{port}/x.jpg"}, retries=1) == {
+        "refused": "unavailable"
+    }
 
 
 RUBBISH = {  # answers that are none
@@ -318,9 +357,14 @@ def test_rubbish_costs_its_own_row_only(tmp_path: Path, web: Web) -> None:
     ],
     ids=["host", "scheme", "robots"],
 )
-def test_headers_that_are_not_utf_8_cost_their_own_row_only(tmp_path: Path, web: Web, answer: bytes, status: str) -> None:
+def test_headers_that_are_not_utf_8_cost_their_own_row_only(
+    tmp_path: Path, web: Web, answer: bytes, status: str
+) -> None:
     """What a server writes ends up in the reason, and a reason has to be text."""
-    assert statuses(tmp_path, {"bytes": web.put("/bytes", answer), "ok": web.put("/ok", response(JPG))}) == {"bytes": status, "ok": "ok"}
+    assert statuses(tmp_path, {"bytes": web.put("/bytes", answer), "ok": web.put("/ok", response(JPG))}) == {
+        "bytes": status,
+        "ok": "ok",
+    }
 
 
 def test_a_picture_without_any_header_is_a_picture(tmp_path: Path, web: Web) -> None:
@@ -341,7 +385,11 @@ def test_redirects_are_followed_but_not_for_ever(tmp_path: Path, web: Web) -> No
         "deeper": f"{web.base}/deeper0",
     }
     got = statuses(tmp_path, urls)
-    assert got == {**dict.fromkeys(("moved", "found", "see other", "temporary", "permanent"), "ok"), "itself": "dead_link", "deeper": "dead_link"}
+    assert got == {
+        **dict.fromkeys(("moved", "found", "see other", "temporary", "permanent"), "ok"),
+        "itself": "dead_link",
+        "deeper": "dead_link",
+    }
     assert web.requests["/itself"] <= 20
     assert sum(number for path, number in web.requests.items() if path.startswith("/deeper")) <= 20
 
@@ -460,7 +508,9 @@ def test_what_is_this_machine_s_is_neither_in_the_key_nor_published() -> None:
     here = Download(nameservers=("127.0.0.1:53",), accept_failures=True)
     assert here.settings() == Download().settings()
     assert here.portable() == Download(accept_failures=True)
-    assert "accept_failures" not in Recipe("r", (here,)).to_json()  # the next build of RUN/recipe.json does not go on so
+    assert (
+        "accept_failures" not in Recipe("r", (here,)).to_json()
+    )  # the next build of RUN/recipe.json does not go on so
 
 
 # --- an outage of this machine -----------------------------------------------------------------------------
@@ -612,7 +662,9 @@ def test_a_kernel_that_shows_no_routes_is_believed_to_have_one(tmp_path: Path) -
 def test_no_redirect_and_no_name_leads_to_an_address_that_is_not_public(tmp_path: Path) -> None:
     """The web is 127.0.0.3, the only address that is allowed; somebody listens on all others and must stay alone."""
     with ExitStack() as stack:
-        web, other, local, v6 = (stack.enter_context(Web(host)) for host in ("127.0.0.3", "127.0.0.2", "127.0.0.1", "::1"))
+        web, other, local, v6 = (
+            stack.enter_context(Web(host)) for host in ("127.0.0.3", "127.0.0.2", "127.0.0.1", "::1")
+        )
         targets = {
             "loopback": f"{other.base}/secret",
             "a name": f"http://localhost:{local.port}/secret",
@@ -630,9 +682,13 @@ def test_no_redirect_and_no_name_leads_to_an_address_that_is_not_public(tmp_path
         redirects = {name: web.put(f"/{n}", redirect(url)) for n, (name, url) in enumerate(targets.items())}
         twice = {"in two steps": web.put("/twice", redirect(redirects["loopback"]))}
         itself = {"ok": web.put("/ok", response(JPG))}
-        got = statuses(tmp_path / "redirects", redirects | twice | itself, allow_private=("127.0.0.3/32",), retries=2)
+        got = statuses(
+            tmp_path / "redirects", redirects | twice | itself, allow_private=("127.0.0.3/32",), retries=2
+        )
         assert got == dict.fromkeys([*targets, *twice], "blocked") | {"ok": "ok"}
-        assert {web.requests[f"/{n}"] for n in range(1, len(targets))} == {1}  # it will be no better the next time
+        assert {web.requests[f"/{n}"] for n in range(1, len(targets))} == {
+            1
+        }  # it will be no better the next time
 
         direct = {name: url for name, url in targets.items() if url.startswith("http")}
         got = statuses(tmp_path / "direct", direct, allow_private=("127.0.0.3/32",), retries=2)
@@ -641,13 +697,30 @@ def test_no_redirect_and_no_name_leads_to_an_address_that_is_not_public(tmp_path
 
 
 def test_nothing_private_is_allowed_unless_it_is_named(tmp_path: Path, web: Web) -> None:
-    assert statuses(tmp_path, {"loopback": web.put("/ok", response(JPG))}, allow_private=()) == {"loopback": "blocked"}
+    assert statuses(tmp_path, {"loopback": web.put("/ok", response(JPG))}, allow_private=()) == {
+        "loopback": "blocked"
+    }
     assert web.connections == 0
 
 
-PUBLIC = ["93.184.216.34", "1.1.1.1", "2606:2800:220:1:248:1893:25c8:1946", "2001:4860:4860::8888", "64:ff9b::5db8:d822", "2002:5db8:d822::1"]
+PUBLIC = [
+    "93.184.216.34",
+    "1.1.1.1",
+    "2606:2800:220:1:248:1893:25c8:1946",
+    "2001:4860:4860::8888",
+    "64:ff9b::5db8:d822",
+    "2002:5db8:d822::1",
+]
 NOT_PUBLIC = {
-    "private": ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "fc00::1", "fd12:3456::1", "fec0::1"],
+    "private": [
+        "10.0.0.1",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.1.1",
+        "fc00::1",
+        "fd12:3456::1",
+        "fec0::1",
+    ],
     "carrier-grade NAT": ["100.64.0.1", "100.127.255.255"],
     "loopback": ["127.0.0.1", "127.255.255.254", "::1"],
     "link-local": ["169.254.169.254", "fe80::1"],
@@ -658,7 +731,10 @@ NOT_PUBLIC = {
     "compatible, translated": ["::127.0.0.1", "::10.0.0.1", "::ffff:0:127.0.0.1"],
     "6to4": ["2002:7f00:1::", "2002:a00:1::1", "2002:a9fe:a9fe::1"],
     "NAT64": ["64:ff9b::7f00:1", "64:ff9b::a00:1", "64:ff9b:1::7f00:1", "64:ff9b:1::a00:1"],
-    "Teredo": ["2001:0:4136:e378:8000:63bf:f5ff:fffe", "2001:0:4136:e378:8000:63bf:80ff:fffe"],  # the client is ~0a000001, ~7f000001
+    "Teredo": [
+        "2001:0:4136:e378:8000:63bf:f5ff:fffe",
+        "2001:0:4136:e378:8000:63bf:80ff:fffe",
+    ],  # the client is ~0a000001, ~7f000001
 }
 
 
@@ -675,7 +751,14 @@ def test_addresses_that_are_public() -> None:
 
 def test_allowed_networks_are_allowed_in_any_clothes_and_no_others() -> None:
     may_connect = _Fetcher(Download(allow_private=("10.1.0.0/16", "fd00::/64"))).may_connect
-    table = {"10.1.2.3": True, "10.2.0.1": False, "127.0.0.1": False, "::ffff:10.1.2.3": True, "fd00::5": True, "fd00:0:0:1::5": False}
+    table = {
+        "10.1.2.3": True,
+        "10.2.0.1": False,
+        "127.0.0.1": False,
+        "::ffff:10.1.2.3": True,
+        "fd00::5": True,
+        "fd00:0:0:1::5": False,
+    }
     assert {address: may_connect(ipaddress.ip_address(address)) for address in table} == table
 
 
@@ -700,7 +783,15 @@ def test_a_url_that_no_server_would_read_is_never_sent(tmp_path: Path, web: Web)
 
 def test_a_url_arrives_as_the_metadata_writes_it(tmp_path: Path, web: Web) -> None:
     """Signed URLs break when they are written in another way; letters outside ASCII become UTF-8 in percents."""
-    paths = {path: path for path in ("/a%2Fb.jpg?sig=x%2By%3D&t=1", "/a+b.jpg", "/a,b;c=d/@e.jpg?u=http://x/y?z", "/%E2%82%AC.jpg")}
+    paths = {
+        path: path
+        for path in (
+            "/a%2Fb.jpg?sig=x%2By%3D&t=1",
+            "/a+b.jpg",
+            "/a,b;c=d/@e.jpg?u=http://x/y?z",
+            "/%E2%82%AC.jpg",
+        )
+    }
     paths |= {"/grün.jpg": "/gr%C3%BCn.jpg", "/a b.jpg": "/a%20b.jpg"}
     for sent in paths.values():
         web.put(sent, response(JPG))
@@ -729,14 +820,24 @@ def test_robots_tags_are_obeyed_where_they_are_meant_for_us(tmp_path: Path, web:
         ("all",): "ok",
         ("",): "ok",
     }
-    urls = {tag: web.put(f"/{n}", response(JPG, *[f"X-Robots-Tag: {line}" for line in tag])) for n, tag in enumerate(tags)}
+    urls = {
+        tag: web.put(f"/{n}", response(JPG, *[f"X-Robots-Tag: {line}" for line in tag]))
+        for n, tag in enumerate(tags)
+    }
     done = download(tmp_path, list(urls.values()))
     assert dict(zip(tags, done.statuses, strict=True)) == tags
-    assert all("noai" in row["error"].lower() for row, tag in zip(done.rows, tags, strict=True) if tag in [("noai",), ("RecapKit: noai",)])
+    assert all(
+        "noai" in row["error"].lower()
+        for row, tag in zip(done.rows, tags, strict=True)
+        if tag in [("noai",), ("RecapKit: noai",)]
+    )
 
 
 def test_the_reason_names_the_tag_that_was_meant_for_us(tmp_path: Path, web: Web) -> None:
-    done = download(tmp_path, [web.put("/", response(JPG, "X-Robots-Tag: otherbot: nosnippet", "X-Robots-Tag: noimageai"))])
+    done = download(
+        tmp_path,
+        [web.put("/", response(JPG, "X-Robots-Tag: otherbot: nosnippet", "X-Robots-Tag: noimageai"))],
+    )
     assert [(row["status"], "noimageai" in row["error"]) for row in done.rows] == [("opted_out", True)]
 
 
@@ -746,7 +847,10 @@ def test_a_reason_stays_short_however_long_the_tag(tmp_path: Path, web: Web) -> 
 
 
 def test_one_may_listen_for_another_name_and_other_directives(tmp_path: Path, web: Web) -> None:
-    urls = {line: web.put(f"/{n}", response(JPG, f"X-Robots-Tag: {line}")) for n, line in enumerate(["MyBot: notdm", "recapkit: notdm", "noai"])}
+    urls = {
+        line: web.put(f"/{n}", response(JPG, f"X-Robots-Tag: {line}"))
+        for n, line in enumerate(["MyBot: notdm", "recapkit: notdm", "noai"])
+    }
     got = statuses(tmp_path / "a", urls, user_agent_token="MyBot", disallowed_directives=("NoTDM",))
     assert got == {"MyBot: notdm": "opted_out", "recapkit: notdm": "ok", "noai": "ok"}
     assert set(statuses(tmp_path / "b", urls, disallowed_directives=()).values()) == {"ok"}
@@ -796,10 +900,20 @@ def test_no_more_than_max_bytes_is_read(tmp_path: Path, web: Web) -> None:
 def test_the_hash_is_of_the_bytes_as_served(tmp_path: Path, web: Web) -> None:
     """Compressed bytes are not unpacked: a hash of anything else could be compared with nobody's."""
     packed = gzip.compress(JPG)
-    rows = [{"url": web.put("/ok", response(JPG))}, {"url": web.put("/gzip", response(packed, "Content-Encoding: gzip"))}]
-    done = download(tmp_path / "a", [*rows, rows[1] | {"sha256": sha256(JPG)}, rows[0] | {"sha256": sha256(JPG)}])
+    rows = [
+        {"url": web.put("/ok", response(JPG))},
+        {"url": web.put("/gzip", response(packed, "Content-Encoding: gzip"))},
+    ]
+    done = download(
+        tmp_path / "a", [*rows, rows[1] | {"sha256": sha256(JPG)}, rows[0] | {"sha256": sha256(JPG)}]
+    )
     assert done.statuses == ["ok", "undecodable", "undecodable", "ok"]
-    assert [row["image_sha256"] for row in done.rows] == [sha256(JPG), sha256(packed), sha256(packed), sha256(JPG)]
+    assert [row["image_sha256"] for row in done.rows] == [
+        sha256(JPG),
+        sha256(packed),
+        sha256(packed),
+        sha256(JPG),
+    ]
 
 
 def test_another_image_than_the_metadata_s(tmp_path: Path, web: Web) -> None:
@@ -867,21 +981,44 @@ def _memory(name: str) -> int:
 
 
 def test_max_pixels_is_a_border(tmp_path: Path, web: Web) -> None:
-    urls = {f"{w}x{h}": web.put(f"/{w}x{h}", response(picture(w, h))) for w, h in ((100, 50), (1, 5001), (5001, 1))}
-    assert statuses(tmp_path, urls, max_pixels=5000) == {"100x50": "ok", "1x5001": "too_large", "5001x1": "too_large"}
+    urls = {
+        f"{w}x{h}": web.put(f"/{w}x{h}", response(picture(w, h)))
+        for w, h in ((100, 50), (1, 5001), (5001, 1))
+    }
+    assert statuses(tmp_path, urls, max_pixels=5000) == {
+        "100x50": "ok",
+        "1x5001": "too_large",
+        "5001x1": "too_large",
+    }
 
 
 def test_the_longest_side_becomes_image_px_and_nothing_is_enlarged(tmp_path: Path, web: Web) -> None:
-    sizes = {(1000, 500): (512, 256), (500, 2000): (128, 512), (512, 512): (512, 512), (513, 10): (512, 10), (300, 200): (300, 200), (1, 1): (1, 1)}
+    sizes = {
+        (1000, 500): (512, 256),
+        (500, 2000): (128, 512),
+        (512, 512): (512, 512),
+        (513, 10): (512, 10),
+        (300, 200): (300, 200),
+        (1, 1): (1, 1),
+    }
     urls = [web.put(f"/{n}", response(picture(*size, kind="PNG"))) for n, size in enumerate(sizes)]
     done = download(tmp_path / "512", urls)
     assert done.statuses == ["ok"] * len(sizes)
-    assert {(row["image_width"], row["image_height"]): (row["width"], row["height"]) for row in done.rows} == sizes
+    assert {
+        (row["image_width"], row["image_height"]): (row["width"], row["height"]) for row in done.rows
+    } == sizes
     for row in done.rows:
         with Image.open(io.BytesIO(done.images[row["uid"]])) as image:
             assert (image.format, image.size) == ("JPEG", (row["width"], row["height"]))
     small = download(tmp_path / "64", urls, image_px=64)
-    assert [(row["width"], row["height"]) for row in small.rows] == [(64, 32), (16, 64), (64, 64), (64, 1), (64, 43), (1, 1)]
+    assert [(row["width"], row["height"]) for row in small.rows] == [
+        (64, 32),
+        (16, 64),
+        (64, 64),
+        (64, 1),
+        (64, 43),
+        (1, 1),
+    ]
 
 
 def test_a_line_of_pixels_keeps_a_width(tmp_path: Path, web: Web) -> None:
@@ -906,7 +1043,9 @@ KINDS = {  # pictures that are grey in the middle of the scale, in every way the
     "png, 16 bit, grey": png(40, 30, 16, 0, [b"\x80\x80" * 40] * 30),
     "webp": encoded(GREY, "WEBP"),
     "webp, alpha": encoded(GREY.convert("RGBA"), "WEBP", lossless=True),
-    "gif, animated": encoded(GREY.quantize(2), "GIF", save_all=True, append_images=[Image.new("P", GREY.size)]),
+    "gif, animated": encoded(
+        GREY.quantize(2), "GIF", save_all=True, append_images=[Image.new("P", GREY.size)]
+    ),
     "bmp": encoded(GREY, "BMP"),
     "tiff": encoded(GREY, "TIFF"),
     "ico": encoded(GREY, "ICO"),
@@ -915,7 +1054,9 @@ KINDS = {  # pictures that are grey in the middle of the scale, in every way the
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_of_any_kind_looks_like_itself_or_is_undecodable(tmp_path: Path, web: Web, kind: str) -> None:
+def test_a_picture_of_any_kind_looks_like_itself_or_is_undecodable(
+    tmp_path: Path, web: Web, kind: str
+) -> None:
     done = download(tmp_path, [web.put("/kind", response(KINDS[kind])), web.put("/ok", response(JPG))])
     assert done.statuses[0] in ("ok", "undecodable")
     assert done.statuses[1] == "ok"
@@ -928,13 +1069,17 @@ def test_a_picture_of_any_kind_looks_like_itself_or_is_undecodable(tmp_path: Pat
 
 def test_what_shines_through_is_white(tmp_path: Path, web: Web) -> None:
     """And not the colour that an editor left behind where nothing is to be seen."""
-    done = download(tmp_path, [web.put("/", response(picture(colour=(200, 0, 0, 0), mode="RGBA", kind="PNG")))])
+    done = download(
+        tmp_path, [web.put("/", response(picture(colour=(200, 0, 0, 0), mode="RGBA", kind="PNG")))]
+    )
     assert done.pixels("0").min() >= 253
 
 
 def test_of_an_animation_the_first_picture_is_taken(tmp_path: Path, web: Web) -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green")]
-    done = download(tmp_path, [web.put("/", response(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])))])
+    done = download(
+        tmp_path, [web.put("/", response(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])))]
+    )
     red, green, blue = done.pixels("0").mean(axis=(0, 1))
     assert red > 240
     assert max(green, blue) < 15
@@ -1006,7 +1151,8 @@ def test_a_face_is_blurred_and_nothing_else(tmp_path: Path, web: Web) -> None:
     """
     row = {"url": web.put("/", response(noise(256))), "face_bboxes": [[0.25, 0.25, 0.5, 0.5]]}
     blurred, again, plain = (
-        download(tmp_path / name, [row], blur_faces=blur) for name, blur in (("blurred", True), ("again", True), ("plain", False))
+        download(tmp_path / name, [row], blur_faces=blur)
+        for name, blur in (("blurred", True), ("again", True), ("plain", False))
     )
     change = abs(blurred.pixels("0") - plain.pixels("0")).max(axis=2)
     change[48:144, 48:144] = 0
@@ -1016,8 +1162,14 @@ def test_a_face_is_blurred_and_nothing_else(tmp_path: Path, web: Web) -> None:
 
 
 def test_every_face_is_blurred_where_it_is_after_resizing(tmp_path: Path, web: Web) -> None:
-    row = {"url": web.put("/", response(noise(512))), "face_bboxes": [[0.0, 0.0, 0.25, 0.25], [0.75, 0.75, 1.0, 1.0]]}
-    blurred, plain = (download(tmp_path / str(blur), [row], blur_faces=blur, image_px=256).pixels("0") for blur in (True, False))
+    row = {
+        "url": web.put("/", response(noise(512))),
+        "face_bboxes": [[0.0, 0.0, 0.25, 0.25], [0.75, 0.75, 1.0, 1.0]],
+    }
+    blurred, plain = (
+        download(tmp_path / str(blur), [row], blur_faces=blur, image_px=256).pixels("0")
+        for blur in (True, False)
+    )
     for y, x in ((0, 0), (192, 192)):
         assert blurred[y : y + 60, x : x + 60].std() < plain[y : y + 60, x : x + 60].std() / 3
     assert abs(blurred - plain)[96:160].max() <= 4
@@ -1123,7 +1275,9 @@ def test_a_face_in_a_line_of_pixels_is_blurred(tmp_path: Path, web: Web) -> None
 def test_grey_pictures_have_faces_too(tmp_path: Path, web: Web) -> None:
     grey = encoded(Image.open(io.BytesIO(noise(256))).convert("L"))
     row = {"url": web.put("/", response(grey)), "face_bboxes": [[0.25, 0.25, 0.5, 0.5]]}
-    blurred, plain = (download(tmp_path / str(blur), [row], blur_faces=blur).pixels("0") for blur in (True, False))
+    blurred, plain = (
+        download(tmp_path / str(blur), [row], blur_faces=blur).pixels("0") for blur in (True, False)
+    )
     assert blurred[64:128, 64:128].std() < plain[64:128, 64:128].std() / 4
 
 
@@ -1133,13 +1287,21 @@ def test_grey_pictures_have_faces_too(tmp_path: Path, web: Web) -> None:
 def test_the_tar_is_what_img2dataset_would_write(tmp_path: Path, web: Web) -> None:
     """Samples in row order, keys of shard and row in nine digits, holes where there is no image, no clock."""
     ok, gone = web.put("/ok", response(JPG)), f"{web.base}/gone"
-    done = download(tmp_path, [{"url": ok, "org_caption": "a café"}, gone, {"url": ok, "org_caption": ""}, gone, ok], shard=42)
+    done = download(
+        tmp_path,
+        [{"url": ok, "org_caption": "a café"}, gone, {"url": ok, "org_caption": ""}, gone, ok],
+        shard=42,
+    )
     keys = ["000420000", "000420001", "000420002", "000420003", "000420004"]
     assert [row["key"] for row in done.rows] == keys
     with tarfile.open(done.tar) as tar:
         members = tar.getmembers()
-    assert [member.name.partition(".")[0] for member in members] == [key for key in keys[::2] for _ in range(3)]
-    assert [{m.name.partition(".")[2] for m in members[n : n + 3]} for n in (0, 3, 6)] == [{"jpg", "txt", "json"}] * 3
+    assert [member.name.partition(".")[0] for member in members] == [
+        key for key in keys[::2] for _ in range(3)
+    ]
+    assert [{m.name.partition(".")[2] for m in members[n : n + 3]} for n in (0, 3, 6)] == [
+        {"jpg", "txt", "json"}
+    ] * 3
     assert {member.mtime for member in members} == {0}
 
     with open(done.tar, "rb") as file:
@@ -1165,7 +1327,10 @@ def test_the_same_answers_are_the_same_bytes_in_whatever_order_they_come(tmp_pat
 
         return answer
 
-    rows = [{"url": web.put(f"/{n}", page(n)), "face_bboxes": [[0.2, 0.2, 0.7, 0.7]] if n % 2 else []} for n in range(8)]
+    rows = [
+        {"url": web.put(f"/{n}", page(n)), "face_bboxes": [[0.2, 0.2, 0.7, 0.7]] if n % 2 else []}
+        for n in range(8)
+    ]
     first = download(tmp_path / "first", rows)
     late = {"/5"}
     second = download(tmp_path / "second", rows, concurrency=3)
@@ -1181,8 +1346,19 @@ def test_the_columns(tmp_path: Path, web: Web) -> None:
     done = download(tmp_path, [web.put("/ok", response(JPG)), f"{web.base}/gone"])
     assert pq.read_schema(done.parquet).equals(SCHEMA)
     ok, gone = done.rows
-    assert (ok["image_width"], ok["image_height"], ok["image_sha256"], ok["error"]) == (64, 48, sha256(JPG), None)
-    assert [gone[name] for name in ("status", "error", "image_sha256", "image_width", "width")] == ["dead_link", "HTTP 404", None, None, None]
+    assert (ok["image_width"], ok["image_height"], ok["image_sha256"], ok["error"]) == (
+        64,
+        48,
+        sha256(JPG),
+        None,
+    )
+    assert [gone[name] for name in ("status", "error", "image_sha256", "image_width", "width")] == [
+        "dead_link",
+        "HTTP 404",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_one_worker_does_many_shards(tmp_path: Path, web: Web) -> None:
@@ -1193,7 +1369,9 @@ def test_one_worker_does_many_shards(tmp_path: Path, web: Web) -> None:
     with Download(allow_private=LOOPBACK).open() as work:
         for shard, number in enumerate([3, 0, 2]):
             name = f"source/{shard:05d}.parquet"
-            rows = [{"uid": f"{shard}-{n}", "url": f"{web.base}/ok", "org_caption": ""} for n in range(number)]
+            rows = [
+                {"uid": f"{shard}-{n}", "url": f"{web.base}/ok", "org_caption": ""} for n in range(number)
+            ]
             write_parquet(pa.Table.from_pylist(rows, source.SCHEMA), tmp_path / name)
             task = Task(tmp_path, "download", f"{shard:05d}", "", {name: ""})
             assert work(task) == ({"ok": number} if number else {})
@@ -1208,7 +1386,12 @@ def test_a_uid_that_occurs_twice_stops_the_run_before_it_starts(tmp_path: Path) 
     inputs = {}
     for shard, uids in enumerate((["a", "b"], ["c", "a"])):
         name = f"source/{shard:05d}.parquet"
-        write_parquet(pa.Table.from_pylist([{"uid": uid, "shard": shard, "row": n} for n, uid in enumerate(uids)], source.SCHEMA), tmp_path / name)
+        write_parquet(
+            pa.Table.from_pylist(
+                [{"uid": uid, "shard": shard, "row": n} for n, uid in enumerate(uids)], source.SCHEMA
+            ),
+            tmp_path / name,
+        )
         inputs[name] = ""
     with pytest.raises(InputError, match="uid a occurs twice: shard 0 row 0 and shard 1 row 1"):
         Download().survey(Task(tmp_path, "download", "survey", "", inputs))

@@ -46,25 +46,65 @@ ROWS = [
         "re_clip_cut": False,
         "re_length": 6,
     },
-    {"re_caption": "A blue cat, 100% asleep", "org_caption": "IMG_1.JPG", "re_clip_score": 0.29, "org_clip_score": 0.1, "re_clip_cut": True},
-    {"re_caption": "Ein grüner Baum", "org_caption": "", "re_clip_score": 0.17, "org_clip_score": None, "re_length": 3},
-    {"re_caption": "Жёлтый кот", "org_caption": "кот", "re_clip_score": None, "org_clip_score": 0.33, "re_length": 2, "width": 512},
-    {"re_caption": "x" * 1_000_000, "org_caption": 'it\'s "quoted"; long', "re_clip_score": 0.05, "org_clip_score": 0.06, "re_clip_cut": True},
-    *({"re_caption": text, "org_caption": text, "re_clip_score": 0.01 * k, "org_clip_score": 0.02} for k, text in enumerate(HOSTILE)),
+    {
+        "re_caption": "A blue cat, 100% asleep",
+        "org_caption": "IMG_1.JPG",
+        "re_clip_score": 0.29,
+        "org_clip_score": 0.1,
+        "re_clip_cut": True,
+    },
+    {
+        "re_caption": "Ein grüner Baum",
+        "org_caption": "",
+        "re_clip_score": 0.17,
+        "org_clip_score": None,
+        "re_length": 3,
+    },
+    {
+        "re_caption": "Жёлтый кот",
+        "org_caption": "кот",
+        "re_clip_score": None,
+        "org_clip_score": 0.33,
+        "re_length": 2,
+        "width": 512,
+    },
+    {
+        "re_caption": "x" * 1_000_000,
+        "org_caption": 'it\'s "quoted"; long',
+        "re_clip_score": 0.05,
+        "org_clip_score": 0.06,
+        "re_clip_cut": True,
+    },
+    *(
+        {"re_caption": text, "org_caption": text, "re_clip_score": 0.01 * k, "org_clip_score": 0.02}
+        for k, text in enumerate(HOSTILE)
+    ),
 ]
 FAILED = [("http://gone.invalid/<b>1", "dead_link", "404 <script>window.hacked=2</script>"), ("javascript:window.hacked=3", "invalid_url", "no http"),
           (None, "removed", "named by a tombstone")]  # fmt: skip
 
 
-def published(folder: Path, rows: Sequence[dict[str, Any]], failed: Sequence[tuple[str | None, str, str]] = ()) -> Path:
+def published(
+    folder: Path, rows: Sequence[dict[str, Any]], failed: Sequence[tuple[str | None, str, str]] = ()
+) -> Path:
     """A version as far as the page reads it."""
     for k, row in enumerate(rows):
         row.setdefault("uid", hashlib.md5(str(k).encode()).hexdigest())
         row.setdefault("url", f"http://127.0.0.1:9/{k}.jpg")
     table = pa.Table.from_pylist(list(rows), pa.schema([*SCHEMA, ("second_caption", pa.string())]))
     ledger = [{"uid": row["uid"], "url": row["url"], "status": "ok"} for row in rows]
-    ledger += [{"uid": url and f"f{k}", "url": url, "status": status, "error": error} for k, (url, status, error) in enumerate(failed)]
-    return a_version(folder, table, pa.Table.from_pylist(ledger, LEDGER), ("second_caption",), title="<b>Tiny</b>", license="cc-by-4.0")
+    ledger += [
+        {"uid": url and f"f{k}", "url": url, "status": status, "error": error}
+        for k, (url, status, error) in enumerate(failed)
+    ]
+    return a_version(
+        folder,
+        table,
+        pa.Table.from_pylist(ledger, LEDGER),
+        ("second_caption",),
+        title="<b>Tiny</b>",
+        license="cc-by-4.0",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +120,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
             super().end_headers()
 
     root = tmp_path_factory.mktemp("site")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(root))) as httpd:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(root))
+    ) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
         yield root, f"http://127.0.0.1:{httpd.server_port}"
@@ -116,7 +158,10 @@ def page(browser: Any) -> Iterator[Page]:
 
     context.route("**/*", route)
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if "Content Security Policy" in message.text else None)
+    page.on(
+        "console",
+        lambda message: problems.append(message.text) if "Content Security Policy" in message.text else None,
+    )
     yield page
     assert page.evaluate("window.hacked") is None
     context.close()
@@ -137,7 +182,12 @@ def tiny(server: tuple[Path, str]) -> str:
 def look(page: Page, address: str, /, **query: object) -> Page:
     """Open a page with a query in its address, and wait until all of its rows are there."""
     page.goto("about:blank")
-    page.goto(address + "".join(f"{'&' if k else '#'}{name}={quote(str(value))}" for k, (name, value) in enumerate(query.items())))
+    page.goto(
+        address
+        + "".join(
+            f"{'&' if k else '#'}{name}={quote(str(value))}" for k, (name, value) in enumerate(query.items())
+        )
+    )
     page.wait_for_selector("body[data-ready]")
     return page
 
@@ -180,9 +230,18 @@ def test_the_page_shows_each_row_with_image_captions_scores_and_status(page: Pag
     for part in ("original", "bus", "recaption", "A red bus at the station", "re_clip_score", "0.310", "ok"):
         assert part in first.inner_text()
     first.locator("img").evaluate("image => image.decode()")
-    assert first.locator("img").evaluate("image => [image.naturalWidth, image.referrerPolicy]") == [40, "no-referrer"]
+    assert first.locator("img").evaluate("image => [image.naturalWidth, image.referrerPolicy]") == [
+        40,
+        "no-referrer",
+    ]
     assert "second_caption" in page.locator(".row").nth(1).inner_text()
-    assert page.locator("#statuses button").all_inner_texts() == ["all 13", "ok 10", "dead_link 1", "invalid_url 1", "removed 1"]
+    assert page.locator("#statuses button").all_inner_texts() == [
+        "all 13",
+        "ok 10",
+        "dead_link 1",
+        "invalid_url 1",
+        "removed 1",
+    ]
 
 
 def test_a_broken_image_says_so(page: Page, tiny: str) -> None:
@@ -206,7 +265,15 @@ def test_failed_rows_can_be_looked_at(page: Page, tiny: str) -> None:
 
 def test_search_finds_rows_with_all_words_in_any_text(page: Page, tiny: str) -> None:
     look(page, tiny)
-    for words, number in (("BUS", 1), ("grüner baum", 1), ("КОТ", 1), ('"a red"', 1), ('"red a"', 0), ("a station red", 1), ("<script>", 3)):
+    for words, number in (
+        ("BUS", 1),
+        ("grüner baum", 1),
+        ("КОТ", 1),
+        ('"a red"', 1),
+        ('"red a"', 0),
+        ("a station red", 1),
+        ("<script>", 3),
+    ):
         page.fill("#search", words)
         wait_for_matching(page, number)
 
@@ -224,7 +291,9 @@ CONDITIONS = [
 ]  # fmt: skip
 
 
-def test_conditions_and_orders_mean_what_they_mean_in_duckdb(page: Page, tiny: str, server: tuple[Path, str]) -> None:
+def test_conditions_and_orders_mean_what_they_mean_in_duckdb(
+    page: Page, tiny: str, server: tuple[Path, str]
+) -> None:
     look(page, tiny, status="ok")
     files = f"'{server[0]}/data/tiny/data/*.parquet'"
     for condition in CONDITIONS:
@@ -232,7 +301,12 @@ def test_conditions_and_orders_mean_what_they_mean_in_duckdb(page: Page, tiny: s
         ask(page, status="ok", where=condition)
         assert page.text_content("#where-error") == "", condition
         assert (condition, uids(page)) == (condition, expected)
-    for order in ("re_clip_score desc", "org_clip_score", "re_length desc, length(re_caption)", "re_clip_score - org_clip_score desc, org_caption"):
+    for order in (
+        "re_clip_score desc",
+        "org_clip_score",
+        "re_length desc, length(re_caption)",
+        "re_clip_score - org_clip_score desc, org_caption",
+    ):
         expected = [uid for (uid,) in duckdb.sql(f"select uid from {files} order by {order}").fetchall()]
         ask(page, status="ok", where=f"order by {order}")
         assert (order, uids(page)) == (order, expected)
@@ -351,7 +425,9 @@ def test_a_phone_scrolls_in_one_direction_only(page: Page, tiny: str) -> None:
     page.click("summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.locator(".row").nth(5).locator(".open").click()
-    assert page.evaluate("document.querySelector('dialog').scrollWidth <= document.querySelector('dialog').clientWidth")
+    assert page.evaluate(
+        "document.querySelector('dialog').scrollWidth <= document.querySelector('dialog').clientWidth"
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -360,10 +436,13 @@ def contrast(page: Page, selector: str) -> float:
     light = [
         sum(
             weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
-            for weight, c in zip((0.2126, 0.7152, 0.0722), (int(v) / 255 for v in re.findall(r"\d+", color)[:3]), strict=True)
+            for weight, c in zip(
+                (0.2126, 0.7152, 0.0722), (int(v) / 255 for v in re.findall(r"\d+", color)[:3]), strict=True
+            )
         )
         for color in page.evaluate(
-            "s => [getComputedStyle(document.querySelector(s)).color, getComputedStyle(document.body).backgroundColor]", selector
+            "s => [getComputedStyle(document.querySelector(s)).color, getComputedStyle(document.body).backgroundColor]",
+            selector,
         )
     ]
     return (max(light) + 0.05) / (min(light) + 0.05)
@@ -375,7 +454,15 @@ def test_light_and_dark_can_be_read(page: Page, tiny: str, scheme: str) -> None:
     look(page, tiny)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) < 150) == (scheme == "dark")
-    for selector in (".data", ".label", "#summary", ".failed", ".row a", "button[aria-pressed=true]", ".missing"):
+    for selector in (
+        ".data",
+        ".label",
+        "#summary",
+        ".failed",
+        ".row a",
+        "button[aria-pressed=true]",
+        ".missing",
+    ):
         assert contrast(page, selector) >= 4.5, selector
 
 
@@ -414,7 +501,11 @@ def test_a_hundred_thousand_rows_answer_at_once(page: Page, server: tuple[Path, 
         "org_caption": [texts[k * 7 % 2000][:60] for k in range(number)], "re_caption": [f"{texts[k % 2000]} {k}" for k in range(number)],
         "re_clip_score": scores, "org_clip_score": scores[::-1], "re_length": [51] * number,
     })  # fmt: skip
-    ledger = table.select(["uid", "url"]).append_column("status", pa.array(["ok"] * number)).append_column("error", pa.nulls(number, pa.string()))
+    ledger = (
+        table.select(["uid", "url"])
+        .append_column("status", pa.array(["ok"] * number))
+        .append_column("error", pa.nulls(number, pa.string()))
+    )
     explore(a_version(root / "data" / "many", table, ledger), root / "many")
     look(page, f"{address}/many/")
     assert matching(page) == number
@@ -427,23 +518,31 @@ def test_a_hundred_thousand_rows_answer_at_once(page: Page, server: tuple[Path, 
     ):  # fmt: skip
         ask(page, **query)
         ms = float(page.get_attribute("#summary", "data-took"))
-        took[json.dumps(query)] = min(ms, took.get(json.dumps(query), ms))  # the fastest: what else the machine does is not the page's
+        took[json.dumps(query)] = min(
+            ms, took.get(json.dumps(query), ms)
+        )  # the fastest: what else the machine does is not the page's
     print(load, took)
     assert all(ms < 300 for query, ms in took.items() if "sort" not in query and "order" not in query), took
     assert all(ms < 1000 for ms in took.values()), took
 
 
-def test_of_too_many_rows_a_fixed_sample_is_shown_and_said_so(page: Page, server: tuple[Path, str], tmp_path: Path) -> None:
+def test_of_too_many_rows_a_fixed_sample_is_shown_and_said_so(
+    page: Page, server: tuple[Path, str], tmp_path: Path
+) -> None:
     root, address = server
     rows = [{"re_caption": f"caption {k}"} for k in range(500)]
-    place = published(root / "data" / "some", rows, [(f"http://{k}.invalid/", "dead_link", "404") for k in range(300)])
+    place = published(
+        root / "data" / "some", rows, [(f"http://{k}.invalid/", "dead_link", "404") for k in range(300)]
+    )
     explore(place, root / "some", rows=100)
     explore(place, tmp_path / "again", rows=100)
     assert {p.name: p.read_bytes() for p in (root / "some" / "rows").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "again" / "rows").iterdir()
     }
     look(page, f"{address}/some/", page=2)
-    assert "Rows 51–100 of 100 that match; 100, a sample of 800 in the data set" in page.text_content("#summary")
+    assert "Rows 51–100 of 100 that match; 100, a sample of 800 in the data set" in page.text_content(
+        "#summary"
+    )
     assert page.locator("#statuses button").all_inner_texts() == ["all 800", "ok 500", "dead_link 300"]
     page.keyboard.press("ArrowLeft")
     until(page, "document.getElementById('page-of').textContent === 'Page 1 of 2'")
@@ -475,7 +574,15 @@ def test_somebody_elses_table_is_shown_too(server: tuple[Path, str], page: Page)
 
 def test_a_table_with_a_status_and_lists_of_its_own(server: tuple[Path, str], page: Page) -> None:
     root, address = server
-    rows = [{"url": f"http://127.0.0.1:1/{k}.jpg", "caption": f"text {k}", "status": "success", "box": [1.0, float("nan")]} for k in range(3)]
+    rows = [
+        {
+            "url": f"http://127.0.0.1:1/{k}.jpg",
+            "caption": f"text {k}",
+            "status": "success",
+            "box": [1.0, float("nan")],
+        }
+        for k in range(3)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), root / "own.parquet")
     explore(root / "own.parquet", root / "own-page")
     look(page, f"{address}/own-page/", where="status = 'ok' and status_there = 'success'")

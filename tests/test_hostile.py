@@ -27,13 +27,22 @@ import pytest
 from hostile import documents, models, places, queries, settings, tables
 from hostile.case import Case, Outcome, Situation, published
 
-ALL = list(itertools.chain.from_iterable(kind.cases() for kind in (tables, settings, models, documents, places, queries)))
+ALL = list(
+    itertools.chain.from_iterable(
+        kind.cases() for kind in (tables, settings, models, documents, places, queries)
+    )
+)
 CASES = ALL if os.environ.get("RECAP_FULL") else ALL[::3]
-CPU_S, LIMIT_S = 40, 120  # the first is what a command may take, the second when it is taken to hang: other tests run beside it
+CPU_S, LIMIT_S = (
+    40,
+    120,
+)  # the first is what a command may take, the second when it is taken to hang: other tests run beside it
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PARTIAL = re.compile(r"\.(part|tmp)$|^\.(staging|duckdb)")
 MAY_CHANGE = re.compile(r"(^|/)(\.lock|\.files\.json|versions/.*)$")  # notes of our own
-Run = Callable[[dict[str, object]], tuple[int | None, float]]  # an order -> exit status, and the seconds of a processor that it took
+Run = Callable[
+    [dict[str, object]], tuple[int | None, float]
+]  # an order -> exit status, and the seconds of a processor that it took
 Real = Callable[["Ground"], None]
 
 
@@ -56,10 +65,18 @@ class Ground:
     def order(self, case: Case, arguments: Sequence[object]) -> dict[str, object]:
         (self.base / "stdin").write_bytes(case.stdin)
         files = {name: str(self.base / name) for name in ("stdin", "stdout", "stderr", "cwd")}
-        return {**files, "arguments": list(map(str, arguments)), "env": {"TMPDIR": str(self.base / "tmp"), **case.env}, "limit_s": LIMIT_S}
+        return {
+            **files,
+            "arguments": list(map(str, arguments)),
+            "env": {"TMPDIR": str(self.base / "tmp"), **case.env},
+            "limit_s": LIMIT_S,
+        }
 
     def outcome(self, code: int | None, cpu_s: float) -> Outcome:
-        out, err = ((self.base / name).read_bytes().decode("utf-8", "backslashreplace") for name in ("stdout", "stderr"))
+        out, err = (
+            (self.base / name).read_bytes().decode("utf-8", "backslashreplace")
+            for name in ("stdout", "stderr")
+        )
         return Outcome(code, out, err, cpu_s)
 
 
@@ -68,8 +85,13 @@ class Forks:
 
     def __init__(self) -> None:
         script = Path(__file__).parent / "hostile" / "forked.py"
-        one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a fork has no other thread
-        self.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=one_thread)
+        one_thread = os.environ | {
+            "OPENBLAS_NUM_THREADS": "1",
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
+        }  # a fork has no other thread
+        self.process = subprocess.Popen(
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=one_thread
+        )
         self.answer(ready=True)
 
     def __call__(self, order: dict[str, object]) -> tuple[int | None, float]:
@@ -98,11 +120,17 @@ def finished(demo_run: Path) -> Iterator[Path]:
     """The finished run, which no case may change, and what it published."""
     before = [contents(folder) for folder in (demo_run, published(demo_run))]
     yield demo_run
-    assert [contents(folder) for folder in (demo_run, published(demo_run))] == before, "a case wrote to the run that all of them share"
+    assert [contents(folder) for folder in (demo_run, published(demo_run))] == before, (
+        "a case wrote to the run that all of them share"
+    )
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +146,21 @@ def ground(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 
 @pytest.fixture(scope="module")
-def reals(request: pytest.FixtureRequest, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+def reals(
+    request: pytest.FixtureRequest, finished: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
     """What is done by real processes, two at a time; begun at once, since it takes seconds each."""
-    wanted = {item.callspec.params.get("real") for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")}
+    wanted = {
+        item.callspec.params.get("real")
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    }
     with ThreadPoolExecutor(2) as pool:
-        begun = {name: pool.submit(real, Ground(tmp_path_factory.mktemp("r"), finished).made()) for name, real in REALS.items() if name in wanted}
+        begun = {
+            name: pool.submit(real, Ground(tmp_path_factory.mktemp("r"), finished).made())
+            for name, real in REALS.items()
+            if name in wanted
+        }
         yield begun
         for future in begun.values():
             future.cancel()
@@ -130,7 +168,11 @@ def reals(request: pytest.FixtureRequest, finished: Path, tmp_path_factory: pyte
 
 def as_a_process(order: dict[str, object]) -> tuple[int | None, float]:
     """The command as a user starts it."""
-    with open(str(order["stdin"])) as stdin, open(str(order["stdout"]), "w") as stdout, open(str(order["stderr"]), "w") as stderr:
+    with (
+        open(str(order["stdin"])) as stdin,
+        open(str(order["stdout"]), "w") as stdout,
+        open(str(order["stderr"]), "w") as stderr,
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", "builder.cli", *order["arguments"]],  # type: ignore[misc]
             stdin=stdin, stdout=stdout, stderr=stderr, cwd=str(order["cwd"]), env=os.environ | order["env"], start_new_session=True,  # type: ignore[operator]
@@ -161,17 +203,27 @@ def judged(case: Case, ground: Ground, run: Run) -> None:
     if outcome.code or case.code == 0:
         named = (outcome.err if outcome.code == 2 else told).replace(f"{ground.base}/here", "")
         for place in case.places:
-            assert place.search(named) if isinstance(place, re.Pattern) else place in named, f"{place!r} is not named: {shown}"
+            assert place.search(named) if isinstance(place, re.Pattern) else place in named, (
+                f"{place!r} is not named: {shown}"
+            )
     assert not CONTROL.search(told), f"{CONTROL.findall(told)[:5]}: {shown}"
     assert outcome.code == 0 or max(map(len, told.splitlines()), default=0) <= 1000, shown
-    assert not list((ground.base / "cwd").iterdir()), f"left where it was started: {list((ground.base / 'cwd').iterdir())}"
-    assert not list((ground.base / "tmp").iterdir()), f"left among temporary files: {list((ground.base / 'tmp').iterdir())}"
-    after = entries(ground.base / "here")
-    assert [name for name in before if not MAY_CHANGE.search(name) and after.get(name) != before[name]] == [], f"changed or gone: {shown}"
-    # In a run the next attempt takes away what one has left.
-    assert [name for name in after if name not in before and not name.startswith("run/") and PARTIAL.search(name.rpartition("/")[2])] == [], (
-        f"left half done: {shown}"
+    assert not list((ground.base / "cwd").iterdir()), (
+        f"left where it was started: {list((ground.base / 'cwd').iterdir())}"
     )
+    assert not list((ground.base / "tmp").iterdir()), (
+        f"left among temporary files: {list((ground.base / 'tmp').iterdir())}"
+    )
+    after = entries(ground.base / "here")
+    assert [
+        name for name in before if not MAY_CHANGE.search(name) and after.get(name) != before[name]
+    ] == [], f"changed or gone: {shown}"
+    # In a run the next attempt takes away what one has left.
+    assert [
+        name
+        for name in after
+        if name not in before and not name.startswith("run/") and PARTIAL.search(name.rpartition("/")[2])
+    ] == [], f"left half done: {shown}"
     if case.also:
         case.also(ground.situation, outcome)
 
@@ -182,7 +234,9 @@ def assert_one_message(case: Case, err: str, shown: str) -> None:
     if case.after_progress:
         lines = list(itertools.dropwhile(lambda line: not line.startswith("recap: "), lines))
     assert lines, f"nothing was said: {shown}"
-    assert lines[0].startswith("recap: ") or (lines[0].startswith("Usage: ") and lines[-1].startswith("Error: ")), shown
+    assert lines[0].startswith("recap: ") or (
+        lines[0].startswith("Usage: ") and lines[-1].startswith("Error: ")
+    ), shown
     assert len(lines) <= 4, f"{len(lines)} lines: {shown}"
     assert sum(line.startswith("recap: ") for line in lines) <= 1, shown
 
@@ -242,7 +296,16 @@ def a_signal(number: signal.Signals, ground: Ground, *, to_all: bool) -> None:
     """One line and the usual exit status. A terminal signals all processes of its foreground, `kill` the one that is named."""
     s = ground.situation
     recipe, metadata = s.recipe(SLOW, "slow_rows.py"), s.parquet()
-    command = [sys.executable, "-m", "builder.cli", "build", f"{recipe}:rows", f"metadata={metadata}", "--run", str(s.here / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "builder.cli",
+        "build",
+        f"{recipe}:rows",
+        f"metadata={metadata}",
+        "--run",
+        str(s.here / "run"),
+    ]
     process = subprocess.Popen(
         command, cwd=ground.base / "cwd", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"TMPDIR": str(ground.base / "tmp")},
@@ -314,7 +377,10 @@ def ascii_only(ground: Ground) -> None:
 
 def a_folder_that_is_gone(ground: Ground) -> None:
     table = ground.situation.parquet()
-    done = shell(ground, f"mkdir gone; cd gone; rmdir ../gone; recap plan recap_datacomp_1b metadata={table} captioner=a clip=b")
+    done = shell(
+        ground,
+        f"mkdir gone; cd gone; rmdir ../gone; recap plan recap_datacomp_1b metadata={table} captioner=a clip=b",
+    )
     assert_calm(done)
     assert done.returncode == 2
 
@@ -324,7 +390,9 @@ REALS: dict[str, Real] = {
     "SIGHUP to a build and its workers": partial(a_signal, signal.SIGHUP, to_all=True),
     "SIGINT to a build and its workers": partial(a_signal, signal.SIGINT, to_all=True),
     "output to a pipe that is closed: status": partial(a_closed_pipe, "status {run}"),
-    "output to a pipe that is closed: sql": partial(a_closed_pipe, "sql {run} 'select range from range(100000)' --json"),
+    "output to a pipe that is closed: sql": partial(
+        a_closed_pipe, "sql {run} 'select range from range(100000)' --json"
+    ),
     "output to a full disk": a_full_disk,
     "standard input is closed": no_standard_input,
     "a terminal of ASCII only": ascii_only,

@@ -32,7 +32,9 @@ from builder.versions.publish import stage
 from builder.versions.verify import remove, verify
 from builder.versions.version import MANIFEST, Staged
 
-FULL = os.environ.get("RECAP_FULL") == "1"  # every kill and every fault on every route; measured in CONTRIBUTING.md
+FULL = (
+    os.environ.get("RECAP_FULL") == "1"
+)  # every kill and every fault on every route; measured in CONTRIBUTING.md
 
 
 @pytest.fixture
@@ -85,9 +87,11 @@ def assert_published_once(server: Server, staged: Staged, repo: str = "me/demo")
     assert len(main) == 2, [commit.title for commit in main]
     assert [name for name in there.refs if name.startswith("refs/tags/")] == [f"refs/tags/{staged.tag}"]
     assert there.refs[f"refs/tags/{staged.tag}"] == main[0].oid
-    assert {name: hashlib.sha256(there.read(name, staged.tag)).hexdigest() for name in main[0].files if name != ".gitattributes"} == {
-        name: sha256 for name, (sha256, _) in staged.promised().items()
-    }
+    assert {
+        name: hashlib.sha256(there.read(name, staged.tag)).hexdigest()
+        for name in main[0].files
+        if name != ".gitattributes"
+    } == {name: sha256 for name, (sha256, _) in staged.promised().items()}
     assert [discussion.status for discussion in there.discussions.values()] == ["merged"]
 
 
@@ -119,7 +123,10 @@ def test_what_did_not_change_is_not_sent_again(server: Server, staged: Staged, t
     hub().publish(staged)
     sent = server.bytes_in
     data = (staged.folder / "data/train-00000-of-00001.parquet").read_bytes()
-    pq.write_table(pq.read_table(staged.folder / "data/train-00000-of-00001.parquet").slice(0, 20), tmp_path / "more.parquet")
+    pq.write_table(
+        pq.read_table(staged.folder / "data/train-00000-of-00001.parquet").slice(0, 20),
+        tmp_path / "more.parquet",
+    )
     more = (tmp_path / "more.parquet").read_bytes()
     second = other(
         staged, tmp_path / "second", "0.2.0",
@@ -133,15 +140,21 @@ def test_what_did_not_change_is_not_sent_again(server: Server, staged: Staged, t
     hub().publish(second)
     assert server.bytes_in - sent < len(more) + 3 * (staged.folder / MANIFEST).stat().st_size
     there = server.repo("me/demo")
-    assert {name for name in there.at("v0.2.0").files if name.startswith("data/")} == {name for name in second.files if name.startswith("data/")}
+    assert {name for name in there.at("v0.2.0").files if name.startswith("data/")} == {
+        name for name in second.files if name.startswith("data/")
+    }
     assert there.read("data/train-00000-of-00002.parquet", "v0.2.0") == data
     assert there.read("data/train-00000-of-00001.parquet", "v0.1.0") == data
     assert len(there.log("main")) == 3
 
 
 def test_more_files_than_the_hub_takes_are_refused(server: Server, staged: Staged) -> None:
-    many = Staged(staged.folder, "0.1.0", staged.manifest | {"files": {f"data/{k}.parquet": {} for k in range(10_001)}})
-    with pytest.raises(VersionError, match=r"10,001 files in data/; a folder of the Hub takes 10,000\n.*shards_per_file"):
+    many = Staged(
+        staged.folder, "0.1.0", staged.manifest | {"files": {f"data/{k}.parquet": {} for k in range(10_001)}}
+    )
+    with pytest.raises(
+        VersionError, match=r"10,001 files in data/; a folder of the Hub takes 10,000\n.*shards_per_file"
+    ):
         hub().publish(many)
     assert server.calls == []
 
@@ -154,22 +167,30 @@ def test_a_dry_run_sends_nothing(server: Server, staged: Staged) -> None:
     assert {call.method for call in server.calls} == {"GET"}
 
 
-def test_the_command_line_publishes_verifies_and_says_how_to_load(server: Server, demo_run: Path, staged: Staged, tmp_path: Path) -> None:
+def test_the_command_line_publishes_verifies_and_says_how_to_load(
+    server: Server, demo_run: Path, staged: Staged, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(demo_run, tmp_path / "run"))
     place = "hf://datasets/me/demo"
     done = recap("publish", run, place, "--version", "0.1.0")
     assert 'datasets.load_dataset("me/demo", revision="v0.1.0")' in done.stdout
     recorded = json.loads((run / "versions" / "v0.1.0.published.json").read_text())
-    assert (recorded["place"], recorded["commit"]) == (f"{place}@v0.1.0", server.repo("me/demo").refs["refs/tags/v0.1.0"])
+    assert (recorded["place"], recorded["commit"]) == (
+        f"{place}@v0.1.0",
+        server.repo("me/demo").refs["refs/tags/v0.1.0"],
+    )
     assert_published_once(server, staged)
     assert " 0 problems" in recap("verify", f"{place}@v0.1.0").stdout
     assert server.token not in done.stdout + done.stderr
     assert not any(server.token.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
     loads = "rows = datasets.load_dataset('me/demo', revision='v0.1.0', split='train'); print(len(rows), rows[0]['re_caption'])"
     streams = "print(sum(1 for _ in datasets.load_dataset('me/demo', 'ledger', revision='v0.1.0', split='train', streaming=True)))"
-    out = subprocess.run([sys.executable, "-c", f"import datasets; {loads}; {streams}"], capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
+    out = subprocess.run(
+        [sys.executable, "-c", f"import datasets; {loads}; {streams}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
     assert int(out[0].split()[0]) == staged.manifest["rows"]["train"]
     assert out[1] == "240"
 
@@ -182,12 +203,16 @@ def test_rows_are_removed_and_stay_removed(server: Server, staged: Staged) -> No
     published, number = removal.published, removal.rows
     assert (published.new, number) == (True, 3)
     there = server.repo("me/demo")
-    kept = pq.read_table(pa.BufferReader(there.read("data/train-00000-of-00001.parquet", "v0.1.1"))).to_pylist()
+    kept = pq.read_table(
+        pa.BufferReader(there.read("data/train-00000-of-00001.parquet", "v0.1.1"))
+    ).to_pylist()
     assert kept == [row for index, row in enumerate(rows) if index not in (0, 5, 9)]
     assert verify("hf://datasets/me/demo@v0.1.1")["problems"] == []
     tombs = there.read(tombstones.FILE, "v0.1.1")
     assert rows[0]["uid"].encode() not in tombs
-    ledger = pq.read_table(pa.BufferReader(there.read("ledger/train-00000-of-00001.parquet", "v0.1.1"))).to_pylist()
+    ledger = pq.read_table(
+        pa.BufferReader(there.read("ledger/train-00000-of-00001.parquet", "v0.1.1"))
+    ).to_pylist()
     assert len(ledger) == 240
     assert [row["uid"] for row in ledger if row["status"] == "removed"] == [None] * 3
     assert not remove("hf://datasets/me/demo", "0.1.1", named).published.new
@@ -196,7 +221,11 @@ def test_rows_are_removed_and_stay_removed(server: Server, staged: Staged) -> No
 def test_a_domain_goes_with_its_subdomains(staged: Staged, tmp_path: Path) -> None:
     Folder(tmp_path / "out").publish(staged)
     nothing = remove(str(tmp_path / "out"), "0.1.1", {"domain": ["example.org", "7.0.0.1"]})
-    assert (nothing.rows, nothing.ledger_rows, nothing.matched_nothing) == (0, 0, {"domain": ["example.org", "7.0.0.1"]})
+    assert (nothing.rows, nothing.ledger_rows, nothing.matched_nothing) == (
+        0,
+        0,
+        {"domain": ["example.org", "7.0.0.1"]},
+    )
     with pytest.raises(VersionError, match=r"no row of .* would be left"):
         remove(str(tmp_path / "out"), "0.1.2", {"domain": ["0.0.1"]})
 
@@ -245,7 +274,9 @@ def test_a_regular_file_with_wrong_bytes_is_found_too(server: Server, staged: St
 
 def test_a_refused_token_is_one_line(server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "0" * 34)
-    with pytest.raises(InputError, match=r"refuses the token for me/demo: HTTP 401\n.*hf auth login") as refused:
+    with pytest.raises(
+        InputError, match=r"refuses the token for me/demo: HTTP 401\n.*hf auth login"
+    ) as refused:
         hub().publish(staged)
     assert "hf_0" not in str(refused.value)
     monkeypatch.delenv("HF_TOKEN")
@@ -253,7 +284,9 @@ def test_a_refused_token_is_one_line(server: Server, staged: Staged, monkeypatch
         hub().publish(staged)
 
 
-def test_a_rate_limit_is_waited_for_as_long_as_it_says(server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_limit_is_waited_for_as_long_as_it_says(
+    server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr("builder.versions.hub.time.sleep", waits.append)
     server.faults.append(Fault("tag", 1, "rate_limit", wait_s=17))
@@ -278,7 +311,9 @@ def test_verification_reads_each_byte_once(server: Server, staged: Staged) -> No
     before = server.bytes_out
     assert verify("hf://datasets/me/demo@v0.1.0")["problems"] == []
     total = sum(size for _, size in staged.promised().values())
-    again = sum((staged.folder / name).stat().st_size for name in (MANIFEST, "recipe.json", "README.md"))  # read for what they say
+    again = sum(
+        (staged.folder / name).stat().st_size for name in (MANIFEST, "recipe.json", "README.md")
+    )  # read for what they say
     assert total <= server.bytes_out - before <= total + again
 
 
@@ -305,12 +340,22 @@ def forkserver() -> Any:
     return context
 
 
-def run_until(forkserver: Any, server: Server, staged: Staged, repo: str, kill: tuple[int, str] | None, *, xet: bool = False) -> int:
+def run_until(
+    forkserver: Any,
+    server: Server,
+    staged: Staged,
+    repo: str,
+    kill: tuple[int, str] | None,
+    *,
+    xet: bool = False,
+) -> int:
     """Publish in a process of its own; kill it at (k-th call, "call" before or "call_after" it is handled)."""
     process = forkserver.Process(target=_publish, args=(server.url, server.env(), staged, repo, xet))
     process.start()
     if kill:
-        server.faults.append(Fault("*", kill[0], kill[1], function=lambda: os.kill(process.pid, signal.SIGKILL)))
+        server.faults.append(
+            Fault("*", kill[0], kill[1], function=lambda: os.kill(process.pid, signal.SIGKILL))
+        )
     process.join()
     server.faults.clear()
     code: int = process.exitcode
@@ -319,7 +364,9 @@ def run_until(forkserver: Any, server: Server, staged: Staged, repo: str, kill: 
 
 
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
-def test_killed_at_every_call_and_again_it_is_published_once(server: Server, staged: Staged, forkserver: Any, xet: bool) -> None:
+def test_killed_at_every_call_and_again_it_is_published_once(
+    server: Server, staged: Staged, forkserver: Any, xet: bool
+) -> None:
     """kill -9 before and after the server handles each call of a publish, and again on the rerun."""
     assert run_until(forkserver, server, staged, "me/whole", None, xet=xet) == 0
     number = len(server.calls)
@@ -334,7 +381,9 @@ def test_killed_at_every_call_and_again_it_is_published_once(server: Server, sta
             killed += run_until(forkserver, server, staged, repo, kill, xet=xet) == -signal.SIGKILL
         assert run_until(forkserver, server, staged, repo, None, xet=xet) == 0
         assert_published_once(server, staged, repo)
-    survived(f"publishing survived {killed} kills at {len(chosen)} of {len(moments)} moments of {number} calls ({'Xet' if xet else 'LFS'})")
+    survived(
+        f"publishing survived {killed} kills at {len(chosen)} of {len(moments)} moments of {number} calls ({'Xet' if xet else 'LFS'})"
+    )
     assert killed >= len(chosen)
 
 
@@ -345,7 +394,9 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def test_every_fault_on_every_route_is_survived(server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_fault_on_every_route_is_survived(
+    server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Either this publish gets through, or it says what is wrong and the next one does; never twice, never in part."""
     import huggingface_hub.utils._http as http
 
@@ -365,7 +416,9 @@ def test_every_fault_on_every_route_is_survived(server: Server, staged: Staged, 
             hub(repo).publish(staged)
         server.faults.clear()
         assert_published_once(server, staged, repo)
-    survived(f"publishing survived {len(matrix)} faults: {len(FAULTS)} kinds on {len(routes)} routes; {refused} by a second publish")
+    survived(
+        f"publishing survived {len(matrix)} faults: {len(FAULTS)} kinds on {len(routes)} routes; {refused} by a second publish"
+    )
     assert refused < len(routes)  # none but the expired token stops a publish
 
 
@@ -373,7 +426,10 @@ def test_every_fault_on_every_route_is_survived(server: Server, staged: Staged, 
 
 
 def together(forkserver: Any, server: Server, *jobs: Staged) -> list[int]:
-    processes = [forkserver.Process(target=_publish, args=(server.url, server.env(), staged, "me/demo", False)) for staged in jobs]
+    processes = [
+        forkserver.Process(target=_publish, args=(server.url, server.env(), staged, "me/demo", False))
+        for staged in jobs
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -381,8 +437,14 @@ def together(forkserver: Any, server: Server, *jobs: Staged) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def test_of_two_publishers_one_wins_and_the_other_says_so(server: Server, staged: Staged, forkserver: Any, tmp_path: Path) -> None:
-    second = other(staged, tmp_path / "other", **{"README.md": (staged.folder / "README.md").read_bytes() + b"\nchanged\n"})
+def test_of_two_publishers_one_wins_and_the_other_says_so(
+    server: Server, staged: Staged, forkserver: Any, tmp_path: Path
+) -> None:
+    second = other(
+        staged,
+        tmp_path / "other",
+        **{"README.md": (staged.folder / "README.md").read_bytes() + b"\nchanged\n"},
+    )
     codes = together(forkserver, server, staged, second)
     assert sorted(codes) in ([0, 2], [2, 2])
     there = server.repo("me/demo")
@@ -393,7 +455,9 @@ def test_of_two_publishers_one_wins_and_the_other_says_so(server: Server, staged
         assert there.read("README.md", "v0.1.0") == (winner.folder / "README.md").read_bytes()
 
 
-def test_two_publishers_of_the_same_bytes_publish_it_once(server: Server, staged: Staged, forkserver: Any) -> None:
+def test_two_publishers_of_the_same_bytes_publish_it_once(
+    server: Server, staged: Staged, forkserver: Any
+) -> None:
     codes = together(forkserver, server, staged, staged)
     hub().publish(staged)
     there = server.repo("me/demo")
@@ -402,7 +466,9 @@ def test_two_publishers_of_the_same_bytes_publish_it_once(server: Server, staged
     assert there.refs["refs/tags/v0.1.0"] == there.log("main")[0].oid
 
 
-def test_many_files_take_many_commits_and_main_moves_once(server: Server, staged: Staged, tmp_path: Path) -> None:
+def test_many_files_take_many_commits_and_main_moves_once(
+    server: Server, staged: Staged, tmp_path: Path
+) -> None:
     many = {f"ledger/part-{k:05d}.parquet": b"PAR1%d" % k for k in range(1500)}
     version = other(staged, tmp_path / "many", **many)
     server.faults.append(Fault("commit", 2, "applied_then_status", status=504))
@@ -412,7 +478,9 @@ def test_many_files_take_many_commits_and_main_moves_once(server: Server, staged
 
 
 @pytest.mark.skipif(not FULL, reason="writes 4 GB; RECAP_FULL=1 runs it")
-def test_a_shard_of_two_gigabytes_takes_no_memory(server: Server, staged: Staged, forkserver: Any, tmp_path: Path) -> None:
+def test_a_shard_of_two_gigabytes_takes_no_memory(
+    server: Server, staged: Staged, forkserver: Any, tmp_path: Path
+) -> None:
     version = other(staged, tmp_path / "large", **{"data/train-00001-of-00002.parquet": b""})
     path, digest = version.folder / "data/train-00001-of-00002.parquet", hashlib.sha256()
     with open(path, "wb") as file:
@@ -420,7 +488,10 @@ def test_a_shard_of_two_gigabytes_takes_no_memory(server: Server, staged: Staged
             block = os.urandom(1 << 20)
             digest.update(block)
             file.write(block)
-    version.manifest["files"]["data/train-00001-of-00002.parquet"] = {"sha256": digest.hexdigest(), "bytes": 2 << 30}
+    version.manifest["files"]["data/train-00001-of-00002.parquet"] = {
+        "sha256": digest.hexdigest(),
+        "bytes": 2 << 30,
+    }
     (version.folder / MANIFEST).write_text(json.dumps(version.manifest))
     import psutil
 
@@ -449,7 +520,9 @@ def spoil(run: Path, change: Callable[[pa.Table], pa.Table], name: str = "select
 
 
 def with_text(text: str) -> Callable[[pa.Table], pa.Table]:
-    return lambda table: table.set_column(3, "org_caption", pa.array([text, *table["org_caption"].to_pylist()[1:]]))
+    return lambda table: table.set_column(
+        3, "org_caption", pa.array([text, *table["org_caption"].to_pylist()[1:]])
+    )
 
 
 @pytest.mark.parametrize(
@@ -458,12 +531,21 @@ def with_text(text: str) -> Callable[[pa.Table], pa.Table]:
         (with_text("my key is hf_" + "a" * 34), "select/00000.parquet", "looks like a secret"),
         (lambda table: table.drop_columns(["re_num_tokens"]), "select/00000.parquet", "another schema"),
         (lambda table: table.slice(1), "select/00000.parquet", "rows, its record says"),
-        (lambda table: pa.concat_tables([table.slice(1), table.slice(5, 1)]), "select/00000.ledger.parquet", "occurs 2 times"),
+        (
+            lambda table: pa.concat_tables([table.slice(1), table.slice(5, 1)]),
+            "select/00000.ledger.parquet",
+            "occurs 2 times",
+        ),
     ],
     ids=["secret", "schema", "rows", "uid twice"],
 )
 def test_what_must_not_be_published_is_not(
-    server: Server, demo_run: Path, tmp_path: Path, change: Callable[[pa.Table], pa.Table], name: str, says: str
+    server: Server,
+    demo_run: Path,
+    tmp_path: Path,
+    change: Callable[[pa.Table], pa.Table],
+    name: str,
+    says: str,
 ) -> None:
     run = Path(shutil.copytree(demo_run, tmp_path / "run"))
     spoil(run, change, name)

@@ -18,8 +18,21 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from hub.server import Fault, Hub
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, HfFileSystem, constants
-from huggingface_hub.errors import BadRequestError, EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    HfFileSystem,
+    constants,
+)
+from huggingface_hub.errors import (
+    BadRequestError,
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import close_session, parse_ratelimit_headers
 
 DEMO: dict[str, Any] = {"repo_id": "me/demo", "repo_type": "dataset"}
@@ -42,13 +55,23 @@ def api(hub: Hub) -> HfApi:
 
 def add(api: HfApi, files: dict[str, bytes], **more: Any) -> str:
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-    return api.create_commit(**DEMO, operations=operations, **{"commit_message": f"add {', '.join(files)}"} | more).oid
+    return api.create_commit(
+        **DEMO, operations=operations, **{"commit_message": f"add {', '.join(files)}"} | more
+    ).oid
 
 
 def client(hub: Hub, code: str, **environment: str) -> Any:
     """What a client process prints, as JSON."""
     env = os.environ | hub.env() | environment
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -61,7 +84,9 @@ def test_uploads_come_in_one_request_or_in_parts(hub: Hub, api: HfApi) -> None:
     assert [call.route for call in hub.calls].count("lfs_put") == 1
     assert [call.route for call in hub.calls].count("lfs_part") == 3
     assert repo.refs == {"refs/heads/main": head}
-    assert [repo.read(path, "main") for path in ("README.md", "data/small.parquet", "data/large.parquet")] == [b"hello", small, large]
+    assert [
+        repo.read(path, "main") for path in ("README.md", "data/small.parquet", "data/large.parquet")
+    ] == [b"hello", small, large]
     assert repo.commits[head].files["README.md"].sha256 is None
     assert hub.bytes_in == 5 + 4096 + 10_000
     assert api.repo_info(**DEMO).sha == head
@@ -94,9 +119,16 @@ print(json.dumps([[open(path, "rb").read() == content for path, content in zip(p
 def test_a_pull_request_becomes_one_commit_on_main(hub: Hub, api: HfApi) -> None:
     base = add(api, {"a.txt": b"a", "b.txt": b"b"})
     pull = api.create_pull_request(**DEMO, title="version 1")
-    assert (pull.status, pull.git_reference, pull.target_branch, pull.conflicting_files) == ("draft", "refs/pr/1", "refs/heads/main", [])
+    assert (pull.status, pull.git_reference, pull.target_branch, pull.conflicting_files) == (
+        "draft",
+        "refs/pr/1",
+        "refs/heads/main",
+        [],
+    )
     add(api, {"c.txt": b"c"}, revision="refs/pr/1")
-    api.create_commit(**DEMO, operations=[CommitOperationDelete("b.txt")], commit_message="less", revision="refs/pr/1")
+    api.create_commit(
+        **DEMO, operations=[CommitOperationDelete("b.txt")], commit_message="less", revision="refs/pr/1"
+    )
     add(api, {"a.txt": b"from main"})
     with pytest.raises(BadRequestError, match="#1 is draft"):
         api.merge_pull_request(**DEMO, discussion_num=1)
@@ -106,8 +138,20 @@ def test_a_pull_request_becomes_one_commit_on_main(hub: Hub, api: HfApi) -> None
     merged = api.get_discussion_details(**DEMO, discussion_num=1)
     repo = hub.repo("me/demo")
     assert (merged.status, merged.merge_commit_oid) == ("merged", repo.refs["refs/heads/main"])
-    assert [event.type for event in merged.events] == ["comment", "commit", "commit", "status-change", "comment", "status-change"]
-    assert [commit.title for commit in repo.log("main")] == ["version 1 (#1)", "add a.txt", "add a.txt, b.txt", "initial commit"]
+    assert [event.type for event in merged.events] == [
+        "comment",
+        "commit",
+        "commit",
+        "status-change",
+        "comment",
+        "status-change",
+    ]
+    assert [commit.title for commit in repo.log("main")] == [
+        "version 1 (#1)",
+        "add a.txt",
+        "add a.txt, b.txt",
+        "initial commit",
+    ]
     assert set(repo.at("main").files) == {".gitattributes", "a.txt", "c.txt"}
     assert repo.read("a.txt", "main") == b"from main"
     assert repo.discussions[1].base == base
@@ -116,7 +160,9 @@ def test_a_pull_request_becomes_one_commit_on_main(hub: Hub, api: HfApi) -> None
 
 
 def test_a_pull_request_that_conflicts_is_refused(hub: Hub, api: HfApi) -> None:
-    info = api.create_commit(**DEMO, operations=[CommitOperationAdd("a.txt", b"mine")], commit_message="mine", create_pr=True)
+    info = api.create_commit(
+        **DEMO, operations=[CommitOperationAdd("a.txt", b"mine")], commit_message="mine", create_pr=True
+    )
     assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
     head = add(api, {"a.txt": b"theirs"})
     api.change_discussion_status(**DEMO, discussion_num=1, new_status="open")
@@ -133,7 +179,10 @@ def test_discussions_are_listed_by_pages_and_filters(hub: Hub, api: HfApi) -> No
         api.create_discussion(**DEMO, title=f"number {n}", pull_request=n % 2 == 0)
     api.change_discussion_status(**DEMO, discussion_num=1, new_status="closed")
     assert [d.num for d in api.get_repo_discussions(**DEMO)] == [5, 4, 3, 2, 1]
-    assert [d.num for d in api.get_repo_discussions(**DEMO, discussion_type="pull_request", discussion_status="open")] == [5, 3]
+    assert [
+        d.num
+        for d in api.get_repo_discussions(**DEMO, discussion_type="pull_request", discussion_status="open")
+    ] == [5, 3]
     assert [d.num for d in api.get_repo_discussions(**DEMO, discussion_status="closed", author="me")] == [1]
 
 
@@ -142,7 +191,10 @@ def test_refs_are_made_once_and_deleted(hub: Hub, api: HfApi) -> None:
     api.create_tag(**DEMO, tag="v0.1.0", tag_message="first", revision=head)
     api.create_branch(**DEMO, branch="side", revision="v0.1.0")
     add(api, {"b.txt": b"b"}, revision="side")
-    for make in (lambda: api.create_tag(**DEMO, tag="v0.1.0"), lambda: api.create_branch(**DEMO, branch="side")):
+    for make in (
+        lambda: api.create_tag(**DEMO, tag="v0.1.0"),
+        lambda: api.create_branch(**DEMO, branch="side"),
+    ):
         with pytest.raises(HfHubHTTPError, match="already exists") as refused:
             make()
         assert refused.value.response.status_code == 409
@@ -167,13 +219,23 @@ def test_trees_and_histories_come_in_pages(hub: Hub, api: HfApi) -> None:
     assert [call.route for call in hub.calls].count("tree") == 4
     assert [item.path for item in api.list_repo_tree(**DEMO)] == [".gitattributes", "data"]
     assert [commit.title for commit in api.list_repo_commits(**DEMO)][-1] == "initial commit"
-    changed, kept, folder = api.get_paths_info(**DEMO, paths=["data/3.txt", "data/2.txt", "data", "no"], expand=True)
-    assert (changed.last_commit.title, kept.last_commit.oid, folder.path) == ("add data/3.txt, data/x.parquet", head, "data")
-    assert [item.path for item in api.list_repo_tree(**DEMO, path_in_repo="data", revision=head)] == paths[2:9]
+    changed, kept, folder = api.get_paths_info(
+        **DEMO, paths=["data/3.txt", "data/2.txt", "data", "no"], expand=True
+    )
+    assert (changed.last_commit.title, kept.last_commit.oid, folder.path) == (
+        "add data/3.txt, data/x.parquet",
+        head,
+        "data",
+    )
+    assert [item.path for item in api.list_repo_tree(**DEMO, path_in_repo="data", revision=head)] == paths[
+        2:9
+    ]
     with pytest.raises(EntryNotFoundError):
         list(api.list_repo_tree(**DEMO, path_in_repo="nothing"))
     fs = HfFileSystem(endpoint=hub.url, token=hub.token, skip_instance_cache=True)
-    assert [path.partition("demo/")[2] for path in fs.find("datasets/me/demo")] == [path for path in paths if path != "data"]
+    assert [path.partition("demo/")[2] for path in fs.find("datasets/me/demo")] == [
+        path for path in paths if path != "data"
+    ]
 
 
 def test_parts_of_files_are_served(hub: Hub, api: HfApi) -> None:
@@ -183,7 +245,11 @@ def test_parts_of_files_are_served(hub: Hub, api: HfApi) -> None:
     assert fs.cat_file("datasets/me/demo@main/a.parquet", 100, 200) == content[100:200]
     assert fs.cat_file("datasets/me/demo/b.txt") == b"text"
     url = f"{hub.url}/datasets/me/demo/resolve/main/a.parquet"
-    for wanted, part in (("bytes=-10", content[-10:]), ("bytes=49990-", content[-10:]), ("bytes=0-99999", content)):
+    for wanted, part in (
+        ("bytes=-10", content[-10:]),
+        ("bytes=49990-", content[-10:]),
+        ("bytes=0-99999", content),
+    ):
         answer = httpx2.get(url, headers={"range": wanted})
         assert (answer.status_code, answer.content) == (206, part)
     assert httpx2.get(url, headers={"range": "bytes=50000-"}).status_code == 416
@@ -213,8 +279,13 @@ def test_what_is_not_there_is_said_the_hubs_way(hub: Hub, api: HfApi) -> None:
 
 def test_a_commit_is_applied_whole_or_not_at_all(hub: Hub, api: HfApi) -> None:
     head = add(api, {"a.parquet": b"content"})
-    lines = [{"key": "header", "value": {"summary": "s"}}, {"key": "file", "value": {"path": "b.txt", "content": "YQ==", "encoding": "base64"}}]
-    lines.append({"key": "lfsFile", "value": {"path": "c.parquet", "algo": "sha256", "oid": "0" * 64, "size": 7}})
+    lines = [
+        {"key": "header", "value": {"summary": "s"}},
+        {"key": "file", "value": {"path": "b.txt", "content": "YQ==", "encoding": "base64"}},
+    ]
+    lines.append(
+        {"key": "lfsFile", "value": {"path": "c.parquet", "algo": "sha256", "oid": "0" * 64, "size": 7}}
+    )
     url, headers = f"{hub.url}/api/datasets/me/demo/commit/main", {"authorization": f"Bearer {hub.token}"}
     assert httpx2.post(url, headers=headers, content="\n".join(map(json.dumps, lines))).status_code == 400
     with pytest.raises(HfHubHTTPError, match="A commit has happened since") as refused:
@@ -231,10 +302,11 @@ def test_a_commit_is_applied_whole_or_not_at_all(hub: Hub, api: HfApi) -> None:
 def test_datasets_loads_configs_at_a_tag_and_at_main(hub: Hub, api: HfApi, tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1, 2, 3]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"y": ["b"]}), tmp_path / "b.parquet")
-    configs = (
-        "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'data/train-*'}\n- config_name: ledger\n  data_files: 'b/*'\n"
-    )
-    files = {"README.md": f"---\n{configs}---\n".encode(), "data/train-0.parquet": (tmp_path / "a.parquet").read_bytes()}
+    configs = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'data/train-*'}\n- config_name: ledger\n  data_files: 'b/*'\n"
+    files = {
+        "README.md": f"---\n{configs}---\n".encode(),
+        "data/train-0.parquet": (tmp_path / "a.parquet").read_bytes(),
+    }
     add(api, files | {"b/b.parquet": (tmp_path / "b.parquet").read_bytes()})
     api.create_tag(**DEMO, tag="v0.1.0")
     add(api, {"data/train-0.parquet": b"broken"})
@@ -263,9 +335,14 @@ def test_each_fault_does_what_it_says(hub: Hub, api: HfApi) -> None:
         return lambda: api.create_tag(**DEMO, tag=name)
 
     def tags() -> set[str]:
-        return {ref.removeprefix("refs/tags/") for ref in hub.repo("me/demo").refs if ref.startswith("refs/tags/")}
+        return {
+            ref.removeprefix("refs/tags/") for ref in hub.repo("me/demo").refs if ref.startswith("refs/tags/")
+        }
 
-    hub.faults += [Fault("tag", 2, "status", 503, {"retry-after": "1"}, "not now"), Fault("tag", 3, "applied_then_status")]
+    hub.faults += [
+        Fault("tag", 2, "status", 503, {"retry-after": "1"}, "not now"),
+        Fault("tag", 3, "applied_then_status"),
+    ]
     tag("a")()
     assert (refused(tag("b")), refused(tag("c")), tags()) == (503, 504, {"a", "c"})
     tag("b")()
@@ -283,7 +360,10 @@ def test_each_fault_does_what_it_says(hub: Hub, api: HfApi) -> None:
     assert (limits.remaining, limits.reset_in_seconds) == (0, 3)
     seen: list[str] = []
     hub.faults[:] = [Fault("tag", 1, "call", function=lambda: seen.append(f"before: {'g' in tags()}"))]
-    hub.faults += [Fault("tag", 1, "call_after", function=lambda: seen.append(f"after: {'g' in tags()}")), Fault("tag", 1, "slow", wait_s=0.3)]
+    hub.faults += [
+        Fault("tag", 1, "call_after", function=lambda: seen.append(f"after: {'g' in tags()}")),
+        Fault("tag", 1, "slow", wait_s=0.3),
+    ]
     start = time.monotonic()
     tag("g")()
     assert time.monotonic() - start > 0.3
@@ -306,13 +386,22 @@ def test_an_answer_may_be_cut_and_another_writer_may_come_first(hub: Hub, api: H
 
 def test_wrong_bytes_are_stored_and_told(hub: Hub, api: HfApi) -> None:
     hub.part_size = 1000
-    hub.faults += [Fault("lfs_put", 1, "wrong_bytes"), Fault("lfs_part", 1, "wrong_bytes"), Fault("commit", 1, "wrong_bytes", path="a.txt")]
+    hub.faults += [
+        Fault("lfs_put", 1, "wrong_bytes"),
+        Fault("lfs_part", 1, "wrong_bytes"),
+        Fault("commit", 1, "wrong_bytes", path="a.txt"),
+    ]
     files = {"a.txt": b"some text", "a.parquet": os.urandom(1000), "b.parquet": os.urandom(2500)}
     add(api, files)
     for path, content in files.items():
         stored = hub.repo("me/demo").read(path, "main")
         assert sum(a != b for a, b in zip(stored, content, strict=True)) == 1
-        assert HfFileSystem(endpoint=hub.url, token=hub.token, skip_instance_cache=True).cat_file(f"datasets/me/demo/{path}") == stored
+        assert (
+            HfFileSystem(endpoint=hub.url, token=hub.token, skip_instance_cache=True).cat_file(
+                f"datasets/me/demo/{path}"
+            )
+            == stored
+        )
     add(api, files)  # nothing of it is there yet, so the client sends it all once more
     assert [hub.repo("me/demo").read(path, "main") for path in files] == list(files.values())
 

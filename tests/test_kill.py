@@ -18,7 +18,11 @@ KILLS = 20 if os.environ.get("RECAP_FULL") else 2
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_kill_minus_nine_at_random_moments(demo_run: Path, tmp_path: Path) -> None:
@@ -29,7 +33,9 @@ def test_kill_minus_nine_at_random_moments(demo_run: Path, tmp_path: Path) -> No
         build = ["build", "demo", f"web={site}", "--run", run]
         command = [sys.executable, "-m", "builder.cli", *map(str, build)]
         for k in range(KILLS):
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             if k % 2 == 1:
                 _until_something_new(run, process, rng.randint(1, 3), seconds=40)
             else:
@@ -44,8 +50,12 @@ def test_kill_minus_nine_at_random_moments(demo_run: Path, tmp_path: Path) -> No
         recap("publish", run, tmp_path / "out", "--version", "0.1.0")
     assert sum(killed) >= KILLS // 2  # the others had nothing left to do
     for stage in ("source", "download", "dedup", "caption", "score", "select"):
-        files = {name: sha for name, sha in tree(demo_run / stage).items() if name.endswith((".parquet", ".tar"))}
-        assert {name: sha for name, sha in tree(run / stage).items() if name.endswith((".parquet", ".tar"))} == files, stage
+        files = {
+            name: sha for name, sha in tree(demo_run / stage).items() if name.endswith((".parquet", ".tar"))
+        }
+        assert {
+            name: sha for name, sha in tree(run / stage).items() if name.endswith((".parquet", ".tar"))
+        } == files, stage
     assert tree(tmp_path / "out" / "v0.1.0") == tree(demo_run.with_name("demo-published") / "v0.1.0")
 
 

@@ -835,7 +835,10 @@ QUOTED = st.lists(TEXT | SPECIAL, max_size=4).map("".join) | st.text(CHARACTERS,
 @example("{url}", "http://h.example/", 300)
 @example("x" * (MAX_QUOTED_CHARACTERS + 1), "", 1 << 30)
 def test_text_of_a_row_is_only_text_in_a_prompt(caption: str, url: str, room: int) -> None:
-    tokenizer, content = demos_tokenizer(), [{"type": "image"}, {"type": "text", "text": QUOTING.marked_prompt()}]
+    tokenizer, content = (
+        demos_tokenizer(),
+        [{"type": "image"}, {"type": "text", "text": QUOTING.marked_prompt()}],
+    )
     turns = [{"role": "user", "content": content}]
     template = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     engine: Any = SimpleNamespace(room={"c": room}, prompts={"c": template}, tokenizer=tokenizer, begins=[])
@@ -858,7 +861,9 @@ def test_text_of_a_row_is_only_text_in_a_prompt(caption: str, url: str, room: in
         return
     assert [tokenizer.decode(piece) for piece in pieces] == written
     whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": [content[0], {"type": "text", "text": QUOTING.prompt}]}], add_generation_prompt=True, tokenize=False
+        [{"role": "user", "content": [content[0], {"type": "text", "text": QUOTING.prompt}]}],
+        add_generation_prompt=True,
+        tokenize=False,
     )
     between = re.split(r"\{(?:org_caption|url)\}", whole)
     parts = [tokenizer.encode(part, add_special_tokens=False) for part in between]

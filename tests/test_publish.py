@@ -43,7 +43,11 @@ def copied_run(demo_run: Path, tmp_path: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_the_schema_is_a_superset_of_recap_datacomp_1b() -> None:
@@ -76,18 +80,25 @@ def test_two_versions_of_one_name_are_told_apart(version: Path, copied_run: Path
         pq.write_table(table, path)
     record = json.loads((copied_run / "select" / "00000.json").read_text())
     record["bytes"] = {name: (copied_run / name).stat().st_size for name in record["bytes"]}
-    record["outputs"] = {name: hashlib.sha256((copied_run / name).read_bytes()).hexdigest() for name in record["outputs"]}
+    record["outputs"] = {
+        name: hashlib.sha256((copied_run / name).read_bytes()).hexdigest() for name in record["outputs"]
+    }
     record["rows"] |= {"dead_link": record["rows"]["dead_link"] + record["rows"]["ok"] - 20, "ok": 20}
     (copied_run / "select" / "00000.json").write_text(json.dumps(record))
     other = Path(publish(copied_run, str(tmp_path / "out"), "0.1.0").place)
     assert other.name == version.name
-    sizes = [len(datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))) for folder in (version, other)]
+    sizes = [
+        len(datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache")))
+        for folder in (version, other)
+    ]
     assert sizes[0] == sum(pq.read_metadata(file).num_rows for file in (version / "data").glob("train-*"))
     assert sizes[1] == 20
 
 
 def test_duckdb_reads_it(version: Path) -> None:
-    assert duckdb.sql(f"select count(*) from '{version}/data/train-*.parquet' where re_clip_score is null").fetchall() == [(0,)]
+    assert duckdb.sql(
+        f"select count(*) from '{version}/data/train-*.parquet' where re_clip_score is null"
+    ).fetchall() == [(0,)]
 
 
 def test_numbers_in_the_rows_follow_from_the_rows(version: Path) -> None:
@@ -124,23 +135,34 @@ def test_other_bytes_under_a_version_are_refused(copied_run: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["a byte in the middle", "pages", "footer", "zeros"])
-def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(copied_run: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(
+    copied_run: Path, tmp_path: Path, damage: str
+) -> None:
     """Publishing again for ever would not mend it."""
     if damage == "zeros":
         publish(copied_run, str(tmp_path / "first"), "1.0.0")  # whose files are other names of the run's
     file = copied_run / "select" / "00000.parquet"
     whole = file.read_bytes()
     data = bytearray(whole)
-    damaged = {"a byte in the middle": [len(data) // 2], "pages": range(20, 3000), "footer": range(len(data) - 600, len(data) - 8)}
+    damaged = {
+        "a byte in the middle": [len(data) // 2],
+        "pages": range(20, 3000),
+        "footer": range(len(data) - 600, len(data) - 8),
+    }
     for place in damaged.get(damage, ()):
         data[place] ^= 0xFF
     data = bytearray(len(data)) if damage == "zeros" else data
     file.chmod(0o644)
     file.unlink()
     file.write_bytes(data)
-    with pytest.raises(VersionError, match=r"select/00000\.parquet no longer has the bytes of its record") as told:
+    with pytest.raises(
+        VersionError, match=r"select/00000\.parquet no longer has the bytes of its record"
+    ) as told:
         publish(copied_run, str(tmp_path / "out"), "1.0.1")
-    assert told.value.hint == f"make it again, then publish: recap build {copied_run}/recipe.json --run {copied_run}"
+    assert (
+        told.value.hint
+        == f"make it again, then publish: recap build {copied_run}/recipe.json --run {copied_run}"
+    )
     if damage == "zeros":
         with web_of(copied_run):
             recap("build", copied_run / "recipe.json", "--run", copied_run)
@@ -150,7 +172,9 @@ def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(copied
         assert not (copied_run / "select" / "00000.json").exists()
 
 
-def test_what_is_wrong_with_the_target_does_not_cost_hashing_the_run(copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_the_target_does_not_cost_hashing_the_run(
+    copied_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("builder.versions.publish._damaged", lambda *_: pytest.fail("the run was hashed"))
     (tmp_path / "out" / "latest").mkdir(parents=True)
     with pytest.raises(InputError, match="no link to a version"):
@@ -165,7 +189,9 @@ def test_a_target_without_a_name_is_refused(copied_run: Path) -> None:
         publish(copied_run, "", "1.0.0")
 
 
-@pytest.mark.parametrize("version", ["01.2.3", "1.02.3", "1.2", "v1.2.3", "1.2.3.4", " 1.2.3", "1.2.3\n", "١.2.3", ""])
+@pytest.mark.parametrize(
+    "version", ["01.2.3", "1.02.3", "1.2", "v1.2.3", "1.2.3.4", " 1.2.3", "1.2.3\n", "١.2.3", ""]
+)
 def test_what_is_no_version_is_refused(copied_run: Path, tmp_path: Path, version: str) -> None:
     with pytest.raises(VersionError, match="is not a version"):
         publish(copied_run, str(tmp_path / "out"), version)
@@ -247,12 +273,21 @@ def test_a_place_may_be_relative(version: Path, tmp_path: Path, monkeypatch: pyt
         assert verify(place)["problems"] == [], place
     uid = pq.read_table(next((version / "data").glob("train-*.parquet")))["uid"][0].as_py()
     Path("uids.txt").write_text(f"\ufeff{uid.upper()}\n\n")
-    said = recap("remove", "out", "--uids", "uids.txt", "--version", "0.1.1", "--dry-run", cwd=tmp_path).stdout
+    said = recap(
+        "remove", "out", "--uids", "uids.txt", "--version", "0.1.1", "--dry-run", cwd=tmp_path
+    ).stdout
     assert "1 rows would be removed" in said
     assert "Older versions" not in said
-    for arguments in (["out", "--version", "0.2"], ["out", "--version", "v0.1.2"], ["out@v0.0.9", "--version", "0.1.2"]):
+    for arguments in (
+        ["out", "--version", "0.2"],
+        ["out", "--version", "v0.1.2"],
+        ["out@v0.0.9", "--version", "0.1.2"],
+    ):
         assert "version" in recap("remove", *arguments, "--uids", "uids.txt", check=2, cwd=tmp_path).stderr
-    assert "cannot be read" in recap("remove", "out", "--version", "0.1.2", "--uids", "none.txt", check=2, cwd=tmp_path).stderr
+    assert (
+        "cannot be read"
+        in recap("remove", "out", "--version", "0.1.2", "--uids", "none.txt", check=2, cwd=tmp_path).stderr
+    )
 
 
 def test_published_files_name_no_place_on_this_machine(version: Path, demo_run: Path) -> None:
@@ -282,10 +317,21 @@ def test_hostile_captions_cannot_break_the_card(copied_run: Path) -> None:
     assert all(line.startswith("    ") for line in lines)
 
 
-def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(copied_run: Path, tmp_path: Path) -> None:
+def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(
+    copied_run: Path, tmp_path: Path
+) -> None:
     """kill -9 at five moments of a publish: no version, or the whole one."""
     expected = tree(Path(publish(copied_run, str(tmp_path / "expected"), "1.0.0").place))
-    command = [sys.executable, "-m", "builder.cli", "publish", str(copied_run), str(tmp_path / "out"), "--version", "1.0.0"]
+    command = [
+        sys.executable,
+        "-m",
+        "builder.cli",
+        "publish",
+        str(copied_run),
+        str(tmp_path / "out"),
+        "--version",
+        "1.0.0",
+    ]
     final = tmp_path / "out" / "v1.0.0"
     start = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -305,7 +351,9 @@ def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(copie
 
 
 @pytest.mark.parametrize("kib_left", [0, 8, 60, 100])
-def test_a_full_disk_is_told_and_the_same_command_goes_on(demo_run: Path, tmp_path: Path, kib_left: int) -> None:
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    demo_run: Path, tmp_path: Path, kib_left: int
+) -> None:
     expected = tree(demo_run.with_name("demo-published") / "v0.1.0")
     with mounted(tmp_path / "disk", mib=24) as disk:
         run = Path(shutil.copytree(demo_run, disk / "run", ignore=shutil.ignore_patterns("versions")))

@@ -23,11 +23,30 @@ ROWS, PORT = 300, 8657
 @pytest.fixture(scope="module")
 def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder, tool, data = tmp_path_factory.mktemp("real"), shared / "tools" / "realweb.py", shared / "data"
-    make = [sys.executable, tool, "make", data / "flickr8k/images", folder, "--rows", ROWS, "--bomb", 0.01, "--port", PORT]
-    make += ["--captions", data / "flickr8k/captions.json", "--alt-text", data / "alt-text/web_alt_text_10000.parquet"]
+    make = [
+        sys.executable,
+        tool,
+        "make",
+        data / "flickr8k/images",
+        folder,
+        "--rows",
+        ROWS,
+        "--bomb",
+        0.01,
+        "--port",
+        PORT,
+    ]
+    make += [
+        "--captions",
+        data / "flickr8k/captions.json",
+        "--alt-text",
+        data / "alt-text/web_alt_text_10000.parquet",
+    ]
     subprocess.run([str(x) for x in make], check=True, capture_output=True)
     server = subprocess.Popen(
-        [sys.executable, str(tool), "serve", str(folder), "--port", str(PORT)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, str(tool), "serve", str(folder), "--port", str(PORT)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         for _ in range(200):
@@ -37,8 +56,17 @@ def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
             time.sleep(0.05)
         else:
             raise RuntimeError(f"the web of real photos does not answer on port {PORT}")
-        if bomb := next((uid for uid, row in json.loads((folder / "truth.json").read_text()).items() if row["fault"] == "bomb"), None):
-            httpx2.get(f"http://127.0.0.1:{PORT}/bomb/{bomb}.jpg", timeout=60)  # it is made on the first request, in longer than a download waits
+        if bomb := next(
+            (
+                uid
+                for uid, row in json.loads((folder / "truth.json").read_text()).items()
+                if row["fault"] == "bomb"
+            ),
+            None,
+        ):
+            httpx2.get(
+                f"http://127.0.0.1:{PORT}/bomb/{bomb}.jpg", timeout=60
+            )  # it is made on the first request, in longer than a download waits
         yield folder
     finally:
         server.kill()
@@ -55,7 +83,15 @@ def command(site: Path, run: Path, verify: bool) -> list[str]:
 
 def check(shared: Path, site: Path, result: str, *options: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(shared / "tools" / "realweb.py"), "check", str(site), result, "--strict", *options],
+        [
+            sys.executable,
+            str(shared / "tools" / "realweb.py"),
+            "check",
+            str(site),
+            result,
+            "--strict",
+            *options,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -65,7 +101,11 @@ def check(shared: Path, site: Path, result: str, *options: str) -> None:
 
 def test_every_row_agrees_and_memory_stays_low(shared: Path, site: Path, tmp_path: Path) -> None:
     """With verification; the whole line, with bombs of 400 million pixels in it, under 4 GB."""
-    build = subprocess.Popen([sys.executable, "-m", "builder.cli", *command(site, tmp_path / "run", True)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    build = subprocess.Popen(
+        [sys.executable, "-m", "builder.cli", *command(site, tmp_path / "run", True)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
     tree, peak = psutil.Process(build.pid), 0
     while build.poll() is None:
         total = 0
@@ -80,7 +120,9 @@ def test_every_row_agrees_and_memory_stays_low(shared: Path, site: Path, tmp_pat
     assert peak < 4 * 2**30
     recap("publish", tmp_path / "run", tmp_path / "out", "--version", "0.1.0")
     check(shared, site, f"{tmp_path}/out/v0.1.0/ledger/*.parquet")
-    train = datasets.load_dataset(str(tmp_path / "out" / "v0.1.0"), split="train", cache_dir=str(tmp_path / "cache"))
+    train = datasets.load_dataset(
+        str(tmp_path / "out" / "v0.1.0"), split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert all(caption for caption in train["re_caption"])
     assert len(train) > 0.7 * ROWS
 
@@ -95,5 +137,12 @@ def test_every_row_agrees_without_verification(shared: Path, site: Path, tmp_pat
         "        rows_per_shard=100, allow_private=('127.0.0.1/32',))\n"
         "    return replace(whole, stages=whole.stages[:3])\n"
     )
-    recap("build", f"{tmp_path}/short.py:short", f"metadata={site}/metadata", "--run", tmp_path / "run", "download.timeout_s=8")
+    recap(
+        "build",
+        f"{tmp_path}/short.py:short",
+        f"metadata={site}/metadata",
+        "--run",
+        tmp_path / "run",
+        "download.timeout_s=8",
+    )
     check(shared, site, f"{tmp_path}/run/dedup/0*.parquet", "--no-verify")

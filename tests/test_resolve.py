@@ -85,9 +85,21 @@ def test_a_parameter_is_the_functions_argument() -> None:
 
 
 def test_the_papers_recipe_takes_tuples_and_switches() -> None:
-    given = ["metadata=x/*.parquet", "captioner=u/c@0123abc", "clip=m", "verify_sha256=false", "allow_private=10.0.0.0/8,::1/128", "image_px=64"]
+    given = [
+        "metadata=x/*.parquet",
+        "captioner=u/c@0123abc",
+        "clip=m",
+        "verify_sha256=false",
+        "allow_private=10.0.0.0/8,::1/128",
+        "image_px=64",
+    ]
     assert resolve("recap_datacomp_1b", given) == recipes.recap_datacomp_1b(
-        metadata="x/*.parquet", captioner="u/c@0123abc", clip="m", verify_sha256=False, allow_private=("10.0.0.0/8", "::1/128"), image_px=64
+        metadata="x/*.parquet",
+        captioner="u/c@0123abc",
+        clip="m",
+        verify_sha256=False,
+        allow_private=("10.0.0.0/8", "::1/128"),
+        image_px=64,
     )
 
 
@@ -95,12 +107,20 @@ def test_the_papers_recipe_takes_tuples_and_switches() -> None:
     ("settings", "title"),
     [
         ([], (1, 0.5, False, (), (1, 2), "here", 9)),
-        (["coats=3", "share=2", "fast=true", "tags=a,b", "sizes=7", "place=there", "limit=5"], (3, 2.0, True, ("a", "b"), (7,), "there", 5)),
-        (["coats=-3", "share=1e-3", "fast=1", "tags=a", "sizes=", "place=none", "limit=None"], (-3, 0.001, True, ("a",), (), None, None)),
+        (
+            ["coats=3", "share=2", "fast=true", "tags=a,b", "sizes=7", "place=there", "limit=5"],
+            (3, 2.0, True, ("a", "b"), (7,), "there", 5),
+        ),
+        (
+            ["coats=-3", "share=1e-3", "fast=1", "tags=a", "sizes=", "place=none", "limit=None"],
+            (-3, 0.001, True, ("a",), (), None, None),
+        ),
         (["fast=no", "tags=none", "place=a,b=c", "coats=4"], (4, 0.5, False, ("none",), (1, 2), "a,b=c", 9)),
     ],
 )
-def test_values_get_the_types_of_the_function(my_file: Path, settings: list[str], title: tuple[object, ...]) -> None:
+def test_values_get_the_types_of_the_function(
+    my_file: Path, settings: list[str], title: tuple[object, ...]
+) -> None:
     assert resolve(f"{my_file}:mine", settings).title == repr(title)
 
 
@@ -130,7 +150,10 @@ def test_a_wrong_setting_is_one_line_and_what_to_do(settings: list[str], says: s
 
 
 def test_what_a_recipe_needs_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"needs captioner, clip\n.*recap build recap_datacomp_1b captioner=\.\.\. clip=\.\.\."):
+    with pytest.raises(
+        RecipeError,
+        match=r"needs captioner, clip\n.*recap build recap_datacomp_1b captioner=\.\.\. clip=\.\.\.",
+    ):
         resolve("recap_datacomp_1b", ["metadata=x"])
 
 
@@ -144,17 +167,33 @@ def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
 
 
 def test_a_dotted_setting_changes_one_setting_of_one_stage() -> None:
-    recipe = resolve("demo", ["download.timeout_s=2", "download.retries=0", "dedup.max_urls=9", "source.limit=100"])
+    recipe = resolve(
+        "demo", ["download.timeout_s=2", "download.retries=0", "dedup.max_urls=9", "source.limit=100"]
+    )
     before, after = (r.to_json().splitlines() for r in (recipes.demo(), recipe))
     changed = [b.strip().rstrip(",") for a, b in zip(before, after, strict=True) if a != b]
     assert changed == ['"limit": 100', '"timeout_s": 2.0', '"retries": 0', '"max_urls": 9']
 
 
 def test_a_stage_takes_tuples_switches_and_none() -> None:
-    recipe = resolve("demo", ["download.allow_private=", "download.blur_faces=off", "download.workers=2", "source.url_column=link"])
-    assert (download(recipe).allow_private, download(recipe).blur_faces, download(recipe).workers) == ((), False, 2)
+    recipe = resolve(
+        "demo",
+        [
+            "download.allow_private=",
+            "download.blur_faces=off",
+            "download.workers=2",
+            "source.url_column=link",
+        ],
+    )
+    assert (download(recipe).allow_private, download(recipe).blur_faces, download(recipe).workers) == (
+        (),
+        False,
+        2,
+    )
     assert source(recipe).url_column == "link"
-    recipe = resolve("demo", ["caption.max_model_len=none", "download.workers=none", "source.url_column=None"])
+    recipe = resolve(
+        "demo", ["caption.max_model_len=none", "download.workers=none", "source.url_column=None"]
+    )
     caption = recipe.stage("caption")
     assert isinstance(caption, Caption)
     assert (caption.max_model_len, download(recipe).workers, source(recipe).url_column) == (None, None, None)
@@ -192,7 +231,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         resolve(f"{tmp_path / 'nope.py'}:mine")
 
 
-def test_a_second_file_of_one_name_is_refused_not_taken_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_file_of_one_name_is_refused_not_taken_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Worker processes import a user's file by its name, so a process can have only one of that name."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     for folder in ("a", "b"):
@@ -204,7 +245,9 @@ def test_a_second_file_of_one_name_is_refused_not_taken_for_the_first(tmp_path: 
         resolve(f"{tmp_path}/b/same_name.py:mine")
 
 
-def test_a_file_named_like_a_library_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_named_like_a_library_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`json.py` cannot be imported as that; to say that it holds no recipe would be wrong, and no worker could start with it on the path."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "json.py").write_text(MY_FILE)
@@ -229,7 +272,10 @@ def test_a_recipe_json_has_no_parameters_only_settings(tmp_path: Path) -> None:
         resolve(str(tmp_path / "recipe.json"), ["rows_per_shard=5"])
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", b'{"name": "demo"}', b'{"name": "x", "stages": [{"stage": "os:system"}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"\xff\xfe\x00", b'{"name": "demo"}', b'{"name": "x", "stages": [{"stage": "os:system"}]}'],
+)
 def test_a_recipe_json_that_cannot_be_used_is_a_users_mistake(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "recipe.json").write_bytes(content)
@@ -238,7 +284,9 @@ def test_a_recipe_json_that_cannot_be_used_is_a_users_mistake(tmp_path: Path, co
 
 
 def test_a_key_is_given_once() -> None:
-    with pytest.raises(RecipeError, match=r"'rows_per_shard' is given twice\n.*rows_per_shard=5 or rows_per_shard=6"):
+    with pytest.raises(
+        RecipeError, match=r"'rows_per_shard' is given twice\n.*rows_per_shard=5 or rows_per_shard=6"
+    ):
         resolve("demo", ["rows_per_shard=5", "rows_per_shard=6"])
 
 
@@ -251,7 +299,9 @@ def test_a_key_is_given_once() -> None:
         ("def mine() -> Recipe:\n    return None", "returned NoneType, not a Recipe"),
     ],
 )
-def test_what_is_wrong_in_a_users_file_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str) -> None:
+def test_what_is_wrong_in_a_users_file_is_told_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str
+) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "bad", raising=False)
     (tmp_path / "bad.py").write_text(f"from builder.core import Recipe\n{body}\n")

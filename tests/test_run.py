@@ -34,7 +34,11 @@ from builder.stages.download import Download
 from builder.stages.source import Source
 from recipes.demo import web
 
-PORT, ROWS, SEED = 8660, 60, 208  # this seed plants eleven faults of seven kinds, four placeholders among them, and none that is slow
+PORT, ROWS, SEED = (
+    8660,
+    60,
+    208,
+)  # this seed plants eleven faults of seven kinds, four placeholders among them, and none that is slow
 BECOMES = {  # what the download makes of each fault when it does not compare hashes
     "ok": "ok", "changed": "ok", "redirect": "ok", "flaky": "ok", "placeholder": "ok", "noai": "opted_out", "gone": "dead_link",
     "truncated": "undecodable", "empty": "undecodable", "html": "undecodable",
@@ -53,14 +57,23 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("web")
     web.make(folder, rows=ROWS, seed=SEED, port=PORT, num_files=2)
     truth = json.loads((folder / "truth.json").read_text())
-    uids = [uid for path in sorted((folder / "metadata").iterdir()) for uid in pq.read_table(path)["uid"].to_pylist()]
+    uids = [
+        uid
+        for path in sorted((folder / "metadata").iterdir())
+        for uid in pq.read_table(path)["uid"].to_pylist()
+    ]
     with web.serve(folder, PORT) as seen:
         yield Site(folder / "metadata", {uid: truth[uid]["fault"] for uid in uids}, seen)
 
 
 def recipe(site: Site, *, rows: int = ROWS, max_urls: int = 2) -> Recipe:
-    download = Download(image_px=64, timeout_s=20, retries=1, verify_sha256=False, allow_private=("127.0.0.1/32",), workers=1)
-    return Recipe("three", (Source(files=str(site.metadata), rows_per_shard=20, limit=rows), download, Dedup(max_urls=max_urls)))
+    download = Download(
+        image_px=64, timeout_s=20, retries=1, verify_sha256=False, allow_private=("127.0.0.1/32",), workers=1
+    )
+    return Recipe(
+        "three",
+        (Source(files=str(site.metadata), rows_per_shard=20, limit=rows), download, Dedup(max_urls=max_urls)),
+    )
 
 
 def here(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
@@ -86,11 +99,19 @@ def done_by(recipe: Recipe, run: Path, executor: Executor = here) -> list[str]:
 
 def outputs(run: Path) -> dict[str, str]:
     """sha256 of every file that a record names; the records agree with the files, and there are no others."""
-    records = [record for path in sorted(run.glob("*/*.json")) if (record := Record.read(path)) and not path.name.startswith(".")]
+    records = [
+        record
+        for path in sorted(run.glob("*/*.json"))
+        if (record := Record.read(path)) and not path.name.startswith(".")
+    ]
     found = {name: sha256 for record in records for name, sha256 in record.outputs.items()}
     assert found == {name: sha256_file(run / name) for name in found}
-    assert {name: size for record in records for name, size in record.bytes.items()} == {name: (run / name).stat().st_size for name in found}
-    assert {str(path.relative_to(run)) for end in ("parquet", "tar", "part") for path in run.rglob(f"*.{end}")} == set(found)
+    assert {name: size for record in records for name, size in record.bytes.items()} == {
+        name: (run / name).stat().st_size for name in found
+    }
+    assert {
+        str(path.relative_to(run)) for end in ("parquet", "tar", "part") for path in run.rglob(f"*.{end}")
+    } == set(found)
     return found
 
 
@@ -130,10 +151,18 @@ def test_every_source_row_has_one_status_at_every_stage(site: Site, built: Path)
     kept = Counter(downloaded)
     kept.update({"duplicate_image": 3, "ok": -3})
     table = status(built)
-    assert {row["stage"]: row["rows"] for row in table} == {"source": {"ok": 40}, "download": dict(downloaded), "dedup": dict(kept)}
+    assert {row["stage"]: row["rows"] for row in table} == {
+        "source": {"ok": 40},
+        "download": dict(downloaded),
+        "dedup": dict(kept),
+    }
     assert all((row["shards_done"], row["shards_left"], row["failed"]) == (2, 0, {}) for row in table)
     for stage in ("source", "download", "dedup"):
-        uids = [uid for shard in ("00000", "00001") for uid in pq.read_table(built / stage / f"{shard}.parquet")["uid"].to_pylist()]
+        uids = [
+            uid
+            for shard in ("00000", "00001")
+            for uid in pq.read_table(built / stage / f"{shard}.parquet")["uid"].to_pylist()
+        ]
         assert uids == list(site.faults)[:40], stage
 
 
@@ -154,17 +183,31 @@ def test_an_interrupted_run_goes_on_where_it_stopped(site: Site, built: Path, tm
 
     with pytest.raises(KeyboardInterrupt):
         build(recipe(site, rows=40), tmp_path / "run", executor=interrupted)
-    assert [(row["shards_done"], row["shards_left"]) for row in status(tmp_path / "run")] == [(2, 0), (0, 2), (0, 2)]
-    with pytest.raises(InputError, match=r"is not complete: 2 download shards, 2 dedup shards left\n.*recap build"):
+    assert [(row["shards_done"], row["shards_left"]) for row in status(tmp_path / "run")] == [
+        (2, 0),
+        (0, 2),
+        (0, 2),
+    ]
+    with pytest.raises(
+        InputError, match=r"is not complete: 2 download shards, 2 dedup shards left\n.*recap build"
+    ):
         finished(tmp_path / "run")
-    assert done_by(recipe(site, rows=40), tmp_path / "run") == ["download/00000", "download/00001", "dedup/survey", "dedup/00000", "dedup/00001"]
+    assert done_by(recipe(site, rows=40), tmp_path / "run") == [
+        "download/00000",
+        "download/00001",
+        "dedup/survey",
+        "dedup/00000",
+        "dedup/00001",
+    ]
     assert outputs(tmp_path / "run") == outputs(built)
 
 
 def test_a_plan_does_nothing(site: Site, run: Path) -> None:
     before = times(run)
     plans = plan(recipe(site, rows=40, max_urls=9), run)
-    assert {name: (len(p.shards()), [task.name for task in p.todo], p.waiting) for name, p in plans.items()} == {
+    assert {
+        name: (len(p.shards()), [task.name for task in p.todo], p.waiting) for name, p in plans.items()
+    } == {
         "source": (2, [], 0),
         "download": (2, [], 0),
         "dedup": (0, ["survey"], 2),
@@ -190,7 +233,12 @@ def test_a_changed_dedup_setting_redoes_only_dedup(site: Site, built: Path, run:
 def test_a_larger_limit_keeps_the_shards_that_are_there(site: Site, run: Path, whole: dict[str, str]) -> None:
     before, seen = times(run), Counter(site.seen)
     done = done_by(recipe(site), run)
-    assert [name for name in done if not name.startswith("dedup")] == ["source/survey", "source/00002", "download/survey", "download/00002"]
+    assert [name for name in done if not name.startswith("dedup")] == [
+        "source/survey",
+        "source/00002",
+        "download/survey",
+        "download/00002",
+    ]
     kept = [
         f"{stage}/{shard}{end}"
         for shard in ("00000", "00001")
@@ -203,7 +251,10 @@ def test_a_larger_limit_keeps_the_shards_that_are_there(site: Site, run: Path, w
 
 
 def test_a_smaller_limit_looks_at_fewer_shards(site: Site, run: Path) -> None:
-    assert [name for name in done_by(recipe(site, rows=20), run) if not name.startswith("dedup")] == ["source/survey", "download/survey"]
+    assert [name for name in done_by(recipe(site, rows=20), run) if not name.startswith("dedup")] == [
+        "source/survey",
+        "download/survey",
+    ]
     assert [sum(row["rows"].values()) for row in status(run)] == [20, 20, 20]  # type: ignore[attr-defined]
 
 
@@ -222,7 +273,9 @@ def test_a_smaller_limit_looks_at_fewer_shards(site: Site, run: Path) -> None:
         ("download/survey.json", "download/survey"),
     ],
 )
-def test_a_file_that_was_cut_off_is_made_again_and_nothing_else(site: Site, built: Path, run: Path, name: str, again: str) -> None:
+def test_a_file_that_was_cut_off_is_made_again_and_nothing_else(
+    site: Site, built: Path, run: Path, name: str, again: str
+) -> None:
     os.truncate(run / name, (run / name).stat().st_size // 2)
     assert done_by(recipe(site, rows=40), run) == [again]
     assert outputs(run) == outputs(built)
@@ -250,7 +303,9 @@ def flip(path: Path) -> None:
         ("source/survey.parquet", "source/00001.parquet"),
     ],
 )
-def test_a_file_with_other_bytes_is_made_again_when_somebody_reads_it(site: Site, built: Path, run: Path, name: str, reader: str) -> None:
+def test_a_file_with_other_bytes_is_made_again_when_somebody_reads_it(
+    site: Site, built: Path, run: Path, name: str, reader: str
+) -> None:
     flip(run / name)
     (run / reader).unlink()
     result = build(recipe(site, rows=40), run, executor=here)
@@ -260,7 +315,9 @@ def test_a_file_with_other_bytes_is_made_again_when_somebody_reads_it(site: Site
 
 
 def test_a_text_table_that_was_converted_is_converted_again(tmp_path: Path) -> None:
-    (tmp_path / "in.csv").write_text("url,caption\n" + "".join(f"http://h/{n},{n * n:x}\n" for n in range(300)))
+    (tmp_path / "in.csv").write_text(
+        "url,caption\n" + "".join(f"http://h/{n},{n * n:x}\n" for n in range(300))
+    )
     three = Recipe("r", (Source(files=str(tmp_path / "in.csv"), rows_per_shard=100),))
     done_by(three, tmp_path / "run")
     before = outputs(tmp_path / "run")
@@ -276,9 +333,13 @@ def test_a_text_table_that_was_converted_is_converted_again(tmp_path: Path) -> N
 def test_a_uid_that_occurs_twice_is_named_with_both_places(tmp_path: Path) -> None:
     uids = [f"{n:032x}" for n in range(50)]
     uids[41] = uids[7]
-    pq.write_table(pa.table({"uid": uids, "url": ["http://h/"] * 50, "text": ["a"] * 50}), tmp_path / "in.parquet")
+    pq.write_table(
+        pa.table({"uid": uids, "url": ["http://h/"] * 50, "text": ["a"] * 50}), tmp_path / "in.parquet"
+    )
     twice = Recipe("r", (Source(files=str(tmp_path / "in.parquet"), rows_per_shard=20), Download()))
-    with pytest.raises(InputError, match=f"uid {uids[7]} occurs twice: shard 0 row 7 and shard 2 row 1;.*\n.*duckdb"):
+    with pytest.raises(
+        InputError, match=f"uid {uids[7]} occurs twice: shard 0 row 7 and shard 2 row 1;.*\n.*duckdb"
+    ):
         build(twice, tmp_path / "run", executor=here)
 
 
@@ -297,17 +358,26 @@ def test_a_directory_that_holds_something_else_is_left_alone(site: Site, tmp_pat
     assert [path.name for path in (tmp_path / "photos").rglob("*")] == ["cat.jpg"]
 
 
-@pytest.mark.parametrize("left", [(), (".lock",), (".lock", ".recipe.json.part")], ids=["nothing", "a lock", "half a recipe.json"])
-def test_what_a_build_leaves_that_ended_at_once_can_be_gone_on_with(tmp_path: Path, left: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    "left", [(), (".lock",), (".lock", ".recipe.json.part")], ids=["nothing", "a lock", "half a recipe.json"]
+)
+def test_what_a_build_leaves_that_ended_at_once_can_be_gone_on_with(
+    tmp_path: Path, left: Sequence[str]
+) -> None:
     for name in left:
         (tmp_path / name).touch()
-    with pytest.raises(RecipeError, match="recipe empty has no stages"):  # and not that the directory is somebody else's
+    with pytest.raises(
+        RecipeError, match="recipe empty has no stages"
+    ):  # and not that the directory is somebody else's
         build(Recipe("empty", ()), tmp_path)
 
 
 def test_a_second_build_is_refused_while_one_is_at_work(site: Site, run: Path) -> None:
     before = (run / "recipe.json").read_text()
-    with lock(run / ".lock", "busy", ""), pytest.raises(InputError, match=r"another build is at work in .*\n.*recap status"):
+    with (
+        lock(run / ".lock", "busy", ""),
+        pytest.raises(InputError, match=r"another build is at work in .*\n.*recap status"),
+    ):
         build(recipe(site, rows=40, max_urls=9), run, executor=here)
     assert (run / "recipe.json").read_text() == before
 
@@ -451,9 +521,16 @@ def users_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def settings(folder: Path, *does: str, workers: int = 1) -> list[str]:
     """Of a recipe of that file; writes its metadata, a row and so a shard for each of `does`."""
     rows = len(does)
-    table = pa.table({"uid": [f"{n}" for n in range(rows)], "url": ["http://h/"] * rows, "text": ["a"] * rows})
+    table = pa.table(
+        {"uid": [f"{n}" for n in range(rows)], "url": ["http://h/"] * rows, "text": ["a"] * rows}
+    )
     pq.write_table(table, folder / "in.parquet")
-    return [f"metadata={folder / 'in.parquet'}", f"notes={folder}", f"does={','.join(does)}", f"workers={workers}"]
+    return [
+        f"metadata={folder / 'in.parquet'}",
+        f"notes={folder}",
+        f"does={','.join(does)}",
+        f"workers={workers}",
+    ]
 
 
 def fragile(users_file: Path, folder: Path, *does: str, workers: int = 1, name: str = "fragile") -> Recipe:
@@ -469,15 +546,24 @@ def attempts(folder: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.attempts"))}
 
 
-def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(users_file: Path, tmp_path: Path) -> None:
+def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(
+    users_file: Path, tmp_path: Path
+) -> None:
     """The command goes on with the others, names both with their reasons, keeps these in the run, and exits with 1."""
     given = settings(tmp_path, "work", "die", "raise", "work")
-    only_source = replace(resolve(f"{users_file}:fragile", given), stages=(Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1),))
+    only_source = replace(
+        resolve(f"{users_file}:fragile", given),
+        stages=(Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1),),
+    )
     build(only_source, tmp_path / "run", executor=here)
     done = recap("build", f"{users_file}:fragile", *given, "--run", tmp_path / "run", check=1)
     assert "2 shards done, 2 failed" in done.stdout
     assert "Traceback" not in done.stderr
-    reasons = dict(line.removeprefix("failed: ").split(": ", 1) for line in done.stderr.splitlines() if line.startswith("failed: "))
+    reasons = dict(
+        line.removeprefix("failed: ").split(": ", 1)
+        for line in done.stderr.splitlines()
+        if line.startswith("failed: ")
+    )
     assert sorted(reasons) == ["fragile/00001", "fragile/00002"]
     assert "worker process was killed by signal 9" in reasons["fragile/00001"]
     assert reasons["fragile/00002"] == "ValueError: there is no such colour"
@@ -490,7 +576,9 @@ def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(
     assert "second line" in log
 
 
-def test_a_build_with_failed_shards_is_gone_on_with_by_the_same_command(users_file: Path, tmp_path: Path) -> None:
+def test_a_build_with_failed_shards_is_gone_on_with_by_the_same_command(
+    users_file: Path, tmp_path: Path
+) -> None:
     mine = fragile(users_file, tmp_path, "work", "until raise", "work")
     assert list(build(mine, tmp_path / "run", executor=here).failed) == ["fragile/00001"]
     (tmp_path / "repaired").touch()
@@ -501,7 +589,9 @@ def test_a_build_with_failed_shards_is_gone_on_with_by_the_same_command(users_fi
 
 def test_the_status_of_a_run_with_a_users_stage_names_failed_shards(users_file: Path, tmp_path: Path) -> None:
     build(fragile(users_file, tmp_path, "work", "raise"), tmp_path / "run", executor=here)
-    assert [(r["stage"], r["shards_done"], r["shards_left"], r["failed"]) for r in status(tmp_path / "run")] == [
+    assert [
+        (r["stage"], r["shards_done"], r["shards_left"], r["failed"]) for r in status(tmp_path / "run")
+    ] == [
         ("source", 2, 0, {}),
         ("fragile", 1, 1, {"00001": "ValueError: there is no such colour"}),
     ]
@@ -509,7 +599,11 @@ def test_the_status_of_a_run_with_a_users_stage_names_failed_shards(users_file: 
 
 def test_a_worker_that_raised_is_not_used_again(users_file: Path, tmp_path: Path) -> None:
     """What it left behind, requests in an engine, say, would reach the shards after it."""
-    build(fragile(users_file, tmp_path, "raise", "work", "raise", "work"), tmp_path / "run", executor=local_after_source)
+    build(
+        fragile(users_file, tmp_path, "raise", "work", "raise", "work"),
+        tmp_path / "run",
+        executor=local_after_source,
+    )
     used: dict[str, list[str]] = {}
     for line in (tmp_path / "processes").read_text().splitlines():
         name, process = line.split()
@@ -518,8 +612,13 @@ def test_a_worker_that_raised_is_not_used_again(users_file: Path, tmp_path: Path
     assert attempts(tmp_path) == {"00000": 3, "00001": 1, "00002": 3, "00003": 1}
 
 
-@pytest.mark.parametrize(("first", "says"), [("not open", "model.safetensors is cut off"), ("die opening", "worker process was killed by signal 9")])
-def test_a_stage_that_cannot_be_opened_is_tried_once_and_ends_the_build(users_file: Path, tmp_path: Path, first: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [("not open", "model.safetensors is cut off"), ("die opening", "worker process was killed by signal 9")],
+)
+def test_a_stage_that_cannot_be_opened_is_tried_once_and_ends_the_build(
+    users_file: Path, tmp_path: Path, first: str, says: str
+) -> None:
     three = fragile(users_file, tmp_path, first, "work", "work")
     with pytest.raises(InputError, match=rf"stage fragile cannot start.*{says}"):
         build(three, tmp_path / "run", executor=local_after_source)
@@ -535,9 +634,17 @@ def test_rate_and_time_left_are_those_of_all_workers(users_file: Path, tmp_path:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 10.0}))
     row = status(tmp_path / "run")[1]
     assert (row["rows_per_s"], row["eta_s"]) == (0.2, 10)  # a row in 10 s from each of two; two more at once
-    build(fragile(users_file, tmp_path, "work", "raise", "work", "raise", workers=8), tmp_path / "run", executor=here)
+    build(
+        fragile(users_file, tmp_path, "work", "raise", "work", "raise", workers=8),
+        tmp_path / "run",
+        executor=here,
+    )
     row = status(tmp_path / "run")[1]
-    assert (row["stage"], row["rows_per_s"], row["eta_s"]) == ("fragile", 0.2, 10)  # of eight workers no more than two have worked, or will
+    assert (row["stage"], row["rows_per_s"], row["eta_s"]) == (
+        "fragile",
+        0.2,
+        10,
+    )  # of eight workers no more than two have worked, or will
 
 
 def test_a_worker_that_dies_does_not_fail_the_shard_next_to_it(users_file: Path, tmp_path: Path) -> None:
@@ -546,7 +653,9 @@ def test_a_worker_that_dies_does_not_fail_the_shard_next_to_it(users_file: Path,
     assert list(build(pair, tmp_path / "run", executor=local_after_source).failed) == ["fragile/00001"]
 
 
-def test_a_worker_that_dies_while_nobody_waits_for_it_costs_an_attempt(users_file: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_while_nobody_waits_for_it_costs_an_attempt(
+    users_file: Path, tmp_path: Path
+) -> None:
     """The build is busy writing down shard 0 when shard 1 kills its worker, and then has shard 2 to give away."""
     three = fragile(users_file, tmp_path, "work", "until wait for noted die", "work", workers=2)
 
@@ -566,7 +675,11 @@ def test_a_shard_whose_input_failed_waits_for_it(users_file: Path, tmp_path: Pat
     result = build(three, tmp_path / "run", executor=here)
     assert list(result.failed) == ["fragile/00001"]
     surveying = plan(three, tmp_path / "run")["surveying"]
-    assert (sorted(surveying.done), surveying.todo, surveying.waiting) == (["00000", "00002", "survey"], [], 1)
+    assert (sorted(surveying.done), surveying.todo, surveying.waiting) == (
+        ["00000", "00002", "survey"],
+        [],
+        1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -582,8 +695,14 @@ class Broken(Download):
 def test_a_failure_is_forgotten_when_its_shard_is_done_after_all(site: Site, run: Path) -> None:
     """A setting that fails is taken back: what it failed at is done, and has been all the time."""
     good = recipe(site, rows=40)
-    bad = replace(good, stages=(good.stages[0], Broken(**asdict(good.stage("download")) | {"image_px": 99}), good.stages[2]))
-    assert sorted(name for name in build(bad, run, executor=here).failed if name.startswith("download/")) == ["download/00000", "download/00001"]
+    bad = replace(
+        good,
+        stages=(good.stages[0], Broken(**asdict(good.stage("download")) | {"image_px": 99}), good.stages[2]),
+    )
+    assert sorted(name for name in build(bad, run, executor=here).failed if name.startswith("download/")) == [
+        "download/00000",
+        "download/00001",
+    ]
     assert done_by(good, run) == ["download/survey"]
     assert [row["failed"] for row in status(run)] == [{}, {}, {}]
 
@@ -598,17 +717,23 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kib_left", [0, 4, 16, 100, 480])
-def test_a_full_disk_is_the_users_to_free_and_then_the_build_goes_on(site: Site, whole: dict[str, str], small_disk: Path, kib_left: int) -> None:
+def test_a_full_disk_is_the_users_to_free_and_then_the_build_goes_on(
+    site: Site, whole: dict[str, str], small_disk: Path, kib_left: int
+) -> None:
     """Wherever it happens: at recipe.json, at the source, in the tar, in the last stage."""
     ballast = fill(small_disk, kib_left)
-    with pytest.raises(InputError, match=r"the disk of .* is full.*\n.*free some space, then type the same command again"):
+    with pytest.raises(
+        InputError, match=r"the disk of .* is full.*\n.*free some space, then type the same command again"
+    ):
         build(recipe(site), small_disk / "run", executor=here)
     ballast.unlink()
     done_by(recipe(site), small_disk / "run")
     assert outputs(small_disk / "run") == whole
 
 
-def test_the_command_says_that_a_disk_is_full_in_two_lines_and_exits_2(site: Site, small_disk: Path, tmp_path: Path) -> None:
+def test_the_command_says_that_a_disk_is_full_in_two_lines_and_exits_2(
+    site: Site, small_disk: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.json").write_text(recipe(site).to_json())
     fill(small_disk, 16)
     done = recap("build", tmp_path / "recipe.json", "--run", small_disk / "run", check=2)
@@ -620,9 +745,13 @@ def test_the_command_says_that_a_disk_is_full_in_two_lines_and_exits_2(site: Sit
 
 def test_of_a_subset_nothing_is_left_when_all_of_it_is_done(site: Site, tmp_path: Path) -> None:
     uids = sorted(list(site.faults)[::3])
-    np.save(tmp_path / "subset.npy", np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], "u8,u8"))
+    np.save(
+        tmp_path / "subset.npy", np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], "u8,u8")
+    )
     whole = recipe(site)
-    some = replace(whole, stages=(replace(whole.stages[0], subset=str(tmp_path / "subset.npy")), *whole.stages[1:]))  # type: ignore[call-arg]
+    some = replace(
+        whole, stages=(replace(whole.stages[0], subset=str(tmp_path / "subset.npy")), *whole.stages[1:])
+    )  # type: ignore[call-arg]
     assert [row["rows_left"] for row in estimate(some, tmp_path / "run")] == [ROWS, ROWS, ROWS]
     done_by(some, tmp_path / "run")
     assert [(row["rows_done"], row["rows_left"]) for row in estimate(some, tmp_path / "run")] == [(20, 0)] * 3
@@ -638,7 +767,9 @@ def test_a_run_reads_its_own_files_whatever_its_name(site: Site, tmp_path: Path,
     assert json.loads((tmp_path / name / "download" / "survey.json").read_text())["rows"] == {"rows": 40}
 
 
-def test_a_day_that_is_none_is_told_before_anything_is_done(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_day_that_is_none_is_told_before_anything_is_done(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(InputError, match="SOURCE_DATE_EPOCH is 'yesterday'"):
         estimate(recipe(site, rows=20), tmp_path / "run")
@@ -647,7 +778,9 @@ def test_a_day_that_is_none_is_told_before_anything_is_done(site: Site, tmp_path
     assert not (tmp_path / "run" / "source").exists()
 
 
-def test_a_finished_run_can_be_looked_at_when_its_metadata_is_gone(site: Site, run: Path, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_looked_at_when_its_metadata_is_gone(
+    site: Site, run: Path, tmp_path: Path
+) -> None:
     """But not built any further: what the rows were is not known any more."""
     gone = recipe(site, rows=40)
     gone = replace(gone, stages=(replace(gone.stages[0], files=str(tmp_path / "gone")), *gone.stages[1:]))  # type: ignore[call-arg]
@@ -658,7 +791,10 @@ def test_a_finished_run_can_be_looked_at_when_its_metadata_is_gone(site: Site, r
 
 def test_what_cannot_work_is_refused_before_anything_is_done(site: Site, tmp_path: Path) -> None:
     whole = recipe(site, rows=40)
-    bad = replace(whole, stages=(whole.stages[0], replace(whole.stage("download"), resize_mode="nonsense"), whole.stages[2]))  # type: ignore[call-arg]
+    bad = replace(
+        whole,
+        stages=(whole.stages[0], replace(whole.stage("download"), resize_mode="nonsense"), whole.stages[2]),
+    )  # type: ignore[call-arg]
     with pytest.raises(InputError, match=r"no resize_mode 'nonsense'\n.*keep_ratio_largest"):
         build(bad, tmp_path / "new", executor=here)
     assert not (tmp_path / "new" / "source").exists()

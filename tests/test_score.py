@@ -27,7 +27,10 @@ def test_scores_are_open_clips_cosines(demo_run: Path) -> None:
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{CLIP}")
     model.eval()
-    stages = {name: pq.read_table(demo_run / name / "00000.parquet").to_pylist() for name in ("source", "download", "caption", "score")}
+    stages = {
+        name: pq.read_table(demo_run / name / "00000.parquet").to_pylist()
+        for name in ("source", "download", "caption", "score")
+    }
     pictures = dict(images(demo_run / "download" / "00000.tar"))
     compared = 0
     for source, download, caption, score in zip(*stages.values(), strict=True):
@@ -36,7 +39,9 @@ def test_scores_are_open_clips_cosines(demo_run: Path) -> None:
             assert score["org_caption_cosine"] is None
             continue
         with torch.inference_mode():
-            image = model.encode_image(preprocess(Image.open(io.BytesIO(pictures[download["key"]]))).unsqueeze(0), normalize=True)
+            image = model.encode_image(
+                preprocess(Image.open(io.BytesIO(pictures[download["key"]]))).unsqueeze(0), normalize=True
+            )
             for name, text in (("org_caption", source["org_caption"]), ("re_caption", caption["re_caption"])):
                 if not text:
                     assert score[f"{name}_cosine"] is None

@@ -61,7 +61,9 @@ def datacomp(first: int, number: int) -> pa.Table:
             "original_height": pa.array([200 + k for k in n], pa.int64()),
             "clip_b32_similarity_score": pa.array([k / 1024 for k in n], pa.float32()),
             "clip_l14_similarity_score": pa.array([k / 2048 for k in n], pa.float32()),
-            "face_bboxes": pa.array([[[0.1, 0.2, 0.3, 0.4]] * (k % 3) for k in n], pa.list_(pa.list_(pa.float64()))),
+            "face_bboxes": pa.array(
+                [[[0.1, 0.2, 0.3, 0.4]] * (k % 3) for k in n], pa.list_(pa.list_(pa.float64()))
+            ),
             "sha256": [f"{k:064x}" for k in n],
         }
     )
@@ -93,10 +95,17 @@ def metadata(tmp_path: Path) -> Path:
 def test_shards_in_order_are_the_files_in_order(tmp_path: Path, metadata: Path, rows_per_shard: int) -> None:
     """Across borders of files and of row groups; all shards but the last are full."""
     tables = shards(tmp_path / "run", metadata, rows_per_shard=rows_per_shard)
-    assert [len(table) for table in tables[:-1]] == [rows_per_shard] * (47 // rows_per_shard - (47 % rows_per_shard == 0))
+    assert [len(table) for table in tables[:-1]] == [rows_per_shard] * (
+        47 // rows_per_shard - (47 % rows_per_shard == 0)
+    )
     whole, plain = pa.concat_tables(tables), datacomp(0, 47)
     assert whole.schema == SCHEMA
-    for ours, theirs in {"uid": "uid", "url": "url", "org_caption": "text", **{name: name for name in OPTIONAL}}.items():
+    for ours, theirs in {
+        "uid": "uid",
+        "url": "url",
+        "org_caption": "text",
+        **{name: name for name in OPTIONAL},
+    }.items():
         assert whole[ours].to_pylist() == plain[theirs].to_pylist(), ours
     assert whole["shard"].to_pylist() == [n // rows_per_shard for n in range(47)]
     assert whole["row"].to_pylist() == [n % rows_per_shard for n in range(47)]
@@ -117,11 +126,23 @@ def test_no_rows_at_all_is_a_users_mistake(tmp_path: Path, metadata: Path, setti
 
 
 def test_a_folder_a_glob_and_a_file(tmp_path: Path, metadata: Path) -> None:
-    number = {"folder": metadata, "glob": metadata / "*.parquet", "deep glob": metadata / "**" / "*.parquet", "file": metadata / "a.parquet"}
-    assert {how: len(rows(tmp_path / how, files)) for how, files in number.items()} == {"folder": 47, "glob": 21, "deep glob": 47, "file": 20}
+    number = {
+        "folder": metadata,
+        "glob": metadata / "*.parquet",
+        "deep glob": metadata / "**" / "*.parquet",
+        "file": metadata / "a.parquet",
+    }
+    assert {how: len(rows(tmp_path / how, files)) for how, files in number.items()} == {
+        "folder": 47,
+        "glob": 21,
+        "deep glob": 47,
+        "file": 20,
+    }
 
 
-def test_a_name_relative_to_where_the_user_is(tmp_path: Path, metadata: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_relative_to_where_the_user_is(
+    tmp_path: Path, metadata: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(rows(Path("run"), "metadata/*.parquet")) == 21
 
@@ -147,19 +168,37 @@ def test_the_same_rows_in_other_shards_have_the_same_content(tmp_path: Path, met
 def test_a_changed_file_makes_only_its_shards_again(tmp_path: Path, metadata: Path) -> None:
     shards(tmp_path / "run", metadata, rows_per_shard=10)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "source").glob("0*.parquet")}
-    pq.write_table(datacomp(21, 26), metadata / "deeper" / "d.parquet")  # the same rows in one row group: other bytes
+    pq.write_table(
+        datacomp(21, 26), metadata / "deeper" / "d.parquet"
+    )  # the same rows in one row group: other bytes
     shards(tmp_path / "run", metadata, rows_per_shard=10)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "source").glob("0*.parquet")}
-    assert sorted(name for name in after if after[name] != before[name]) == ["00002.parquet", "00003.parquet", "00004.parquet"]
+    assert sorted(name for name in after if after[name] != before[name]) == [
+        "00002.parquet",
+        "00003.parquet",
+        "00004.parquet",
+    ]
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 URLS, CAPTIONS = ["http://h/0.jpg", "http://h/1.jpg", "http://h/2.jpg"], ["a cat", "zwei Hunde", "三只鸟"]
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "laion": {"SAMPLE_ID": [5, 6, 7], "URL": URLS, "TEXT": CAPTIONS, "WIDTH": pa.array([640, None, 10], pa.int32()), "HEIGHT": [480, 5, 20]},
+    "laion": {
+        "SAMPLE_ID": [5, 6, 7],
+        "URL": URLS,
+        "TEXT": CAPTIONS,
+        "WIDTH": pa.array([640, None, 10], pa.int32()),
+        "HEIGHT": [480, 5, 20],
+    },
     "capsfusion": {"image_url": URLS, "laion_2b": CAPTIONS, "laion_coco": ["x"] * 3, "capsfusion": ["y"] * 3},
-    "pixelprose": {"uid": ["u0", "u1", "u2"], "url": URLS, "original_caption": CAPTIONS, "vlm_caption": ["x"] * 3, "sha256": ["a" * 64] * 3},
+    "pixelprose": {
+        "uid": ["u0", "u1", "u2"],
+        "url": URLS,
+        "original_caption": CAPTIONS,
+        "vlm_caption": ["x"] * 3,
+        "sha256": ["a" * 64] * 3,
+    },
     "img2dataset": {"url": URLS, "caption": CAPTIONS},
     "datacomp": {"uid": ["u0", "u1", "u2"], "url": URLS, "text": CAPTIONS},
 }
@@ -174,7 +213,11 @@ def test_a_known_layout_is_found_by_its_columns(tmp_path: Path, layout: str, nam
     if "uid" in LAYOUTS[layout]:
         assert [row["uid"] for row in found] == ["u0", "u1", "u2"]
     if layout == "laion":
-        assert [(row["original_width"], row["original_height"]) for row in found] == [(640, 480), (None, 5), (10, 20)]
+        assert [(row["original_width"], row["original_height"]) for row in found] == [
+            (640, 480),
+            (None, 5),
+            (10, 20),
+        ]
     if layout == "pixelprose":
         assert found[0]["sha256"] == "a" * 64
 
@@ -183,12 +226,23 @@ def test_a_known_layout_is_found_by_its_columns(tmp_path: Path, layout: str, nam
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_text_table_is_the_same_as_its_parquet(tmp_path: Path, layout: str, ending: str) -> None:
     comma = "," if ending.startswith("csv") else "\t"
-    columns = {name: column.to_pylist() if isinstance(column, pa.Array) else column for name, column in LAYOUTS[layout].items()}
-    lines = [comma.join(columns), *(comma.join("" if v is None else str(v) for v in line) for line in zip(*columns.values(), strict=True))]
+    columns = {
+        name: column.to_pylist() if isinstance(column, pa.Array) else column
+        for name, column in LAYOUTS[layout].items()
+    }
+    lines = [
+        comma.join(columns),
+        *(
+            comma.join("" if v is None else str(v) for v in line)
+            for line in zip(*columns.values(), strict=True)
+        ),
+    ]
     data = "".join(f"{line}\n" for line in lines).encode()
     (tmp_path / f"in.{ending}").write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
     write(tmp_path / "in.parquet", LAYOUTS[layout])
-    assert rows(tmp_path / "text", tmp_path / f"in.{ending}") == rows(tmp_path / "parquet", tmp_path / "in.parquet")
+    assert rows(tmp_path / "text", tmp_path / f"in.{ending}") == rows(
+        tmp_path / "parquet", tmp_path / "in.parquet"
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 1000])
@@ -202,8 +256,20 @@ def test_cc3m_is_a_tsv_without_a_header_caption_first(tmp_path: Path, number: in
 
 
 def test_a_csv_keeps_quoted_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
-    captions = ["a, b", 'say "hi"', "two\nlines", "", "  spaces  ", "semi;colon|bar\ttab", "a\0b", "NULL", "é☃"]
-    lines = [f'http://h/{n},"{caption.replace(chr(34), chr(34) * 2)}"\n' for n, caption in enumerate(captions)]
+    captions = [
+        "a, b",
+        'say "hi"',
+        "two\nlines",
+        "",
+        "  spaces  ",
+        "semi;colon|bar\ttab",
+        "a\0b",
+        "NULL",
+        "é☃",
+    ]
+    lines = [
+        f'http://h/{n},"{caption.replace(chr(34), chr(34) * 2)}"\n' for n, caption in enumerate(captions)
+    ]
     (tmp_path / "in.csv").write_text("url,caption\n" + "".join(lines), newline="")
     found = rows(tmp_path / "run", tmp_path / "in.csv", rows_per_shard=2)
     assert [row["org_caption"] for row in found] == captions
@@ -219,10 +285,21 @@ def test_text_tables_and_parquet_files_go_together(tmp_path: Path) -> None:
 
 
 def test_named_columns(tmp_path: Path) -> None:
-    table = {"id": [70, 71, 72], "link": URLS, "alt": CAPTIONS, "url": ["x"] * 3, "text": ["y"] * 3, "original_width": [1, 2, 3]}
+    table = {
+        "id": [70, 71, 72],
+        "link": URLS,
+        "alt": CAPTIONS,
+        "url": ["x"] * 3,
+        "text": ["y"] * 3,
+        "original_width": [1, 2, 3],
+    }
     write(tmp_path / "in.parquet", table)
-    found = rows(tmp_path / "run", tmp_path / "in.parquet", url_column="link", caption_column="alt", uid_column="id")
-    assert [(row["uid"], row["url"], row["org_caption"]) for row in found] == list(zip(["70", "71", "72"], URLS, CAPTIONS, strict=True))
+    found = rows(
+        tmp_path / "run", tmp_path / "in.parquet", url_column="link", caption_column="alt", uid_column="id"
+    )
+    assert [(row["uid"], row["url"], row["org_caption"]) for row in found] == list(
+        zip(["70", "71", "72"], URLS, CAPTIONS, strict=True)
+    )
     assert [row["original_width"] for row in found] == [1, 2, 3]
 
 
@@ -247,7 +324,9 @@ def test_a_missing_column_is_named_and_so_are_those_that_are_there(
     tmp_path: Path, columns: list[str], settings: dict[str, str], missing: str
 ) -> None:
     write(tmp_path / "in.parquet", {name: ["a"] for name in columns})
-    with pytest.raises(InputError, match=rf"in\.parquet: no column .*'{missing}'.*found: {', '.join(columns)}\n.*url_column="):
+    with pytest.raises(
+        InputError, match=rf"in\.parquet: no column .*'{missing}'.*found: {', '.join(columns)}\n.*url_column="
+    ):
         shards(tmp_path / "run", tmp_path / "in.parquet", **settings)
 
 
@@ -281,14 +360,20 @@ def test_tables_without_rows_are_no_input(tmp_path: Path, name: str) -> None:
 
 def whole_parquet(tmp_path: Path) -> bytes:
     return write(
-        tmp_path / "whole.parquet", {"url": [f"http://h/{n}" for n in range(3000)], "caption": [f"{n * n:x}" for n in range(3000)]}
+        tmp_path / "whole.parquet",
+        {"url": [f"http://h/{n}" for n in range(3000)], "caption": [f"{n * n:x}" for n in range(3000)]},
     ).read_bytes()
 
 
 @pytest.mark.parametrize("how", ["empty", "text", "cut off", "footer"])
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, how: str) -> None:
     whole = whole_parquet(tmp_path)
-    damaged = {"empty": b"", "text": b"<html>not found</html>", "cut off": whole[:-100], "footer": whole[:-40] + b"\xff" * 32 + whole[-8:]}
+    damaged = {
+        "empty": b"",
+        "text": b"<html>not found</html>",
+        "cut off": whole[:-100],
+        "footer": whole[:-40] + b"\xff" * 32 + whole[-8:],
+    }
     (tmp_path / "bad.parquet").write_bytes(damaged[how])
     with pytest.raises(InputError, match=r"bad\.parquet is not a parquet file"):
         shards(tmp_path / "run", tmp_path / "bad.parquet")
@@ -303,9 +388,13 @@ def test_a_parquet_with_damaged_pages_is_named(tmp_path: Path) -> None:
 
 def test_a_csv_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_bytes(b"url,caption\nhttp://h/1,caf\xe9\n")
-    with pytest.raises(InputError, match=r"(?s)bad\.csv is not utf-8; it looks like cp1250.*source.encoding=cp1250"):
+    with pytest.raises(
+        InputError, match=r"(?s)bad\.csv is not utf-8; it looks like cp1250.*source.encoding=cp1250"
+    ):
         shards(tmp_path / "run", tmp_path / "bad.csv")
-    assert [row["org_caption"] for row in rows(tmp_path / "said", tmp_path / "bad.csv", encoding="cp1250")] == ["café"]
+    assert [
+        row["org_caption"] for row in rows(tmp_path / "said", tmp_path / "bad.csv", encoding="cp1250")
+    ] == ["café"]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +423,10 @@ def test_a_line_of_a_csv_that_is_no_row_is_named(tmp_path: Path, text: str, line
 )  # fmt: skip
 def test_the_url_of_a_csv_is_what_looks_like_one(tmp_path: Path, text: str) -> None:
     (tmp_path / "in.csv").write_text(text, newline="")
-    assert [(row["url"], row["org_caption"]) for row in rows(tmp_path / "run", tmp_path / "in.csv")] == [("http://h/1", "a"), ("http://h/2", "b")]
+    assert [(row["url"], row["org_caption"]) for row in rows(tmp_path / "run", tmp_path / "in.csv")] == [
+        ("http://h/1", "a"),
+        ("http://h/2", "b"),
+    ]
 
 
 def test_columns_of_a_csv_without_a_header_are_asked_for(tmp_path: Path) -> None:
@@ -343,9 +435,14 @@ def test_columns_of_a_csv_without_a_header_are_asked_for(tmp_path: Path) -> None
         shards(tmp_path / "run", tmp_path / "in.csv")
     given = {"url_column": "column1", "caption_column": "column2"}
     assert [row["org_caption"] for row in rows(tmp_path / "said", tmp_path / "in.csv", **given)] == ["x", "y"]
-    (tmp_path / "in.csv").write_text("www.h/1,text,url\nhttp://h/2,y,z\n")  # its first line looks like no row and like a header
+    (tmp_path / "in.csv").write_text(
+        "www.h/1,text,url\nhttp://h/2,y,z\n"
+    )  # its first line looks like no row and like a header
     given = {"url_column": "column0", "caption_column": "column1"}
-    assert [row["org_caption"] for row in rows(tmp_path / "again", tmp_path / "in.csv", **given)] == ["text", "y"]
+    assert [row["org_caption"] for row in rows(tmp_path / "again", tmp_path / "in.csv", **given)] == [
+        "text",
+        "y",
+    ]
 
 
 def test_a_table_is_not_blamed_for_what_cannot_be_written(tmp_path: Path) -> None:
@@ -362,8 +459,13 @@ def test_a_field_that_never_ends_is_told(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_told_with_the_nearest_names_and_not_with_all(tmp_path: Path) -> None:
-    write(tmp_path / "in.parquet", {"UID": ["0"], "Url": ["http://h/"], "Text": ["a"]} | {f"c{n}": [n] for n in range(500)})
-    with pytest.raises(InputError, match=r"(?s)'uid' and no column 'url'.* and 483 more.*did you mean (source\.\w+=\w+ ?){3}"):
+    write(
+        tmp_path / "in.parquet",
+        {"UID": ["0"], "Url": ["http://h/"], "Text": ["a"]} | {f"c{n}": [n] for n in range(500)},
+    )
+    with pytest.raises(
+        InputError, match=r"(?s)'uid' and no column 'url'.* and 483 more.*did you mean (source\.\w+=\w+ ?){3}"
+    ):
         shards(tmp_path / "run", tmp_path / "in.parquet")
 
 
@@ -377,12 +479,22 @@ def test_one_bad_file_costs_its_own_shards(tmp_path: Path, kind: str) -> None:
         whole = whole_parquet(tmp_path)
         (folder / "b.parquet").write_bytes(whole[:4] + b"\xff" * 5000 + whole[5004:])
     elif kind == "twice":
-        pq.write_table(pa.table([URLS, CAPTIONS, CAPTIONS], ["url", "caption", "caption"]), folder / "b.parquet")
+        pq.write_table(
+            pa.table([URLS, CAPTIONS, CAPTIONS], ["url", "caption", "caption"]), folder / "b.parquet"
+        )
     else:
-        write(folder / "b.parquet", {"url": [["http://h/"]] if kind == "list" else [{"a": "http://h/"}], "caption": ["a"]})
+        write(
+            folder / "b.parquet",
+            {"url": [["http://h/"]] if kind == "list" else [{"a": "http://h/"}], "caption": ["a"]},
+        )
     outcomes: list[Outcome] = []
     whole_recipe = Recipe("r", (Source(files=str(folder), rows_per_shard=3),))
-    result = build(whole_recipe, tmp_path / "run", executor=in_process, progress=lambda _, outcome: outcomes.append(outcome))
+    result = build(
+        whole_recipe,
+        tmp_path / "run",
+        executor=in_process,
+        progress=lambda _, outcome: outcomes.append(outcome),
+    )
     bad = {outcome.task.name: outcome for outcome in outcomes if outcome.error}
     assert bad
     assert all("b.parquet: " in outcome.error and outcome.final for outcome in bad.values())
@@ -397,7 +509,13 @@ def in_process(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
 
 
 def test_a_url_is_written_as_it_is_fetched_beside_what_was_found(tmp_path: Path) -> None:
-    found = [" http://H.example/a", "http://h.ex\tample/", "http://\uff11\uff12\uff17.0.0.1/", "http://b\u00fccher.example/", "http://h\x01.example/"]
+    found = [
+        " http://H.example/a",
+        "http://h.ex\tample/",
+        "http://\uff11\uff12\uff17.0.0.1/",
+        "http://b\u00fccher.example/",
+        "http://h\x01.example/",
+    ]
     write(tmp_path / "in.parquet", {"url": found, "caption": ["a"] * 5})
     table = rows(tmp_path / "run", tmp_path / "in.parquet")
     assert [row["url"] for row in table] == [
@@ -416,9 +534,16 @@ def test_numbers_that_are_none_name_their_file_and_column(tmp_path: Path) -> Non
 def test_whole_numbers_that_pandas_wrote_as_floats(tmp_path: Path) -> None:
     """A column of integers with a gap becomes `640.0` in pandas' CSV and NaN in its memory."""
     (tmp_path / "in.csv").write_text("URL,TEXT,WIDTH,HEIGHT\nhttp://h/1,a,640.0,480.0\nhttp://h/2,b,,\n")
-    assert [(r["original_width"], r["original_height"]) for r in rows(tmp_path / "run", tmp_path / "in.csv")] == [(640, 480), (None, None)]
-    write(tmp_path / "in.parquet", {"URL": URLS, "TEXT": CAPTIONS, "WIDTH": [640.0, float("nan"), 1.0], "HEIGHT": [480.0, None, 1.0]})
-    assert [(r["original_width"], r["original_height"]) for r in rows(tmp_path / "run2", tmp_path / "in.parquet")] == [
+    assert [
+        (r["original_width"], r["original_height"]) for r in rows(tmp_path / "run", tmp_path / "in.csv")
+    ] == [(640, 480), (None, None)]
+    write(
+        tmp_path / "in.parquet",
+        {"URL": URLS, "TEXT": CAPTIONS, "WIDTH": [640.0, float("nan"), 1.0], "HEIGHT": [480.0, None, 1.0]},
+    )
+    assert [
+        (r["original_width"], r["original_height"]) for r in rows(tmp_path / "run2", tmp_path / "in.parquet")
+    ] == [
         (640, 480),
         (None, None),
         (1, 1),
@@ -429,8 +554,20 @@ def test_whole_numbers_that_pandas_wrote_as_floats(tmp_path: Path) -> None:
 
 
 def test_long_and_odd_captions_survive(tmp_path: Path) -> None:
-    captions = ["a\0b", "x" * 1_000_000, "", " ", "\ufffd", "👩‍👩‍👧", "a\u202eb", "line\r\nbreak", "\\xc2\\xae"]
-    write(tmp_path / "in.parquet", {"url": [f"http://h/{n}" for n in range(len(captions))], "caption": captions})
+    captions = [
+        "a\0b",
+        "x" * 1_000_000,
+        "",
+        " ",
+        "\ufffd",
+        "👩‍👩‍👧",
+        "a\u202eb",
+        "line\r\nbreak",
+        "\\xc2\\xae",
+    ]
+    write(
+        tmp_path / "in.parquet", {"url": [f"http://h/{n}" for n in range(len(captions))], "caption": captions}
+    )
     found = rows(tmp_path / "run", tmp_path / "in.parquet")
     assert [row["org_caption"] for row in found] == captions
     assert not any(row["org_caption_repaired"] for row in found)
@@ -443,7 +580,14 @@ def test_bytes_that_are_no_utf8_are_repaired_and_flagged(tmp_path: Path, kind: p
     array = pa.array(raw, pa.large_binary() if str(kind).startswith("large") else pa.binary()).view(kind)
     write(tmp_path / "in.parquet", {"url": pa.array([f"http://h/{n}" for n in range(6)]), "caption": array})
     found = rows(tmp_path / "run", tmp_path / "in.parquet")
-    assert [row["org_caption"] for row in found] == ["fine", "caf\ufffd", "a\ufffd\ufffd\ufffdb", "cut \ufffd", "", "already \ufffd"]
+    assert [row["org_caption"] for row in found] == [
+        "fine",
+        "caf\ufffd",
+        "a\ufffd\ufffd\ufffdb",
+        "cut \ufffd",
+        "",
+        "already \ufffd",
+    ]
     assert [row["org_caption_repaired"] for row in found] == [False, True, True, True, False, False]
 
 
@@ -451,19 +595,36 @@ def test_urls_that_are_none_stay_rows(tmp_path: Path) -> None:
     """What becomes of them is the download's to say."""
     array = pa.array([b"http://h/\xff", None, b"", b"not a url"], pa.binary()).view(pa.string())
     write(tmp_path / "in.parquet", {"url": array, "caption": ["a", "b", "c", "d"]})
-    assert [row["url"] for row in rows(tmp_path / "run", tmp_path / "in.parquet")] == ["http://h/%EF%BF%BD", "", "", "not a url"]
+    assert [row["url"] for row in rows(tmp_path / "run", tmp_path / "in.parquet")] == [
+        "http://h/%EF%BF%BD",
+        "",
+        "",
+        "not a url",
+    ]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.null()], ids=str)
 def test_a_missing_caption_is_an_empty_one(tmp_path: Path, kind: pa.DataType) -> None:
     write(tmp_path / "in.parquet", {"url": URLS, "caption": pa.array([None] * 3, kind)})
-    assert [(row["org_caption"], row["org_caption_repaired"]) for row in rows(tmp_path / "run", tmp_path / "in.parquet")] == [("", False)] * 3
+    assert [
+        (row["org_caption"], row["org_caption_repaired"])
+        for row in rows(tmp_path / "run", tmp_path / "in.parquet")
+    ] == [("", False)] * 3
 
 
 def test_captions_that_are_numbers_or_categories_become_text(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"url": URLS, "caption": [1998, None, 5]})
-    write(tmp_path / "b.parquet", {"url": URLS, "caption": pa.array(["cat", None, "cat"]).dictionary_encode()})
-    assert [row["org_caption"] for row in rows(tmp_path / "run", tmp_path / "*.parquet")] == ["1998", "", "5", "cat", "", "cat"]
+    write(
+        tmp_path / "b.parquet", {"url": URLS, "caption": pa.array(["cat", None, "cat"]).dictionary_encode()}
+    )
+    assert [row["org_caption"] for row in rows(tmp_path / "run", tmp_path / "*.parquet")] == [
+        "1998",
+        "",
+        "5",
+        "cat",
+        "",
+        "cat",
+    ]
 
 
 # --- uids -------------------------------------------------------------------------------------------------------------
@@ -475,7 +636,9 @@ def test_derived_uids_come_from_url_and_caption_and_nothing_else(tmp_path: Path)
     expected = {pair: hashlib.sha256("\n".join(pair).encode()).hexdigest()[:32] for pair in pairs}
     write(tmp_path / "one.parquet", {"url": URLS, "caption": CAPTIONS})
     write(tmp_path / "other.parquet", {"URL": URLS[::-1], "TEXT": CAPTIONS[::-1], "WIDTH": [1, 2, 3]})
-    (tmp_path / "text.csv").write_text("url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in pairs))
+    (tmp_path / "text.csv").write_text(
+        "url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in pairs)
+    )
     for number, name in enumerate(("one.parquet", "other.parquet", "text.csv")):
         found = rows(tmp_path / f"run{number}", tmp_path / name, rows_per_shard=1 + number)
         assert {(row["url"], row["org_caption"]): row["uid"] for row in found} == expected

@@ -24,7 +24,9 @@ from builder.stages.select import LEDGER, SCHEMA
 from builder.stages.source import Source
 
 
-@pytest.mark.parametrize("name", ["run[1]", "r*n1", "r?n1", "it's", "a=1", "{run1,x}", "back\\\\slash", "é" * 60])
+@pytest.mark.parametrize(
+    "name", ["run[1]", "r*n1", "r?n1", "it's", "a=1", "{run1,x}", "back\\\\slash", "é" * 60]
+)
 def test_a_path_is_no_pattern(tmp_path: Path, name: str) -> None:
     for folder in (name, "run1"):
         (tmp_path / folder).mkdir()
@@ -34,21 +36,31 @@ def test_a_path_is_no_pattern(tmp_path: Path, name: str) -> None:
         assert (found.columns, found.fetchall()) == (["x"], [(name,)])
 
 
-@pytest.mark.parametrize("statement", ["install httpfs", "load httpfs", "set autoload_known_extensions = true", "from 's3://bucket/x.parquet'"])
+@pytest.mark.parametrize(
+    "statement",
+    ["install httpfs", "load httpfs", "set autoload_known_extensions = true", "from 's3://bucket/x.parquet'"],
+)
 def test_no_extension_is_installed_or_loaded(statement: str) -> None:
     with sql.connect() as con, pytest.raises(duckdb.Error):
         con.execute(statement)
 
 
-def test_what_does_not_fit_the_memory_goes_where_it_is_said_and_then_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_the_memory_goes_where_it_is_said_and_then_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "spill").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     spilled = 0
     with sql.connect(tmp_path / "spill", memory_limit="60MB", threads=2) as con:
-        rows = con.sql("select hash(range) as h, repeat('x', 40) as t from range(4000000) order by h").to_arrow_reader(100_000)
+        rows = con.sql(
+            "select hash(range) as h, repeat('x', 40) as t from range(4000000) order by h"
+        ).to_arrow_reader(100_000)
         for _ in rows:
-            spilled = max(spilled, sum(path.stat().st_size for path in (tmp_path / "spill").rglob("*") if path.is_file()))
+            spilled = max(
+                spilled,
+                sum(path.stat().st_size for path in (tmp_path / "spill").rglob("*") if path.is_file()),
+            )
     assert spilled > 10_000_000
     assert list((tmp_path / "spill").iterdir()) == []
     assert list((tmp_path / "here").iterdir()) == []
@@ -93,7 +105,9 @@ def test_a_signal_ends_a_query(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["~", "file:", "~root"])
-def test_a_relative_path_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_relative_path_is_that_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """DuckDB would read below the home of the user, or from the root."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -106,7 +120,9 @@ def test_a_relative_path_is_that_of_the_folder(tmp_path: Path, monkeypatch: pyte
 
 def test_values_of_other_types_are_changed_and_nan_is_like_nan(tmp_path: Path) -> None:
     for name, values in (("a", [1, 2]), ("b", ["1", "x"])):
-        pq.write_table(pa.table({"uid": ["0", "1"], "v": values, "s": [float("nan"), 1.0]}), tmp_path / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"uid": ["0", "1"], "v": values, "s": [float("nan"), 1.0]}), tmp_path / f"{name}.parquet"
+        )
     found = diff(str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"))
     assert (found["changed"], found["means"]) == ({"v": 1}, {})
     pq.write_table(pa.table({"uid": [0, 1], "v": [1, 2]}), tmp_path / "c.parquet")
@@ -139,7 +155,9 @@ def test_a_column_name_is_no_sql(tmp_path: Path) -> None:
     name = f"x\"); copy (select 1) to '{tmp_path}/written.csv' --"
     for folder, value in (("a", 1), ("b", 2)):
         (tmp_path / folder).mkdir()
-        pq.write_table(pa.table({"uid": ["0"], "caption": ["a"], name: [value]}), tmp_path / folder / "t.parquet")
+        pq.write_table(
+            pa.table({"uid": ["0"], "caption": ["a"], name: [value]}), tmp_path / folder / "t.parquet"
+        )
     assert diff(str(tmp_path / "a"), str(tmp_path / "b"))["changed"] == {name: 1}
     with views.connect(str(tmp_path / "a"), ["caption"]) as con:
         assert con.sql("select count(*) from captions").fetchall() == [(1,)]

@@ -40,7 +40,9 @@ QUERIES = report.QUERIES
 Row = dict[str, Any]
 
 
-def ask(place: Path, *queries: str, captions: Sequence[str] = (), options: Options | None = None) -> dict[str, list[Row]]:
+def ask(
+    place: Path, *queries: str, captions: Sequence[str] = (), options: Options | None = None
+) -> dict[str, list[Row]]:
     """The rows of these queries alone: others take their time. Near duplicates of the first 2,000 rows."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for query in queries:
@@ -60,9 +62,15 @@ def table(path: Path, **columns: Any) -> Path:
     return path
 
 
-def version(folder: Path, rows: Sequence[Row], ledger: Sequence[Row] = ({"uid": "0", "url": "http://h.example/0", "status": "ok"},)) -> Path:
+def version(
+    folder: Path,
+    rows: Sequence[Row],
+    ledger: Sequence[Row] = ({"uid": "0", "url": "http://h.example/0", "status": "ok"},),
+) -> Path:
     """A published version with these rows and this ledger."""
-    return a_version(folder, pa.Table.from_pylist(list(rows), SCHEMA), pa.Table.from_pylist(list(ledger), LEDGER))
+    return a_version(
+        folder, pa.Table.from_pylist(list(rows), SCHEMA), pa.Table.from_pylist(list(ledger), LEDGER)
+    )
 
 
 # --- worked out by hand: any captions ---------------------------------------------------------------------------------
@@ -70,14 +78,39 @@ def version(folder: Path, rows: Sequence[Row], ledger: Sequence[Row] = ({"uid": 
 
 def test_lengths_count_words_between_white_space_of_any_kind(tmp_path: Path) -> None:
     """No-break (U+00A0) and ideographic (U+3000) spaces part words as a space does; a zero-width space (U+200B) is none."""
-    place = table(tmp_path / "a.parquet", text=["a cat sits on a mat", "A dog", "two\u00a0birds  fly\u3000home", "", None])
+    place = table(
+        tmp_path / "a.parquet",
+        text=["a cat sits on a mat", "A dog", "two\u00a0birds  fly\u3000home", "", None],
+    )
     found = ask(place, "lengths", "length_histogram")
-    words = {"words_mean": (6 + 2 + 4 + 0) / 4, "words_p05": 0, "words_median": 2, "words_p95": 6, "words_max": 6}
-    characters = {"characters_mean": (19 + 5 + 19 + 0) / 4, "characters_p05": 0, "characters_median": 5, "characters_p95": 19, "characters_max": 19}
+    words = {
+        "words_mean": (6 + 2 + 4 + 0) / 4,
+        "words_p05": 0,
+        "words_median": 2,
+        "words_p95": 6,
+        "words_max": 6,
+    }
+    characters = {
+        "characters_mean": (19 + 5 + 19 + 0) / 4,
+        "characters_p05": 0,
+        "characters_median": 5,
+        "characters_p95": 19,
+        "characters_max": 19,
+    }
     assert found["lengths"] == [{"caption": "text", "captions": 4} | words | characters]
     bins = {0: 2, 4: 2}  # 2 and 0 words; 6 and 4 words
-    assert found["length_histogram"] == [{"caption": "text", "words": words, "captions": number} for words, number in bins.items()]
-    texts = [f"a{chr(code)}b" for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000] + ["a b", " ab", "ab ", "a  b", " a b ", "a b c", " "]
+    assert found["length_histogram"] == [
+        {"caption": "text", "words": words, "captions": number} for words, number in bins.items()
+    ]
+    texts = [f"a{chr(code)}b" for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000] + [
+        "a b",
+        " ab",
+        "ab ",
+        "a  b",
+        " a b ",
+        "a b c",
+        " ",
+    ]
     with views.connect(table(tmp_path / "b.parquet", text=texts)) as con:
         counted = con.sql("select text, count_words(text) from captions").fetchall()
     assert counted == [(text, len(text.split())) for text in texts]
@@ -86,11 +119,16 @@ def test_lengths_count_words_between_white_space_of_any_kind(tmp_path: Path) -> 
 def test_characters_are_code_points(tmp_path: Path) -> None:
     place = table(tmp_path / "a.parquet", text=["e\u0301", "👩‍👩‍👧"])
     (row,) = one(place, "lengths")
-    assert (row["characters_mean"], row["characters_max"]) == ((2 + 5) / 2, 5)  # two women, a girl, two joiners
+    assert (row["characters_mean"], row["characters_max"]) == (
+        (2 + 5) / 2,
+        5,
+    )  # two women, a girl, two joiners
 
 
 def test_words_are_letters_and_digits_in_lower_case(tmp_path: Path) -> None:
-    place = table(tmp_path / "a.parquet", org_caption=["A cat, a CAT!", "dog-2", None], re_caption=["a bird", None, ""])
+    place = table(
+        tmp_path / "a.parquet", org_caption=["A cat, a CAT!", "dog-2", None], re_caption=["a bird", None, ""]
+    )
     found = ask(place, "vocabulary", "top_words", "words_gained")
     assert found["vocabulary"] == [  # a cat a cat dog 2; a bird; together a, cat, dog, 2, bird
         {"caption": "org_caption", "distinct_words": 4, "words": 6, "joint_vocabulary_percent": 100 * 4 / 5},
@@ -113,17 +151,26 @@ def test_words_are_letters_and_digits_in_lower_case(tmp_path: Path) -> None:
 
 
 def test_distinct_trigrams_of_few_captions(tmp_path: Path) -> None:
-    place = table(tmp_path / "a.parquet", text=["a b c d", None, "A, B: c", "x y", ""])  # abc, bcd; abc; none; none
-    assert one(place, "trigrams") == [{"caption": "text", "captions": 4, "distinct_trigrams": 2, "approximate": False}]
+    place = table(
+        tmp_path / "a.parquet", text=["a b c d", None, "A, B: c", "x y", ""]
+    )  # abc, bcd; abc; none; none
+    assert one(place, "trigrams") == [
+        {"caption": "text", "captions": 4, "distinct_trigrams": 2, "approximate": False}
+    ]
 
 
 def test_distinct_trigrams_against_subset_size(tmp_path: Path) -> None:
     """`a b <n>` is one trigram; every 1,200th caption repeats one. Exact up to 100,000 captions, about right beyond."""
     few = table(tmp_path / "few.parquet", text=[f"a b {n % 1200}" for n in range(1500)])
-    assert [tuple(row.values())[1:] for row in one(few, "trigrams")] == [(1000, 1000, False), (1500, 1200, False)]
+    assert [tuple(row.values())[1:] for row in one(few, "trigrams")] == [
+        (1000, 1000, False),
+        (1500, 1200, False),
+    ]
     many = table(tmp_path / "many.parquet", text=[f"a b {n}" for n in range(120_000)])
     *exact, last = one(many, "trigrams")
-    assert [tuple(row.values())[1:] for row in exact] == [(number, number, False) for number in (1000, 10_000, 100_000)]
+    assert [tuple(row.values())[1:] for row in exact] == [
+        (number, number, False) for number in (1000, 10_000, 100_000)
+    ]
     assert (last["captions"], last["approximate"]) == (120_000, True)
     assert last["distinct_trigrams"] == pytest.approx(120_000, rel=0.1)
 
@@ -134,9 +181,18 @@ def test_captions_too_short_for_a_trigram_have_none(tmp_path: Path) -> None:
 
 
 def test_a_caption_column_may_have_any_name(tmp_path: Path) -> None:
-    place = table(tmp_path / "a.parquet", position=["one two", None], text=["x", "y"], **{'it\'s "mine"': ["a b c", "d"]})
+    place = table(
+        tmp_path / "a.parquet",
+        position=["one two", None],
+        text=["x", "y"],
+        **{'it\'s "mine"': ["a b c", "d"]},
+    )
     found = one(place, "lengths", captions=["position", "text", 'it\'s "mine"'])
-    assert {row["caption"]: row["words_mean"] for row in found} == {"position": 2.0, "text": 1.0, 'it\'s "mine"': 2.0}
+    assert {row["caption"]: row["words_mean"] for row in found} == {
+        "position": 2.0,
+        "text": 1.0,
+        'it\'s "mine"': 2.0,
+    }
 
 
 def test_a_caption_that_few_rows_have_is_counted_by_its_own_captions(tmp_path: Path) -> None:
@@ -165,7 +221,9 @@ def test_sameness(tmp_path: Path) -> None:
 
 
 def test_the_hundred_most_frequent_prefixes(tmp_path: Path) -> None:
-    texts = ["a cat on the mat"] * 50 + [f"{n} is the number of it" for n in range(100)]  # 101 prefixes: the last one is left out
+    texts = ["a cat on the mat"] * 50 + [
+        f"{n} is the number of it" for n in range(100)
+    ]  # 101 prefixes: the last one is left out
     (row,) = one(table(tmp_path / "a.parquet", text=texts), "repetition")
     assert row["top_100_prefixes_percent"] == round(100 * (50 + 99) / 150, 2)
 
@@ -182,7 +240,10 @@ NO_OPENERS = [
 
 def test_openers(tmp_path: Path) -> None:
     columns = {f"c{n}": [text] for n, text in enumerate(OPENERS + NO_OPENERS)}
-    found = {row["caption"]: row["opener_percent"] for row in one(table(tmp_path / "a.parquet", **columns), "repetition", tuple(columns))}
+    found = {
+        row["caption"]: row["opener_percent"]
+        for row in one(table(tmp_path / "a.parquet", **columns), "repetition", tuple(columns))
+    }
     assert [text for name, (text,) in columns.items() if found[name]] == OPENERS
     assert len(found) == len(columns)
 
@@ -192,9 +253,18 @@ def test_grounding_and_concreteness_by_given_tables(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("\ufeff# seen\ncat\n\nMat \ncat\n")
     (tmp_path / "concrete.tsv").write_text("\ufeffWord\tConc.M\ncat\t5.0\nA\t1.5\n")
     options = Options(tmp_path / "words.txt", tmp_path / "concrete.tsv")
-    grounding = (2 / 5 + 0 / 1 + 1 / 2) / 3  # cat, mat of 5; none of 1; cat of 2; a caption without words has no share
+    grounding = (
+        2 / 5 + 0 / 1 + 1 / 2
+    ) / 3  # cat, mat of 5; none of 1; cat of 2; a caption without words has no share
     concreteness = ((1.5 + 5.0 + 1.5) / 3 + (5.0 + 1.5) / 2) / 2  # words without a score count for nothing
-    rows = [{"caption": "text", "captions": 3, "grounding_ratio_mean": round(grounding, 4), "concreteness_mean": round(concreteness, 4)}]
+    rows = [
+        {
+            "caption": "text",
+            "captions": 3,
+            "grounding_ratio_mean": round(grounding, 4),
+            "concreteness_mean": round(concreteness, 4),
+        }
+    ]
     assert one(place, "grounding", options=options) == rows
     (row,) = one(place, "grounding")  # the default vocabulary: cat, cats, cat; no concreteness
     assert row["concreteness_mean"] is None
@@ -225,21 +295,39 @@ def test_tokens_of_a_given_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     texts = ["a red circle", "two blue squares on a striped ground", "é"]
-    (row,) = one(table(tmp_path / "a.parquet", text=texts), "tokens", options=Options(tokenizer=CAPTIONER / "tokenizer.json"))
+    (row,) = one(
+        table(tmp_path / "a.parquet", text=texts),
+        "tokens",
+        options=Options(tokenizer=CAPTIONER / "tokenizer.json"),
+    )
     expected = [len(ids) for ids in AutoTokenizer.from_pretrained(CAPTIONER)(texts)["input_ids"]]
     assert row["tokenizer"] == str(CAPTIONER / "tokenizer.json")
     fixed = Tokenizer.from_file(str(CAPTIONER / "tokenizer.json"))
     fixed.enable_padding(length=64)
     fixed.enable_truncation(3)
     fixed.save(str(tmp_path / "fixed.json"))
-    (same,) = one(table(tmp_path / "a.parquet", text=texts), "tokens", options=Options(tokenizer=tmp_path / "fixed.json"))
+    (same,) = one(
+        table(tmp_path / "a.parquet", text=texts),
+        "tokens",
+        options=Options(tokenizer=tmp_path / "fixed.json"),
+    )
     assert same["tokens_mean"] == row["tokens_mean"]
-    assert (row["captions"], row["tokens_mean"], row["tokens_max"]) == (3, round(sum(expected) / 3, 4), max(expected))
+    assert (row["captions"], row["tokens_mean"], row["tokens_max"]) == (
+        3,
+        round(sum(expected) / 3, 4),
+        max(expected),
+    )
 
 
 def test_duplicates_letter_for_letter_and_near(tmp_path: Path) -> None:
     """One word of six differs: 3 of 5 trigrams in common, Jaccard 0.6, is not near."""
-    texts = ["a cat on the mat", "a cat on the mat", "A cat, on the mat!", "one two three four five six", "one two three four five seven"]
+    texts = [
+        "a cat on the mat",
+        "a cat on the mat",
+        "A cat, on the mat!",
+        "one two three four five six",
+        "one two three four five seven",
+    ]
     assert one(table(tmp_path / "a.parquet", text=texts), "duplicates") == [
         {
             "caption": "text",
@@ -256,7 +344,16 @@ def test_duplicates_letter_for_letter_and_near(tmp_path: Path) -> None:
 RESIDUE = {
     "escapes": [r"caf\xc3\xa9", r"caf\u00e9", r"two\nlines"],
     "mojibake": ["cafÃ©", "itâ€™s", "Â£5", "caf\ufffd"],
-    "html": ["fish &amp; chips", "it&#39;s", "it&#x27;s", "<b>bold", "caf&eacute;", "&copy; us", "a<br/>b", "x&sup2;"],
+    "html": [
+        "fish &amp; chips",
+        "it&#39;s",
+        "it&#x27;s",
+        "<b>bold",
+        "caf&eacute;",
+        "&copy; us",
+        "a<br/>b",
+        "x&sup2;",
+    ],
     "email": ["to a.b+c@mail.example.org", "a@b.de"],
     "phone": ["call (212) 555-0147", "212-555-0147", "+1 212.555.0147"],
     "url": ["see http://a.b", "HTTPS://A.B/c", "WWW.example.com"],
@@ -268,19 +365,30 @@ INNOCENT = [
 
 
 def test_residue_of_each_kind_and_of_none(tmp_path: Path) -> None:
-    expected = [(text, kind) for kind, texts in RESIDUE.items() for text in texts] + [(text, "") for text in INNOCENT]
-    columns = {f"c{n}": [text] for n, (text, _) in enumerate(expected)}
-    found = {row["caption"]: row for row in one(table(tmp_path / "a.parquet", **columns), "residue", tuple(columns))}
-    kinds = [f"{kind}_percent" for kind in RESIDUE]
-    assert [(text, [name for name in kinds if found[f"c{n}"][name]]) for n, (text, _) in enumerate(expected)] == [
-        (text, [f"{kind}_percent"] if kind else []) for text, kind in expected
+    expected = [(text, kind) for kind, texts in RESIDUE.items() for text in texts] + [
+        (text, "") for text in INNOCENT
     ]
-    (row,) = one(table(tmp_path / "b.parquet", text=["a cat", "caf\ufffd", "http://a.b www.c.d", "a dog"]), "residue")
+    columns = {f"c{n}": [text] for n, (text, _) in enumerate(expected)}
+    found = {
+        row["caption"]: row
+        for row in one(table(tmp_path / "a.parquet", **columns), "residue", tuple(columns))
+    }
+    kinds = [f"{kind}_percent" for kind in RESIDUE]
+    assert [
+        (text, [name for name in kinds if found[f"c{n}"][name]]) for n, (text, _) in enumerate(expected)
+    ] == [(text, [f"{kind}_percent"] if kind else []) for text, kind in expected]
+    (row,) = one(
+        table(tmp_path / "b.parquet", text=["a cat", "caf\ufffd", "http://a.b www.c.d", "a dog"]), "residue"
+    )
     assert [row[name] for name in ("captions", *kinds)] == [4, 0, 25, 0, 0, 0, 25]
 
 
 def test_languages(tmp_path: Path) -> None:
-    english = ["A black cat is sleeping on the old wooden chair", "Two young women are walking in the park with their dogs", "The man who is here"]
+    english = [
+        "A black cat is sleeping on the old wooden chair",
+        "Two young women are walking in the park with their dogs",
+        "The man who is here",
+    ]
     texts = [*english, "Un chat noir dort sur la vieille chaise de la cuisine", "1998 - 2001"]
     assert [tuple(row.values()) for row in one(table(tmp_path / "a.parquet", text=texts), "languages")] == [
         ("text", "en", 3, 60.0), ("text", "fr", 1, 20.0), ("text", "none", 1, 20.0),
@@ -292,15 +400,36 @@ def test_languages(tmp_path: Path) -> None:
 
 def test_cosines_and_clip_s(tmp_path: Path) -> None:
     pairs = [(0.1, 0.2), (0.3, 0.2), (-0.2, 0.4), (None, 0.6)]
-    rows = [{"org_caption": "a", "re_caption": "b", "org_clip_score": org, "re_clip_score": re} for org, re in pairs]
+    rows = [
+        {"org_caption": "a", "re_caption": "b", "org_clip_score": org, "re_clip_score": re}
+        for org, re in pairs
+    ]
     found = ask(version(tmp_path / "v", rows), "cosines", "cosine_histogram")
-    org = {"scored": 3, "cosine_mean": round((0.1 + 0.3 - 0.2) / 3, 4), "cosine_p05": -0.2, "cosine_median": 0.1, "cosine_p95": 0.3}
-    new = {"scored": 4, "cosine_mean": (0.2 + 0.2 + 0.4 + 0.6) / 4, "cosine_p05": 0.2, "cosine_median": 0.2, "cosine_p95": 0.6}
+    org = {
+        "scored": 3,
+        "cosine_mean": round((0.1 + 0.3 - 0.2) / 3, 4),
+        "cosine_p05": -0.2,
+        "cosine_median": 0.1,
+        "cosine_p95": 0.3,
+    }
+    new = {
+        "scored": 4,
+        "cosine_mean": (0.2 + 0.2 + 0.4 + 0.6) / 4,
+        "cosine_p05": 0.2,
+        "cosine_median": 0.2,
+        "cosine_p95": 0.6,
+    }
     assert found["cosines"] == [
         {"caption": "org_caption"} | org | {"clip_s_mean": round(2.5 * (0.1 + 0.3 + 0) / 3, 4)},
         {"caption": "re_caption"} | new | {"clip_s_mean": round(2.5 * 1.4 / 4, 4)},
     ]
-    bins = [("org_caption", -0.2, 1), ("org_caption", 0.1, 1), ("org_caption", 0.3, 1), ("re_caption", 0.2, 2), ("re_caption", 0.4, 1)]
+    bins = [
+        ("org_caption", -0.2, 1),
+        ("org_caption", 0.1, 1),
+        ("org_caption", 0.3, 1),
+        ("re_caption", 0.2, 2),
+        ("re_caption", 0.4, 1),
+    ]
     assert [tuple(row.values()) for row in found["cosine_histogram"]] == [*bins, ("re_caption", 0.6, 1)]
 
 
@@ -315,8 +444,21 @@ def test_a_cosine_on_an_edge_lies_above_it(tmp_path: Path) -> None:
 def test_preference(tmp_path: Path) -> None:
     """Cosines that differ by 0.01 are 1 apart before the softmax: 1 / (1 + e^-1) = 0.7311."""
     rows = [
-        {"org_clip_score": org, "re_clip_score": re, "org_gpt4v_score": before, "re_gpt4v_score": after, "org_caption": "a", "re_caption": "b"}
-        for org, re, before, after in [(0.2, 0.21, 1, 5), (0.3, 0.31, 2, 4), (0.21, 0.2, None, 4), (0.25, 0.25, 2, None), (None, 0.9, 5, 1)]
+        {
+            "org_clip_score": org,
+            "re_clip_score": re,
+            "org_gpt4v_score": before,
+            "re_gpt4v_score": after,
+            "org_caption": "a",
+            "re_caption": "b",
+        }
+        for org, re, before, after in [
+            (0.2, 0.21, 1, 5),
+            (0.3, 0.31, 2, 4),
+            (0.21, 0.2, None, 4),
+            (0.25, 0.25, 2, None),
+            (None, 0.9, 5, 1),
+        ]
     ]
     near = 1 / (1 + math.exp(-1))
     assert one(version(tmp_path / "v", rows), "preference") == [
@@ -332,20 +474,42 @@ def test_preference(tmp_path: Path) -> None:
 
 
 def test_endings(tmp_path: Path) -> None:
-    captions = [("A cat.", "stop"), ("A cat on", "length"), ('He says "stop."', "stop"), ("Really?!", "stop"), ("No stop,", "stop"), ("", "length")]
+    captions = [
+        ("A cat.", "stop"),
+        ("A cat on", "length"),
+        ('He says "stop."', "stop"),
+        ("Really?!", "stop"),
+        ("No stop,", "stop"),
+        ("", "length"),
+    ]
     cuts = [(True, False), (False, False), (True, True), (None, None), (True, False), (False, None)]
     rows = [
-        {"org_caption": "a", "re_caption": text, "re_finish_reason": reason, "re_clip_cut": re, "org_clip_cut": org}
+        {
+            "org_caption": "a",
+            "re_caption": text,
+            "re_finish_reason": reason,
+            "re_clip_cut": re,
+            "org_clip_cut": org,
+        }
         for (text, reason), (re, org) in zip(captions, cuts, strict=True)
     ]
     assert one(version(tmp_path / "v", rows), "endings") == [
-        {"captions": 6, "stopped_at_limit": 2, "without_full_stop": 3, "recaptions_cut_in_scoring": 3, "originals_cut_in_scoring": 1}
+        {
+            "captions": 6,
+            "stopped_at_limit": 2,
+            "without_full_stop": 3,
+            "recaptions_cut_in_scoring": 3,
+            "originals_cut_in_scoring": 1,
+        }
     ]
 
 
 def test_images(tmp_path: Path) -> None:
     sizes = [("a", 400, 200), ("a", 400, 200), ("b", 100, 400), ("c", 300, 300)]
-    rows = [{"org_caption": "a", "re_caption": "b", "sha256": name, "width": width, "height": height} for name, width, height in sizes]
+    rows = [
+        {"org_caption": "a", "re_caption": "b", "sha256": name, "width": width, "height": height}
+        for name, width, height in sizes
+    ]
     expected = {
         "rows": 4,
         "distinct_images": 3,
@@ -361,13 +525,26 @@ def test_images(tmp_path: Path) -> None:
 
 
 def test_images_of_no_name_are_not_one_image(tmp_path: Path) -> None:
-    place = table(tmp_path / "a.parquet", text=["x"] * 3, sha256=[None, None, "a"], width=[0, 2, 6], height=[0, 1, 2])
+    place = table(
+        tmp_path / "a.parquet", text=["x"] * 3, sha256=[None, None, "a"], width=[0, 2, 6], height=[0, 1, 2]
+    )
     (row,) = one(place, "images")
-    assert (row["rows"], row["distinct_images"], row["rows_of_most_frequent_image"], row["aspect_mean"]) == (3, 1, 1, (2 + 3) / 2)
+    assert (row["rows"], row["distinct_images"], row["rows_of_most_frequent_image"], row["aspect_mean"]) == (
+        3,
+        1,
+        1,
+        (2 + 3) / 2,
+    )
 
 
 def test_an_image_with_one_side_unknown_has_no_aspect(tmp_path: Path) -> None:
-    place = table(tmp_path / "a.parquet", text=["x"] * 3, sha256=["a", "b", "c"], width=[None, 2, 6], height=[7, None, 2])
+    place = table(
+        tmp_path / "a.parquet",
+        text=["x"] * 3,
+        sha256=["a", "b", "c"],
+        width=[None, 2, 6],
+        height=[7, None, 2],
+    )
     (row,) = one(place, "images")
     assert (row["rows"], row["aspect_mean"], row["width_px_median"]) == (3, 3.0, 2)
 
@@ -375,7 +552,12 @@ def test_an_image_with_one_side_unknown_has_no_aspect(tmp_path: Path) -> None:
 def test_addresses_have_no_top_level_domain(tmp_path: Path) -> None:
     """And no host can pass for one: it ends at white space."""
     urls = ["http://127.0.0.1:80/a", "http://[::1]:80/a", "http://example.com./a", "http://x.an IP address/"]
-    found = one(version(tmp_path / "v", [], [{"uid": str(n), "url": url, "status": "ok"} for n, url in enumerate(urls)]), "links")
+    found = one(
+        version(
+            tmp_path / "v", [], [{"uid": str(n), "url": url, "status": "ok"} for n, url in enumerate(urls)]
+        ),
+        "links",
+    )
     assert [(row["what"], row["name"]) for row in found] == [
         ("tld", "an IP address"), ("tld", "an"), ("tld", "com"),
         ("host", "127.0.0.1"), ("host", "[::1]"), ("host", "example.com"), ("host", "x.an"),
@@ -387,7 +569,11 @@ def test_links_by_top_level_domain_and_host(tmp_path: Path) -> None:
         ("http://a.example.com/1", "ok"), ("https://A.Example.com:8080/2", "dead_link"), ("http://user:pw@b.org/x", "ok"),
         ("http://c.org?q=http://d.net", "duplicate_image"), ("http://a.example.com/3", "timeout"), (None, "removed"),
     ]  # fmt: skip
-    place = version(tmp_path / "v", [], [{"uid": str(n), "url": url, "status": status} for n, (url, status) in enumerate(links)])
+    place = version(
+        tmp_path / "v",
+        [],
+        [{"uid": str(n), "url": url, "status": status} for n, (url, status) in enumerate(links)],
+    )
     found = ask(place, "links", "rows_by_status")
     assert [tuple(row.values()) for row in found["links"]] == [
         ("tld", "com", 3, round(100 * 1 / 3, 2), 0.0), ("tld", "org", 2, 50.0, 0.0),
@@ -395,7 +581,9 @@ def test_links_by_top_level_domain_and_host(tmp_path: Path) -> None:
         ("host", "c.org", 1, 0.0, 0.0),
     ]  # fmt: skip
     statuses = {"ok": 2, "dead_link": 1, "duplicate_image": 1, "removed": 1, "timeout": 1}
-    assert found["rows_by_status"] == [{"status": name, "rows": rows, "percent": round(100 * rows / 6, 2)} for name, rows in statuses.items()]
+    assert found["rows_by_status"] == [
+        {"status": name, "rows": rows, "percent": round(100 * rows / 6, 2)} for name, rows in statuses.items()
+    ]
 
 
 def test_a_link_is_alive_only_where_the_image_came(tmp_path: Path) -> None:
@@ -409,7 +597,11 @@ def test_a_link_is_alive_only_where_the_image_came(tmp_path: Path) -> None:
 
 
 def test_the_twenty_most_frequent_hosts(tmp_path: Path) -> None:
-    ledger = [{"uid": f"{n}-{k}", "url": f"http://h{n}.t{n}/{k}", "status": "ok"} for n in range(25) for k in range(n + 1)]
+    ledger = [
+        {"uid": f"{n}-{k}", "url": f"http://h{n}.t{n}/{k}", "status": "ok"}
+        for n in range(25)
+        for k in range(n + 1)
+    ]
     found = one(version(tmp_path / "v", [], ledger), "links")
     names = [("tld", "t{0}"), ("host", "h{0}.t{0}")]
     expected = [(what, name.format(n), n + 1, 100.0, 0.0) for what, name in names for n in range(24, 4, -1)]
@@ -418,8 +610,14 @@ def test_the_twenty_most_frequent_hosts(tmp_path: Path) -> None:
 
 def test_noise_against_diversity_of_a_strategy(tmp_path: Path) -> None:
     texts = {"a b c": 0.4, "A b, c": 0.3, "x y z": 0.2, "q r s t": 0.1}
-    rows = [{"uid": text, "org_caption": text, "re_caption": "d", "org_clip_score": cosine, "re_clip_score": 0.0} for text, cosine in texts.items()]
-    found = {(row.pop("strategy"), row.pop("fraction")): row for row in one(version(tmp_path / "v", rows), "noise_diversity")}
+    rows = [
+        {"uid": text, "org_caption": text, "re_caption": "d", "org_clip_score": cosine, "re_clip_score": 0.0}
+        for text, cosine in texts.items()
+    ]
+    found = {
+        (row.pop("strategy"), row.pop("fraction")): row
+        for row in one(version(tmp_path / "v", rows), "noise_diversity")
+    }
     everything = {"captions": 4, "concatenated": 0, "cosine_mean": 0.25}
     everything |= {"distinct_trigrams": 4, "distinct_trigrams_per_1000": 1000.0}  # abc xyz qrs rst
     assert found["no_filter", 1.0] == everything
@@ -493,7 +691,10 @@ class Real:
     answers: dict[str, list[Row]] = field(default_factory=dict)
 
     def by_caption(self, query: str) -> dict[str, Row]:
-        return {row["caption"]: {name: value for name, value in row.items() if name != "caption"} for row in self.answers[query]}
+        return {
+            row["caption"]: {name: value for name, value in row.items() if name != "caption"}
+            for row in self.answers[query]
+        }
 
 
 ON_REAL = (
@@ -518,19 +719,33 @@ def given_tables(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Opti
 def real(shared: Path, given_tables: Options, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Real]:
     data, folder = shared / "data", tmp_path_factory.mktemp("real")
     fused = json.loads((data / "capsfusion" / "example_data.json").read_text(encoding="utf-8"))
-    flickr = [text for texts in json.loads((data / "flickr8k" / "captions.json").read_text(encoding="utf-8")).values() for text in texts]
-    blip2 = pd.read_csv(data / "flickr8k-blip2" / "generated_captions_comparison.csv", encoding="utf-8-sig", keep_default_na=False)
+    flickr = [
+        text
+        for texts in json.loads((data / "flickr8k" / "captions.json").read_text(encoding="utf-8")).values()
+        for text in texts
+    ]
+    blip2 = pd.read_csv(
+        data / "flickr8k-blip2" / "generated_captions_comparison.csv",
+        encoding="utf-8-sig",
+        keep_default_na=False,
+    )
     web = pd.read_parquet(data / "alt-text" / "web_alt_text_10000.parquet")
     found = {
-        "capsfusion": Real(data / "capsfusion" / "example_data.json", {name: [row[name] for row in fused] for name in fused[0]}),
+        "capsfusion": Real(
+            data / "capsfusion" / "example_data.json",
+            {name: [row[name] for row in fused] for name in fused[0]},
+        ),
         "flickr8k": Real(table(folder / "flickr8k.parquet", caption=flickr), {"caption": flickr}),
         "blip2": Real(
-            data / "flickr8k-blip2" / "generated_captions_comparison.csv", {name: list(blip2[name]) for name in ("base_caption", "given_caption")}
+            data / "flickr8k-blip2" / "generated_captions_comparison.csv",
+            {name: list(blip2[name]) for name in ("base_caption", "given_caption")},
         ),
         "web": Real(data / "alt-text" / "web_alt_text_10000.parquet", {"TEXT": list(web["TEXT"])}),
     }
     for one_of_them in found.values():
-        one_of_them.answers.update(ask(one_of_them.place, *ON_REAL, captions=tuple(one_of_them.texts), options=given_tables))
+        one_of_them.answers.update(
+            ask(one_of_them.place, *ON_REAL, captions=tuple(one_of_them.texts), options=given_tables)
+        )
     return found
 
 
@@ -548,14 +763,20 @@ def test_captions_are_seen_row_for_row(real: dict[str, Real]) -> None:
     for name, rows in (("capsfusion", 10_000), ("flickr8k", 40_455), ("blip2", 2_000), ("web", 10_000)):
         with views.connect(real[name].place, tuple(real[name].texts)) as con:
             for caption, texts in real[name].texts.items():
-                found = con.execute("select position, text from captions where caption = ? order by position", [caption]).fetchall()
+                found = con.execute(
+                    "select position, text from captions where caption = ? order by position", [caption]
+                ).fetchall()
                 assert len(found) == rows
                 assert found == list(enumerate(texts, 1))
 
 
 def test_capsfusion_has_the_lengths_of_its_paper(real: dict[str, Real]) -> None:
     means = {name: row["words_mean"] for name, row in real["capsfusion"].by_caption("lengths").items()}
-    assert {name: round(mean, 1) for name, mean in means.items()} == {"laion_2b": 10.8, "laion_coco": 9.0, "capsfuion_official": 22.7}
+    assert {name: round(mean, 1) for name, mean in means.items()} == {
+        "laion_2b": 10.8,
+        "laion_coco": 9.0,
+        "capsfuion_official": 22.7,
+    }
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -565,11 +786,18 @@ def test_lengths_as_pandas_counts_them(real: dict[str, Real], name: str) -> None
         column = pd.Series(texts, dtype=object)
         for what, values in (("words", column.str.split().str.len()), ("characters", column.str.len())):
             expected[f"{what}_mean"] = round(float(values.mean()), 4)
-            expected |= {f"{what}_{label}": percentile(values.tolist(), q) for label, q in (("median", 0.5), ("p05", 0.05), ("p95", 0.95))}
+            expected |= {
+                f"{what}_{label}": percentile(values.tolist(), q)
+                for label, q in (("median", 0.5), ("p05", 0.05), ("p95", 0.95))
+            }
             expected[f"{what}_max"] = int(values.max())
         assert real[name].by_caption("lengths")[caption] == expected
         bins = Counter(len(text.split()) // 4 * 4 for text in texts)
-        found = {row["words"]: row["captions"] for row in real[name].answers["length_histogram"] if row["caption"] == caption}
+        found = {
+            row["words"]: row["captions"]
+            for row in real[name].answers["length_histogram"]
+            if row["caption"] == caption
+        }
         assert found == bins
 
 
@@ -584,25 +812,38 @@ def test_real_alt_text_has_white_space_that_re2_does_not_know(real: dict[str, Re
 def test_vocabulary_and_frequent_words_as_nltk_counts_them(real: dict[str, Real], name: str) -> None:
     from nltk import FreqDist
 
-    counts = {caption: FreqDist(word for text in texts for word in words(text)) for caption, texts in real[name].texts.items()}
+    counts = {
+        caption: FreqDist(word for text in texts for word in words(text))
+        for caption, texts in real[name].texts.items()
+    }
     joint = set().union(*counts.values())
     assert real[name].by_caption("vocabulary") == {
-        caption: {"distinct_words": count.B(), "words": count.N(), "joint_vocabulary_percent": round(100 * count.B() / len(joint), 2)}
+        caption: {
+            "distinct_words": count.B(),
+            "words": count.N(),
+            "joint_vocabulary_percent": round(100 * count.B() / len(joint), 2),
+        }
         for caption, count in counts.items()
     }
     for caption, count in counts.items():
         top = sorted(count.items(), key=lambda item: (-item[1], item[0].encode()))[:30]
         found = [row for row in real[name].answers["top_words"] if row["caption"] == caption]
-        assert [(row["word"], row["times"], row["per_thousand"]) for row in found] == [(w, n, round(1000 * n / count.N(), 3)) for w, n in top]
+        assert [(row["word"], row["times"], row["per_thousand"]) for row in found] == [
+            (w, n, round(1000 * n / count.N(), 3)) for w, n in top
+        ]
 
 
 def test_words_that_people_have_and_blip2_has_not(real: dict[str, Real]) -> None:
-    machine, human = (Counter(word for text in texts for word in words(text)) for texts in real["blip2"].texts.values())
+    machine, human = (
+        Counter(word for text in texts for word in words(text)) for texts in real["blip2"].texts.values()
+    )
     for change, there, not_there in (("gained", human, machine), ("lost", machine, human)):
         only = {word: times for word, times in there.items() if word not in not_there}
         top = sorted(only.items(), key=lambda item: (-item[1], item[0].encode()))[:30]
         found = [row for row in real["blip2"].answers["words_gained"] if row["change"] == change]
-        assert [(row["word"], row["times"], row["distinct_words"]) for row in found] == [(word, times, len(only)) for word, times in top]
+        assert [(row["word"], row["times"], row["distinct_words"]) for row in found] == [
+            (word, times, len(only)) for word, times in top
+        ]
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -611,19 +852,28 @@ def test_ngrams_as_nltk_makes_them(real: dict[str, Real], name: str) -> None:
 
     for caption, texts in real[name].texts.items():
         threes, fours = ([list(ngrams(words(text), n)) for text in texts] for n in (3, 4))
-        sizes = [size for size in (1000, 10_000, 100_000) if size <= len(texts)] + ([len(texts)] if len(texts) not in (1000, 10_000) else [])
+        sizes = [size for size in (1000, 10_000, 100_000) if size <= len(texts)] + (
+            [len(texts)] if len(texts) not in (1000, 10_000) else []
+        )
         found = [row for row in real[name].answers["trigrams"] if row["caption"] == caption]
         assert [(row["captions"], row["distinct_trigrams"], row["approximate"]) for row in found] == [
             (size, len({gram for grams in threes[:size] for gram in grams}), False) for size in sizes
         ]
         prefixes = Counter(" ".join(words(text)[:4]) for text in texts)
-        noun, verb = r"(image|picture|photo|photograph|scene)", r"(is|shows|showcases|depicts|features|displays|captures|presents|contains|portrays)"
+        noun, verb = (
+            r"(image|picture|photo|photograph|scene)",
+            r"(is|shows|showcases|depicts|features|displays|captures|presents|contains|portrays)",
+        )
         opener = re.compile(rf"\W*((the|this|an|a)\s+)?{noun}\s+{verb}\b", re.IGNORECASE | re.ASCII)
         assert real[name].by_caption("repetition")[caption] == {
             "distinct_3": round(len({gram for grams in threes for gram in grams}) / sum(map(len, threes)), 4),
-            "rep_4_mean": round(float(np.mean([1 - len(set(grams)) / len(grams) for grams in fours if grams])), 4),
+            "rep_4_mean": round(
+                float(np.mean([1 - len(set(grams)) / len(grams) for grams in fours if grams])), 4
+            ),
             "opener_percent": round(100 * sum(bool(opener.match(text)) for text in texts) / len(texts), 2),
-            "top_100_prefixes_percent": round(100 * sum(times for _, times in prefixes.most_common(100)) / len(texts), 2),
+            "top_100_prefixes_percent": round(
+                100 * sum(times for _, times in prefixes.most_common(100)) / len(texts), 2
+            ),
         }
 
 
@@ -639,7 +889,10 @@ def test_repeated_captions_as_pandas_finds_them(real: dict[str, Real], name: str
 def test_near_duplicates_against_every_pair(real: dict[str, Real]) -> None:
     """MinHash estimates; so many are near when each of 2 million pairs is compared exactly."""
     for caption, texts in real["blip2"].texts.items():
-        sets = [{tuple(w[k : k + 3]) for k in range(max(1, len(w) - 2))} for w in (re.findall(r"\w+", text.lower()) for text in texts)]
+        sets = [
+            {tuple(w[k : k + 3]) for k in range(max(1, len(w) - 2))}
+            for w in (re.findall(r"\w+", text.lower()) for text in texts)
+        ]
         near: set[int] = set()
         for a, b in itertools.combinations(range(len(sets)), 2):
             if (common := len(sets[a] & sets[b])) and common / (len(sets[a]) + len(sets[b]) - common) >= 0.8:
@@ -665,7 +918,9 @@ def has_html(text: str) -> bool:
     """Tags as Python's HTML parser sees them, and entities as `html.unescape` does; but only those that end in a semicolon."""
     parser = Tags()
     parser.feed(text)
-    return bool(parser.tags) or any(html.unescape(entity) != entity for entity in re.findall(r"&[^\s;&]+;", text))
+    return bool(parser.tags) or any(
+        html.unescape(entity) != entity for entity in re.findall(r"&[^\s;&]+;", text)
+    )
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -674,26 +929,43 @@ def test_residue_as_other_parsers_find_it(real: dict[str, Real], name: str) -> N
         latin = {chr(code).encode().decode("latin-1") for code in range(0xA0, 0x100)}  # é as Ã©, £ as Â£
         expected = {
             "html_percent": sum(map(has_html, texts)),
-            "url_percent": sum(bool(re.search(r"(?<![a-z0-9_])(https?://[^\s]|www\.[a-z0-9_])", text.lower(), re.ASCII)) for text in texts),
-            "mojibake_percent": sum("\ufffd" in text or "â€" in text or any(pair in text for pair in latin) for text in texts),
+            "url_percent": sum(
+                bool(re.search(r"(?<![a-z0-9_])(https?://[^\s]|www\.[a-z0-9_])", text.lower(), re.ASCII))
+                for text in texts
+            ),
+            "mojibake_percent": sum(
+                "\ufffd" in text or "â€" in text or any(pair in text for pair in latin) for text in texts
+            ),
         }
         found = real[name].by_caption("residue")[caption]
-        assert {kind: found[kind] for kind in expected} == {kind: round(100 * number / len(texts), 4) for kind, number in expected.items()}
+        assert {kind: found[kind] for kind in expected} == {
+            kind: round(100 * number / len(texts), 4) for kind, number in expected.items()
+        }
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_grounding_and_concreteness_in_plain_python(real: dict[str, Real], given_tables: Options, name: str) -> None:
+def test_grounding_and_concreteness_in_plain_python(
+    real: dict[str, Real], given_tables: Options, name: str
+) -> None:
     assert given_tables.vocabulary is not None
     assert given_tables.concreteness is not None
-    visual = {line.strip().lower() for line in given_tables.vocabulary.read_text().split("\n") if line.strip()}
+    visual = {
+        line.strip().lower() for line in given_tables.vocabulary.read_text().split("\n") if line.strip()
+    }
     rated = pd.read_csv(given_tables.concreteness, sep="\t", keep_default_na=False)
     scores = dict(zip(rated["Word"].str.lower(), rated["Conc.M"], strict=True))
     for caption, texts in real[name].texts.items():
         split = [found for found in map(words, texts) if found]
-        concrete = [np.mean(found) for found in ([scores[word] for word in each if word in scores] for each in split) if found]
+        concrete = [
+            np.mean(found)
+            for found in ([scores[word] for word in each if word in scores] for each in split)
+            if found
+        ]
         found = real[name].by_caption("grounding")[caption]
         assert found["captions"] == len(split)
-        assert found["grounding_ratio_mean"] == pytest.approx(np.mean([sum(word in visual for word in each) / len(each) for each in split]), abs=1e-4)
+        assert found["grounding_ratio_mean"] == pytest.approx(
+            np.mean([sum(word in visual for word in each) / len(each) for each in split]), abs=1e-4
+        )
         assert found["concreteness_mean"] == pytest.approx(np.mean(concrete), abs=1e-4)
 
 
@@ -974,7 +1246,12 @@ class Bad:
     @property
     def options(self) -> Options:
         given = dict(zip(self.arguments[::2], self.arguments[1::2], strict=True))
-        return Options(*(Path(given[name]) if name in given else None for name in ("--vocabulary", "--concreteness", "--tokenizer")))
+        return Options(
+            *(
+                Path(given[name]) if name in given else None
+                for name in ("--vocabulary", "--concreteness", "--tokenizer")
+            )
+        )
 
 
 BAD = [
@@ -983,7 +1260,14 @@ BAD = [
     "utf8 jsonl", "lone surrogate", "broken json", "no parquet", "cut off", "empty file", "one of two", "damaged pages", "other csvs",
     "no version", "concreteness", "concreteness nan", "no vocabulary", "vocabulary not utf8", "no tokenizer",
 ]  # fmt: skip
-THROUGH_THE_COMMAND_LINE = ["missing", "text and numbers", "empty folder", "utf8 csv", "damaged pages", "concreteness"]
+THROUGH_THE_COMMAND_LINE = [
+    "missing",
+    "text and numbers",
+    "empty folder",
+    "utf8 csv",
+    "damaged pages",
+    "concreteness",
+]
 
 
 def bad(name: str, at: Path) -> Bad:
@@ -993,27 +1277,47 @@ def bad(name: str, at: Path) -> Bad:
         (at / folder).mkdir()
     match name:
         case "missing":
-            return Bad(good, "there is no caption column nope\n  text columns: caption", ("--captions", "nope"))
+            return Bad(
+                good, "there is no caption column nope\n  text columns: caption", ("--captions", "nope")
+            )
         case "renamed":
             return Bad(
-                table(at / "a.parquet", foo=GOOD, bar=GOOD, n=[1, 2, 3]), "none of the columns .*\n  text columns: foo, bar; .*--captions foo,bar"
+                table(at / "a.parquet", foo=GOOD, bar=GOOD, n=[1, 2, 3]),
+                "none of the columns .*\n  text columns: foo, bar; .*--captions foo,bar",
             )
         case "all null":
-            return Bad(table(at / "a.parquet", caption=pa.nulls(3, pa.string())), "every caption is null in .*\n  name other columns: --captions")
+            return Bad(
+                table(at / "a.parquet", caption=pa.nulls(3, pa.string())),
+                "every caption is null in .*\n  name other columns: --captions",
+            )
         case "wanted null":
             place = table(at / "a.parquet", caption=GOOD, text=pa.nulls(3, pa.string()))
             return Bad(place, "every caption is null in .*\n", ("--captions", "text"))
         case "other columns":
             table(at / "t" / "a.parquet", caption=GOOD)
-            return Bad(table(at / "t" / "b.parquet", text=GOOD).parent, r"b\.parquet has other columns than .*a\.parquet: caption, text\n")
+            return Bad(
+                table(at / "t" / "b.parquet", text=GOOD).parent,
+                r"b\.parquet has other columns than .*a\.parquet: caption, text\n",
+            )
         case "other order":
             table(at / "t" / "a.parquet", caption=GOOD, text=GOOD)
-            return Bad(table(at / "t" / "b.parquet", text=GOOD, caption=GOOD).parent, r"b\.parquet has other columns than .*: their order\n")
+            return Bad(
+                table(at / "t" / "b.parquet", text=GOOD, caption=GOOD).parent,
+                r"b\.parquet has other columns than .*: their order\n",
+            )
         case "text and numbers" | "numbers and text" | "text and bytes" | "text and lists":
-            kinds = {"text": GOOD, "numbers": [1, 2, 3], "bytes": [b"a", b"caf\xc3\xa9", b"c"], "lists": [["a"], ["b"], ["c"]]}
+            kinds = {
+                "text": GOOD,
+                "numbers": [1, 2, 3],
+                "bytes": [b"a", b"caf\xc3\xa9", b"c"],
+                "lists": [["a"], ["b"], ["c"]],
+            }
             first, second = name.split(" and ")
             table(at / "t" / "a.parquet", caption=kinds[first])
-            return Bad(table(at / "t" / "b.parquet", caption=kinds[second]).parent, r"caption is \S.* in .*b\.parquet and \S.* in .*a\.parquet\n")
+            return Bad(
+                table(at / "t" / "b.parquet", caption=kinds[second]).parent,
+                r"caption is \S.* in .*b\.parquet and \S.* in .*a\.parquet\n",
+            )
         case "no rows":
             return Bad(table(at / "a.parquet", caption=pa.array([], pa.string())), "the tables hold no row\n")
         case "no rows csv":
@@ -1030,10 +1334,15 @@ def bad(name: str, at: Path) -> Bad:
             (at / "run" / "recipe.json").write_text('{"name": "demo", "text": "x"}')
             return Bad(at / "run", "run holds neither a run with finished shards .*\n  build one")
         case "utf8 parquet":
-            return Bad(table(at / "a.parquet", caption=NOT_UTF8), r"a\.parquet cannot be read: .*UTF8.*\n  write its text as UTF-8")
+            return Bad(
+                table(at / "a.parquet", caption=NOT_UTF8),
+                r"a\.parquet cannot be read: .*UTF8.*\n  write its text as UTF-8",
+            )
         case "utf8 csv":
             (at / "a.csv").write_bytes(b"caption\na cat\ncaf\xe9\n")
-            return Bad(at / "a.csv", r"a\.csv cannot be read: .*Line: 3 .*not utf-8.*\n  write its text as UTF-8")
+            return Bad(
+                at / "a.csv", r"a\.csv cannot be read: .*Line: 3 .*not utf-8.*\n  write its text as UTF-8"
+            )
         case "utf16 csv":
             (at / "a.csv").write_bytes("caption\ncafé\n".encode("utf-16"))
             return Bad(at / "a.csv", r"a\.csv cannot be read: .*not utf-8.*\n  write its text as UTF-8")
@@ -1047,7 +1356,9 @@ def bad(name: str, at: Path) -> Bad:
             (at / "json" / "a.json").write_text('[{"caption": "a')
             return Bad(at / "json", r"a\.json cannot be read: .*unexpected end.*\n  \S")
         case "no parquet" | "cut off" | "empty file":
-            (at / "a.parquet").write_bytes({"no parquet": b"<html>not found</html>", "cut off": whole[:-20], "empty file": b""}[name])
+            (at / "a.parquet").write_bytes(
+                {"no parquet": b"<html>not found</html>", "cut off": whole[:-20], "empty file": b""}[name]
+            )
             return Bad(at / "a.parquet", r"a\.parquet is not a parquet file, or not a whole one: .*\n  \S")
         case "one of two":
             table(at / "t" / "a.parquet", caption=GOOD)
@@ -1059,21 +1370,40 @@ def bad(name: str, at: Path) -> Bad:
         case "other csvs":
             (at / "other" / "a.csv").write_text("caption,x\na,1\n")
             (at / "other" / "b.csv").write_text("text\nb\n")
-            return Bad(at / "other", r"a\.csv \.\.\. cannot be read: .*Schema mismatch.*\n  give whole tables of one schema")
+            return Bad(
+                at / "other",
+                r"a\.csv \.\.\. cannot be read: .*Schema mismatch.*\n  give whole tables of one schema",
+            )
         case "no version":
             return Bad(at / "target@v1.0.0", "target has no version 1.0.0\n  it has: none")
         case "concreteness" | "concreteness nan":
             line = "dog 4.8" if name == "concreteness" else "dog\tnan"
             (at / "c.tsv").write_text(f"Word\tConc.M\ncat\t4.9\n{line}\n")
-            return Bad(good, rf"c\.tsv, line 3: '{line}' is no word, tab, number\n  \S", ("--concreteness", str(at / "c.tsv")))
+            return Bad(
+                good,
+                rf"c\.tsv, line 3: '{line}' is no word, tab, number\n  \S",
+                ("--concreteness", str(at / "c.tsv")),
+            )
         case "no tokenizer":
             (at / "words.txt").write_text("cat\n")
-            return Bad(good, r"words\.txt is no tokenizer: .*\n  give a model's tokenizer\.json", ("--tokenizer", str(at / "words.txt")))
+            return Bad(
+                good,
+                r"words\.txt is no tokenizer: .*\n  give a model's tokenizer\.json",
+                ("--tokenizer", str(at / "words.txt")),
+            )
         case "no vocabulary":
-            return Bad(good, r"words\.txt cannot be read: .*No such file.*\n  \S", ("--vocabulary", str(at / "words.txt")))
+            return Bad(
+                good,
+                r"words\.txt cannot be read: .*No such file.*\n  \S",
+                ("--vocabulary", str(at / "words.txt")),
+            )
         case "vocabulary not utf8":
             (at / "words.txt").write_bytes(b"cat\ncaf\xe9\n")
-            return Bad(good, r"words\.txt is not UTF-8; it looks like .*\n  \S", ("--vocabulary", str(at / "words.txt")))
+            return Bad(
+                good,
+                r"words\.txt is not UTF-8; it looks like .*\n  \S",
+                ("--vocabulary", str(at / "words.txt")),
+            )
     raise AssertionError(name)
 
 
@@ -1100,8 +1430,17 @@ def test_sql_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_column_of_nulls_is_left_out_among_good_ones(tmp_path: Path) -> None:
-    place = table(tmp_path / "a.parquet", text=pa.nulls(3), caption=GOOD, re_caption=pa.nulls(3, pa.string()), org_caption=[None, None, "x"])
-    assert [(row["caption"], row["captions"]) for row in one(place, "lengths")] == [("caption", 3), ("org_caption", 1)]
+    place = table(
+        tmp_path / "a.parquet",
+        text=pa.nulls(3),
+        caption=GOOD,
+        re_caption=pa.nulls(3, pa.string()),
+        org_caption=[None, None, "x"],
+    )
+    assert [(row["caption"], row["captions"]) for row in one(place, "lengths")] == [
+        ("caption", 3),
+        ("org_caption", 1),
+    ]
 
 
 def test_a_caption_that_is_asked_for_twice_counts_once(tmp_path: Path) -> None:
@@ -1109,7 +1448,9 @@ def test_a_caption_that_is_asked_for_twice_counts_once(tmp_path: Path) -> None:
     assert one(place, "lengths", ("caption", "caption")) == one(place, "lengths")
 
 
-@pytest.mark.parametrize("name", ["a[1].parquet", "it's.parquet", "d[1]/a.parquet", "*.PARQUET", "ü ö.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a[1].parquet", "it's.parquet", "d[1]/a.parquet", "*.PARQUET", "ü ö.parquet"]
+)
 def test_names_of_files_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
     place = table(tmp_path / name, caption=GOOD)
     assert one(place, "lengths")[0]["captions"] == 3
@@ -1122,9 +1463,14 @@ def test_a_caption_of_a_megabyte(tmp_path: Path, ending: str) -> None:
     if ending == "parquet":
         table(place, caption=[text, "b"])
     else:
-        place.write_text(f"caption\n{text}\nb\n" if ending == "csv" else f'{{"caption": "{text}"}}\n{{"caption": "b"}}\n')
+        place.write_text(
+            f"caption\n{text}\nb\n" if ending == "csv" else f'{{"caption": "{text}"}}\n{{"caption": "b"}}\n'
+        )
     found = ask(place, "lengths", "vocabulary", "repetition", "duplicates", "residue")
-    assert (found["lengths"][0]["words_mean"], found["lengths"][0]["characters_max"]) == ((200_000 + 1) / 2, 1_000_000)
+    assert (found["lengths"][0]["words_mean"], found["lengths"][0]["characters_max"]) == (
+        (200_000 + 1) / 2,
+        1_000_000,
+    )
     assert found["vocabulary"][0]["distinct_words"] == 2
 
 
@@ -1144,12 +1490,22 @@ def test_columns_of_other_types_and_numbers_that_are_none_stop_nothing(tmp_path:
             shutil.copy(QUERIES / f"{query}.sql", folder)
         patch.setattr(report, "QUERIES", folder)
         found = report.stats(table(tmp_path / "a.parquet", **columns, **scores))
-        numbers = report.stats(table(tmp_path / "b.parquet", **columns, org_clip_score=[0.1] * 3, re_clip_score=[0.2, math.nan, 0.3]))
+        numbers = report.stats(
+            table(
+                tmp_path / "b.parquet",
+                **columns,
+                org_clip_score=[0.1] * 3,
+                re_clip_score=[0.2, math.nan, 0.3],
+            )
+        )
     assert {name: answer.get("absent", "")[:14] for name, answer in found.items()} == {
         "cosines": "columns of oth", "images": "columns of oth", "preference": "columns of oth", "endings": "no column re_f",
         "links": "no ledger here", "lengths": "",
     }  # fmt: skip
-    assert json.loads(report.to_json(numbers), parse_constant=pytest.fail)["cosines"]["rows"][1]["cosine_mean"] is None
+    assert (
+        json.loads(report.to_json(numbers), parse_constant=pytest.fail)["cosines"]["rows"][1]["cosine_mean"]
+        is None
+    )
 
 
 @pytest.mark.parametrize("rows", [[], [{"org_caption": "", "re_caption": ""}]], ids=["no row", "no word"])
@@ -1214,7 +1570,10 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nlp = spacy.blank("en")
     nlp.add_pipe("morphologizer")
     examples = [
-        Example.from_dict(nlp.make_doc(text), {"words": text.split(), "pos": tags.split(), "morphs": [""] * len(tags.split())})
+        Example.from_dict(
+            nlp.make_doc(text),
+            {"words": text.split(), "pos": tags.split(), "morphs": [""] * len(tags.split())},
+        )
         for text, tags in TRAINING
     ]
     optimizer = nlp.initialize(lambda: examples)
@@ -1229,12 +1588,18 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "from pathlib import Path\nimport spacy\n\ndef load(**settings):\n    return spacy.load(Path(__file__).parent, **settings)\n"
     )
     (folder / "en_four_sentences-1.0.dist-info").mkdir()
-    (folder / "en_four_sentences-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: en_four_sentences\nVersion: 1.0\n")
-    (folder / "en_four_sentences-1.0.dist-info" / "entry_points.txt").write_text("[spacy_models]\nen_four_sentences = en_four_sentences\n")
+    (folder / "en_four_sentences-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: en_four_sentences\nVersion: 1.0\n"
+    )
+    (folder / "en_four_sentences-1.0.dist-info" / "entry_points.txt").write_text(
+        "[spacy_models]\nen_four_sentences = en_four_sentences\n"
+    )
     return folder
 
 
-def test_stats_as_json_with_nouns_and_tokens(tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_as_json_with_nouns_and_tokens(
+    tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """100 captions: dog, cat and monday; the 100th has no noun. A boat comes after them."""
     texts = [TRAINING[0][0], TRAINING[1][0], *[TRAINING[2][0]] * 98, TRAINING[3][0]]
     texts += [" ".join(["cat"] * times) for times in (70, 80, 130, 300)]
@@ -1245,24 +1610,43 @@ def test_stats_as_json_with_nouns_and_tokens(tmp_path: Path, pipeline: Path, mon
     for name, answer in found.items():
         assert answer["sha256"] == sha256((QUERIES / f"{name}.sql").read_bytes()).hexdigest()
         assert set(answer) in ({"sha256", "rows"}, {"sha256", "absent"})
-        assert all(isinstance(value, str | int | float | None) for row in answer.get("rows", []) for value in row.values())
+        assert all(
+            isinstance(value, str | int | float | None)
+            for row in answer.get("rows", [])
+            for value in row.values()
+        )
     absent = {name: answer["absent"] for name, answer in found.items() if "absent" in answer}
     assert {name for name, why in absent.items() if why == "no ledger here"} == {"links", "rows_by_status"}
-    assert {name for name, why in absent.items() if why == "no scores here"} == {"cosines", "cosine_histogram"}
+    assert {name for name, why in absent.items() if why == "no scores here"} == {
+        "cosines",
+        "cosine_histogram",
+    }
     assert found["nouns"]["rows"] == [{"caption": "caption", "captions": 100, "distinct_nouns": 3}]
-    short = [6 + 2, 4 + 2, *[4 + 2] * 98, 6 + 2]  # every word and full stop here is a token of CLIP's; begin and end
+    short = [
+        6 + 2,
+        4 + 2,
+        *[4 + 2] * 98,
+        6 + 2,
+    ]  # every word and full stop here is a token of CLIP's; begin and end
     tokens = [*short, 70 + 2, 80 + 2, 130 + 2, 300 + 2]
     (row,) = found["tokens"]["rows"]
     assert (row["captions"], row["tokens_mean"], row["tokens_max"]) == (105, round(sum(tokens) / 105, 4), 302)
     assert (row["tokens_median"], row["tokens_p95"]) == (6, 8)  # the 53rd and the 100th of 105
     cuts = {64: 4, 77: 3, 128: 2, 248: 1}
-    assert {at: row[f"cut_at_{at}_percent"] for at in cuts} == {at: round(100 * number / 105, 2) for at, number in cuts.items()}
+    assert {at: row[f"cut_at_{at}_percent"] for at in cuts} == {
+        at: round(100 * number / 105, 2) for at, number in cuts.items()
+    }
 
 
-def test_without_a_pipeline_there_are_no_nouns_but_the_way_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_pipeline_there_are_no_nouns_but_the_way_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("spacy.util.get_installed_models", list)
     (tmp_path / "queries").mkdir()
     shutil.copy(QUERIES / "nouns.sql", tmp_path / "queries")
     monkeypatch.setattr(report, "QUERIES", tmp_path / "queries")
     found = report.stats(table(tmp_path / "a.parquet", caption=GOOD))
-    assert found["nouns"]["absent"] == "no spaCy pipeline is installed; add one: python -m spacy download en_core_web_sm"
+    assert (
+        found["nouns"]["absent"]
+        == "no spaCy pipeline is installed; add one: python -m spacy download en_core_web_sm"
+    )

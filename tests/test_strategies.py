@@ -56,7 +56,12 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     np.savez(at / "e.npz", uid=np.array(UIDS[1:8:2]), embedding=embeddings)
     np.save(at / "c.npy", np.eye(4, dtype=np.float32))
     np.save(at / "t.npy", np.array([[0.9, 0.2, 0, 0], [0, 0, 0.7, 0.1]], np.float32))
-    return {"words": at / "words.txt", "embeddings": at / "e.npz", "centroids": at / "c.npy", "targets": at / "t.npy"}
+    return {
+        "words": at / "words.txt",
+        "embeddings": at / "e.npz",
+        "centroids": at / "c.npy",
+        "targets": at / "t.npy",
+    }
 
 
 NEAR = {UIDS[1], UIDS[5], UIDS[7]}
@@ -86,7 +91,9 @@ def expected(strategy: str, fraction: float) -> set[tuple[str, str]]:
             "raw_top_synthetic_rest": ["org_caption" if top_raw else "re_caption"],
             "raw_top_synthetic_rest_filtered": original if top_raw else ["re_caption"] * (s >= raw),
             "synthetic_top_raw_rest_filtered": ["re_caption"] if top_new else original * (r >= new),
-            "concat_top_synthetic_rest": ["org_caption+re_caption"] if top_raw else ["re_caption"] * (s >= raw),
+            "concat_top_synthetic_rest": ["org_caption+re_caption"]
+            if top_raw
+            else ["re_caption"] * (s >= raw),
             "union_top": original * top_raw + ["re_caption"] * top_new,
         }[strategy]
         kept |= {(uid, caption) for caption in chosen}
@@ -95,7 +102,9 @@ def expected(strategy: str, fraction: float) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.999])
 @pytest.mark.parametrize("strategy", names())
-def test_a_strategy_selects_what_the_papers_say(pool: Path, given: dict[str, Any], strategy: str, fraction: float) -> None:
+def test_a_strategy_selects_what_the_papers_say(
+    pool: Path, given: dict[str, Any], strategy: str, fraction: float
+) -> None:
     assert selected(pool, strategy, fraction=fraction, **given) == expected(strategy, fraction)
 
 
@@ -109,11 +118,16 @@ def test_sizes_follow_from_the_definitions(pool: Path) -> None:
 
 
 def test_several_strategies_select_what_all_of_them_do(pool: Path) -> None:
-    assert selected(pool, "basic+clip_score", fraction=0.3) == expected("basic", 0.3) & expected("clip_score", 0.3)
+    assert selected(pool, "basic+clip_score", fraction=0.3) == expected("basic", 0.3) & expected(
+        "clip_score", 0.3
+    )
 
 
 def test_images_near_a_target_by_their_centroids(given: dict[str, Any]) -> None:
-    assert set(uids_near_targets(given["embeddings"], given["centroids"], given["targets"])["uid"].to_pylist()) == NEAR
+    assert (
+        set(uids_near_targets(given["embeddings"], given["centroids"], given["targets"])["uid"].to_pylist())
+        == NEAR
+    )
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -136,7 +150,9 @@ def test_a_subset_is_datacomps(pool: Path, tmp_path: Path) -> None:
     uids = np.load(subset)
     assert uids.dtype == np.dtype("u8,u8")
     assert (np.sort(uids) == uids).all()
-    assert {f"{high:016x}{low:016x}" for high, low in uids.tolist()} == {uid for uid, _ in expected("union_top", 0.3)}
+    assert {f"{high:016x}{low:016x}" for high, low in uids.tolist()} == {
+        uid for uid, _ in expected("union_top", 0.3)
+    }
     assert pq.read_table(table).num_rows == 602
 
 
@@ -144,10 +160,22 @@ def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Pa
     done = recap("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
     assert json.loads(done.stdout)["rows"] == {"org_caption": 301}
     assert "needs a fraction" in recap("select", pool, "raw_top", "--out", tmp_path / "s", check=2).stderr
-    assert "Unexpected keyword" in recap("select", pool, "raw_top", "fracton=0.3", "--out", tmp_path / "s", check=2).stderr
-    assert "no share of the pool" in recap("select", pool, "raw_top", "fraction=30", "--out", tmp_path / "s", check=2).stderr
-    assert "cannot be read" in recap("select", pool, "text_based", "words=none.txt", "--out", tmp_path / "s", check=2).stderr
-    assert "there is no strategy 'best'" in recap("select", pool, "best", "--out", tmp_path / "s", check=2).stderr
+    assert (
+        "Unexpected keyword"
+        in recap("select", pool, "raw_top", "fracton=0.3", "--out", tmp_path / "s", check=2).stderr
+    )
+    assert (
+        "no share of the pool"
+        in recap("select", pool, "raw_top", "fraction=30", "--out", tmp_path / "s", check=2).stderr
+    )
+    assert (
+        "cannot be read"
+        in recap("select", pool, "text_based", "words=none.txt", "--out", tmp_path / "s", check=2).stderr
+    )
+    assert (
+        "there is no strategy 'best'"
+        in recap("select", pool, "best", "--out", tmp_path / "s", check=2).stderr
+    )
 
 
 def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:
@@ -158,9 +186,20 @@ def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:
     rows = [{"uid": uid, "url": f"http://127.0.0.1/{k}", "text": "x"} for k, uid in enumerate(UIDS)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
     with duckdb.connect() as con:
-        con.register("selected", pa.table({"uid": UIDS[5:300:3], "caption": ["org_caption"] * len(UIDS[5:300:3])}))
+        con.register(
+            "selected", pa.table({"uid": UIDS[5:300:3], "caption": ["org_caption"] * len(UIDS[5:300:3])})
+        )
         write(con, tmp_path)
-    recipe = Recipe("subset", (Source(files=str(tmp_path / "metadata.parquet"), rows_per_shard=250, subset=str(tmp_path / "subset.npy")),))
+    recipe = Recipe(
+        "subset",
+        (
+            Source(
+                files=str(tmp_path / "metadata.parquet"),
+                rows_per_shard=250,
+                subset=str(tmp_path / "subset.npy"),
+            ),
+        ),
+    )
     assert build(recipe, tmp_path / "run").failed == {}
     files = plan(recipe, tmp_path / "run")["source"].files(tmp_path / "run")
     assert len(files) == 4  # shards of the metadata, two of them without a row

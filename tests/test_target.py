@@ -44,7 +44,9 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         pytest.skip("needs network and a token: RECAP_REAL_HUB=user HF_TOKEN=... runs it")
 
 
-def test_versions_come_one_after_the_other_and_never_change(target: str, staged: Staged, tmp_path: Path) -> None:  # noqa: F811
+def test_versions_come_one_after_the_other_and_never_change(
+    target: str, staged: Staged, tmp_path: Path
+) -> None:  # noqa: F811
     where = target_of(target)
     assert where.versions() == []
     assert where.publish(staged, dry_run=True).plan["files"] == len(staged.promised())
@@ -70,7 +72,12 @@ def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noq
     with views.connect(f"{target}@v0.1.0") as con:
         (first, _), (_, sha256) = con.sql("select uid, sha256 from published limit 2").fetchall()
     removal = remove(target, "0.1.1", {"uid": [first], "sha256": [sha256]})
-    assert (removal.published.new, removal.rows, removal.ledger_rows, removal.matched_nothing) == (True, 2, 0, {"uid": [], "sha256": []})
+    assert (removal.published.new, removal.rows, removal.ledger_rows, removal.matched_nothing) == (
+        True,
+        2,
+        0,
+        {"uid": [], "sha256": []},
+    )
     assert verify(f"{target}@v0.1.1")["problems"] == []
     changes = diff(f"{target}@v0.1.0", f"{target}@v0.1.1")
     assert (changes["removed"], changes["added"], changes["changed"]) == (2, 0, {})
@@ -88,10 +95,16 @@ def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str
     with views.connect(f"{target}@v0.1.0") as con:
         ((dead, url),) = con.sql("select uid, url from ledger where status = 'dead_link' limit 1").fetchall()
     removal = remove(target, "0.1.1", {"url": [url], "domain": ["nowhere.example"]})
-    assert (removal.rows, removal.ledger_rows, removal.matched_nothing) == (0, 1, {"url": [], "domain": ["nowhere.example"]})
+    assert (removal.rows, removal.ledger_rows, removal.matched_nothing) == (
+        0,
+        1,
+        {"url": [], "domain": ["nowhere.example"]},
+    )
     assert verify(f"{target}@v0.1.1")["problems"] == []
     with views.connect(f"{target}@v0.1.1") as con:
-        assert con.sql(f"select count(*) from ledger where uid = '{dead}' or url = '{url}'").fetchall() == [(0,)]
+        assert con.sql(f"select count(*) from ledger where uid = '{dead}' or url = '{url}'").fetchall() == [
+            (0,)
+        ]
         assert con.sql("select count(*) from ledger").fetchall() == [(240,)]
     later = remove(target, "0.1.2", {"uid": ["0" * 32]})
     assert (later.rows, later.ledger_rows, later.matched_nothing) == (0, 0, {"uid": ["0" * 32]})
@@ -166,7 +179,9 @@ def test_what_lies_beside_the_versions_does_not_stop_a_publish(staged: Staged, t
 @pytest.mark.parametrize(
     "name", ["plots/../../../private", "/etc/passwd", "../private", "plots/link.png", "data/x.parquet", "bin/sh", ".hidden", ""],
 )  # fmt: skip
-def test_a_strangers_manifest_reaches_nothing_outside_its_folder(staged: Staged, tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_a_strangers_manifest_reaches_nothing_outside_its_folder(
+    staged: Staged, tmp_path: Path, name: str
+) -> None:  # noqa: F811
     private, target = tmp_path / "private", tmp_path / "a" / "b" / "out"
     private.write_text("mine")
     private.chmod(0o600)

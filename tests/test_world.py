@@ -43,7 +43,10 @@ def test_pictures_show_the_colours_that_are_described() -> None:
         image = world.draw(scene, 192)
         for thing in scene.things:
             colours = image.getcolors(192 * 192) or []
-            assert sum(count for count, colour in colours if colour == world.COLOURS[thing.colour]) > 100, (seed, thing)
+            assert sum(count for count, colour in colours if colour == world.COLOURS[thing.colour]) > 100, (
+                seed,
+                thing,
+            )
 
 
 def test_alt_text_is_as_bad_as_the_webs() -> None:
@@ -56,5 +59,8 @@ def test_alt_text_is_as_bad_as_the_webs() -> None:
 
 
 def test_training_never_sees_a_held_out_scene() -> None:
-    last = max(phase.first_seed + phase.steps * phase.batch for phase in (train.STAGE_1, train.STAGE_2, train.STAGE_2_AGAIN, train.CONTRASTIVE))
+    last = max(
+        phase.first_seed + phase.steps * phase.batch
+        for phase in (train.STAGE_1, train.STAGE_2, train.STAGE_2_AGAIN, train.CONTRASTIVE)
+    )
     assert last < world.HELD_OUT

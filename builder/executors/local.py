@@ -70,7 +70,14 @@ def local(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
                     worker.kill()
                     workers.remove(worker)
                 if outcome.error and not outcome.damaged and not outcome.final and tries < ATTEMPTS:
-                    log.info("%s %s: %s; attempt %d of %d follows", stage.name, task.name, outcome.error, tries + 1, ATTEMPTS)
+                    log.info(
+                        "%s %s: %s; attempt %d of %d follows",
+                        stage.name,
+                        task.name,
+                        outcome.error,
+                        tries + 1,
+                        ATTEMPTS,
+                    )
                     todo.append((task, tries + 1))
                 else:
                     yield outcome
@@ -88,8 +95,12 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.stage, self.log_file = stage, log_file
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, stage, os.getpid(), log_file, log.getEffectiveLevel()))
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the parent, which ends us
+        self.process = context.Process(
+            target=_serve, args=(theirs, stage, os.getpid(), log_file, log.getEffectiveLevel())
+        )
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # Ctrl-C is for the parent, which ends us
         try:
             self.process.start()
         finally:
@@ -116,10 +127,20 @@ class _Worker:
             wait([self.process.sentinel], timeout=END_S)
             self.kill()
             code = self.process.exitcode or 0
-            died = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit status {code}"
+            died = (
+                f"was killed by signal {-code} (out of memory?)"
+                if code < 0
+                else f"ended with exit status {code}"
+            )
             if not self.is_open:
-                words = f"its last words are in {self.log_file}" if self.log_file.exists() else "a script needs: if __name__ == '__main__'"
-                raise InputError(f"stage {self.stage.name} cannot start: its worker process {died}", words) from None
+                words = (
+                    f"its last words are in {self.log_file}"
+                    if self.log_file.exists()
+                    else "a script needs: if __name__ == '__main__'"
+                )
+                raise InputError(
+                    f"stage {self.stage.name} cannot start: its worker process {died}", words
+                ) from None
             assert self.task is not None
             said = Outcome(self.task, error=f"a worker process {died}")
         if isinstance(said, UserError):
@@ -163,7 +184,9 @@ def _speaking(workers: list[_Worker]) -> list[_Worker]:
 def _serve(pipe: Connection, stage: Stage, parent: int, log_file: Path, level: int) -> None:
     die_with(parent)
     os.setpgid(0, 0)  # its parent ends it with all that it starts
-    with open(log_file, "ab") as file:  # what libraries print belongs there, not between the lines of the progress
+    with open(
+        log_file, "ab"
+    ) as file:  # what libraries print belongs there, not between the lines of the progress
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -177,7 +200,12 @@ def _serve(pipe: Connection, stage: Stage, parent: int, log_file: Path, level: i
         except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
             log.warning("%s: %s", stage.name, traceback.format_exc())
             given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
-            return pipe.send(InputError(f"stage {stage.name} cannot start, {given}: {_said(error)}", f"more of it is in {log_file}"))
+            return pipe.send(
+                InputError(
+                    f"stage {stage.name} cannot start, {given}: {_said(error)}",
+                    f"more of it is in {log_file}",
+                )
+            )
         pipe.send(None)
         while (task := _next(pipe)) is not None:
             try:
@@ -216,7 +244,9 @@ def attempt(stage: Stage, task: Task, work: Work) -> Outcome:
         log.warning("%s %s: %s", stage.name, task.name, traceback.format_exc())
         _sweep(task)
         damaged = damaged_input(task)
-        return Outcome(task, error=damaged or _said(error), damaged=bool(damaged), final=isinstance(error, ShardError))
+        return Outcome(
+            task, error=damaged or _said(error), damaged=bool(damaged), final=isinstance(error, ShardError)
+        )
 
 
 def _sweep(task: Task) -> None:
@@ -227,7 +257,9 @@ def _sweep(task: Task) -> None:
 
 def _said(error: Exception) -> str:
     """In one line; what recapkit raises on purpose says all by itself."""
-    return (str(error) if isinstance(error, RecapError) else f"{type(error).__name__}: {error}").splitlines()[0]
+    return (str(error) if isinstance(error, RecapError) else f"{type(error).__name__}: {error}").splitlines()[
+        0
+    ]
 
 
 def die_with(parent: int) -> None:

@@ -30,7 +30,18 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import ConfigDict, Field
 
-from builder.core import Count, Json, Stage, Status, Task, Work, from_json, read_file, read_rows, write_parquet
+from builder.core import (
+    Count,
+    Json,
+    Stage,
+    Status,
+    Task,
+    Work,
+    from_json,
+    read_file,
+    read_rows,
+    write_parquet,
+)
 from builder.errors import InputError, RecipeError
 from builder.model import check_files, has_chat_template, hub_model, identity, model_folder
 from builder.stages.imagetar import images
@@ -43,8 +54,12 @@ _COLUMNS = ("uid", "status", "error")
 MAX_QUOTED_CHARACTERS = 20_000  # of the row in a prompt; what no model reads need not be tokenized
 QUOTABLE = ("org_caption", "url")
 _PLACEHOLDER = re.compile(r"\{([a-zA-Z_]\w*)\}")
-_MARKED = re.compile("\ue000([a-zA-Z_]\\w*)\ue001")  # a placeholder in a rendered prompt, whose template may have braces of its own
-RECAPTION_V1_PROMPT = "Please generate a detailed caption of this image. Please be as descriptive as possible."
+_MARKED = re.compile(
+    "\ue000([a-zA-Z_]\\w*)\ue001"
+)  # a placeholder in a rendered prompt, whose template may have braces of its own
+RECAPTION_V1_PROMPT = (
+    "Please generate a detailed caption of this image. Please be as descriptive as possible."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +81,16 @@ class CaptionSpec:
 
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
-            raise RecipeError(f"caption '{self.name}': min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}", "change one of them")
+            raise RecipeError(
+                f"caption '{self.name}': min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
+                "change one of them",
+            )
         for name in self.quotes():
             if name not in QUOTABLE:
-                raise RecipeError(f"the prompt of caption '{self.name}' quotes {{{name}}}", f"a prompt may quote: {', '.join(QUOTABLE)}")
+                raise RecipeError(
+                    f"the prompt of caption '{self.name}' quotes {{{name}}}",
+                    f"a prompt may quote: {', '.join(QUOTABLE)}",
+                )
 
     def quotes(self) -> list[str]:
         """Columns of the row that the prompt quotes."""
@@ -81,7 +102,11 @@ class CaptionSpec:
 
     def columns(self) -> tuple[tuple[str, pa.DataType], ...]:
         """What the stage writes of it."""
-        columns = ((self.name, pa.string()), (f"{self.name}_finish_reason", pa.string()), (f"{self.name}_num_tokens", pa.int32()))
+        columns = (
+            (self.name, pa.string()),
+            (f"{self.name}_finish_reason", pa.string()),
+            (f"{self.name}_num_tokens", pa.int32()),
+        )
         return (*columns, (f"{self.name}_prompt_cut", pa.bool_())) if self.quotes() else columns
 
 
@@ -103,7 +128,9 @@ class Caption(Stage):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = "auto"
     max_model_len: Count | None = None
     in_flight: Count = 256  # requests in the engine at a time; of a picture as many as there are specs
-    kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0  # on a CPU; a GPU's memory is measured by vLLM itself
+    kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
+        4.0  # on a CPU; a GPU's memory is measured by vLLM itself
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
 
     def __post_init__(self) -> None:
@@ -111,31 +138,57 @@ class Caption(Stage):
         lower = [name.lower() for name in columns]  # SQL knows no case
         for number, name in enumerate(columns):
             if lower[number] in lower[:number]:
-                raise RecipeError(f"a caption spec makes the column '{name}', which is there already", "give the caption another name")
+                raise RecipeError(
+                    f"a caption spec makes the column '{name}', which is there already",
+                    "give the caption another name",
+                )
 
     def makes_captions(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.specs)
 
     def settings(self) -> dict[str, Json]:
         specs = [vars(spec) for spec in self.specs]
-        return {"model": identity(self.model), "specs": specs, "dtype": self.dtype, "max_model_len": self.max_model_len}
+        return {
+            "model": identity(self.model),
+            "specs": specs,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+        }
 
     def check(self) -> None:
         folder = model_folder(self.model)
         if folder is None:
             hub_model(self.model)
         else:
-            for needed in (("config.json",), ("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "tokenizer.model")):
+            for needed in (
+                ("config.json",),
+                ("preprocessor_config.json", "processor_config.json"),
+                ("tokenizer.json", "tokenizer.model"),
+            ):
                 if not any((folder / name).exists() for name in needed):
-                    raise InputError(f"model folder {folder} has no {' or '.join(needed)}", "copy it from the model that this one was trained from")
-            config = from_json(dict[str, Any], read_file(folder / "config.json"), what=str(folder / "config.json"))
+                    raise InputError(
+                        f"model folder {folder} has no {' or '.join(needed)}",
+                        "copy it from the model that this one was trained from",
+                    )
+            config = from_json(
+                dict[str, Any], read_file(folder / "config.json"), what=str(folder / "config.json")
+            )
             if "vision_config" in config and "text_config" not in config:
-                raise InputError(f"{folder / 'config.json'} has no text_config", "copy it from the model that this one was trained from")
+                raise InputError(
+                    f"{folder / 'config.json'} has no text_config",
+                    "copy it from the model that this one was trained from",
+                )
             if "vision_config" not in config:
                 kind = config.get("model_type", "no model")
-                raise InputError(f"{folder / 'config.json'} is of {kind}, which sees no pictures", "name the folder of a LLaVA checkpoint")
+                raise InputError(
+                    f"{folder / 'config.json'} is of {kind}, which sees no pictures",
+                    "name the folder of a LLaVA checkpoint",
+                )
             if not has_chat_template(folder):
-                raise InputError(f"model folder {folder} has no chat template", "copy chat_template.jinja from the one that it was trained from")
+                raise InputError(
+                    f"model folder {folder} has no chat template",
+                    "copy chat_template.jinja from the one that it was trained from",
+                )
             check_files(folder)
 
     @contextmanager
@@ -155,13 +208,19 @@ class Caption(Stage):
         write_parquet(table, task.output())
         for spec in (spec for spec in self.specs if spec.quotes()):
             if cut := pc.sum(table[f"{spec.name}_prompt_cut"]).as_py():
-                log.warning("caption %s: the text that %d prompts of %s quote was cut", task.name, cut, spec.name)
+                log.warning(
+                    "caption %s: the text that %d prompts of %s quote was cut", task.name, cut, spec.name
+                )
         return Counter(table["status"].to_pylist())
 
     def _requests(self, task: Task, known: Mapping[str, Json]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         """(uid, image, row) of what is still to caption, in row order."""
         keys = {row["key"]: row["uid"] for row in read_rows(task.input("download"), ["key", "uid"])}
-        wanted = {row["uid"] for row in read_rows(task.input("dedup"), ["uid", "status"]) if row["status"] == Status.OK}
+        wanted = {
+            row["uid"]
+            for row in read_rows(task.input("dedup"), ["uid", "status"])
+            if row["status"] == Status.OK
+        }
         rows = read_rows(task.input("source"), ["uid", "url", "org_caption"])
         row: dict[str, Any] = {"uid": None}
         for key, image in images(task.input("download", ".tar")):
@@ -177,9 +236,14 @@ class Caption(Stage):
                 given = captions[row["uid"]][spec.name] if row["status"] == Status.OK else {}
                 if given.get("error"):
                     row |= {"status": str(Status.CAPTION_FAILED), "error": given["error"]}
-                row |= {name: given.get(name.removeprefix(f"{spec.name}_") if name != spec.name else "text") for name, _ in spec.columns()}
+                row |= {
+                    name: given.get(name.removeprefix(f"{spec.name}_") if name != spec.name else "text")
+                    for name, _ in spec.columns()
+                }
             table.append(row)
-        fields = [(name, pa.string()) for name in _COLUMNS] + [column for spec in self.specs for column in spec.columns()]
+        fields = [(name, pa.string()) for name in _COLUMNS] + [
+            column for spec in self.specs for column in spec.columns()
+        ]
         return pa.Table.from_pylist(table, pa.schema(fields))
 
 
@@ -198,7 +262,9 @@ class Engine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
-        os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = "1"  # a count beside each request's tokens; by itself vLLM goes on with them
+        os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = (
+            "1"  # a count beside each request's tokens; by itself vLLM goes on with them
+        )
         import torch
 
         on_gpu = torch.cuda.is_available()
@@ -222,9 +288,14 @@ class Engine:
         self.room: dict[str, int] = {}  # tokens that are left for what a prompt quotes
         for spec in self.specs:
             content = [{"type": "image"}, {"type": "text", "text": spec.marked_prompt()}]
-            self.prompts[spec.name] = template.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            self.prompts[spec.name] = template.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
             self.sampling[spec.name] = SamplingParams(
-                temperature=spec.temperature, top_k=spec.top_k, max_tokens=spec.max_tokens, min_tokens=spec.min_tokens
+                temperature=spec.temperature,
+                top_k=spec.top_k,
+                max_tokens=spec.max_tokens,
+                min_tokens=spec.min_tokens,
             )
         self._watch()
         self._try_out(settings)
@@ -256,14 +327,21 @@ class Engine:
             self.room[spec.name] = limit - spec.max_tokens - taken
             if self.room[spec.name] < 0:
                 reason = f"caption '{spec.name}': prompt and picture take {taken} tokens, the reply {spec.max_tokens}, in all at most {limit}"
-                raise InputError(reason, "make the prompt or max_tokens smaller, or caption.max_model_len larger")
+                raise InputError(
+                    reason, "make the prompt or max_tokens smaller, or caption.max_model_len larger"
+                )
             params = self.sampling[spec.name].clone()
             params.max_tokens, params.min_tokens = 1, 1
             self.llm.generate([prompt], params, use_tqdm=False)
         if self.not_finite:
-            raise InputError(f"the logits of model {settings.model} are not finite: its weights are damaged", "copy its *.safetensors again")
+            raise InputError(
+                f"the logits of model {settings.model} are not finite: its weights are damaged",
+                "copy its *.safetensors again",
+            )
 
-    def prompt(self, spec: CaptionSpec, picture: Image.Image, row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    def prompt(
+        self, spec: CaptionSpec, picture: Image.Image, row: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], bool]:
         """What vLLM takes, and whether text of the row was cut to fit; as tokens, for the chat template has put the special ones in place.
 
         Text of the row is data: in it special tokens and placeholders are characters like others.
@@ -274,7 +352,9 @@ class Engine:
             if number % 2 == 0:
                 ids += self.tokenizer.encode(part, add_special_tokens=False)
                 continue
-            quoted = self.tokenizer.encode(str(row[part])[:MAX_QUOTED_CHARACTERS], add_special_tokens=False, split_special_tokens=True)
+            quoted = self.tokenizer.encode(
+                str(row[part])[:MAX_QUOTED_CHARACTERS], add_special_tokens=False, split_special_tokens=True
+            )
             cut = cut or len(quoted) > room or len(str(row[part])) > MAX_QUOTED_CHARACTERS
             ids += quoted[:room]
             room -= len(quoted[:room])
@@ -290,10 +370,14 @@ class Engine:
             params.seed = int.from_bytes(hashlib.sha256(f"{spec.name} {uid}".encode()).digest()[:4], "big")
         return params
 
-    def captions(self, requests: Iterator[tuple[str, bytes, dict[str, Any]]]) -> Generator[tuple[str, dict[str, Json]]]:
+    def captions(
+        self, requests: Iterator[tuple[str, bytes, dict[str, Any]]]
+    ) -> Generator[tuple[str, dict[str, Json]]]:
         """(uid, {spec: caption}) in the order in which the images are done. Closed before its end, it leaves no request in the engine."""
         engine = self.llm.llm_engine
-        owner: dict[str, tuple[str, str, str, bool]] = {}  # request -> uid, spec, the engine's own id, whether the row's text was cut
+        owner: dict[
+            str, tuple[str, str, str, bool]
+        ] = {}  # request -> uid, spec, the engine's own id, whether the row's text was cut
         parts: dict[str, dict[str, Json]] = {}
         more = True
         try:
@@ -305,7 +389,13 @@ class Engine:
                     try:
                         picture = Image.open(io.BytesIO(image)).convert("RGB")
                     except (OSError, ValueError) as error:
-                        yield uid, {spec.name: {"error": f"the image cannot be decoded: {error}"} for spec in self.specs}
+                        yield (
+                            uid,
+                            {
+                                spec.name: {"error": f"the image cannot be decoded: {error}"}
+                                for spec in self.specs
+                            },
+                        )
                         continue
                     parts[uid] = {}
                     for spec in self.specs:
@@ -313,9 +403,18 @@ class Engine:
                         prompt, cut = self.prompt(spec, picture, row)
                         try:
                             (rendered,) = engine.renderer.render_cmpl([prompt])
-                            owner[request] = (uid, spec.name, engine.add_request(request, rendered, self.params(spec, uid)), cut)
-                        except self.refused as error:  # a picture of a size that takes more tokens than the model has
-                            parts[uid][spec.name] = {"error": f"the model does not take it: {str(error).splitlines()[0][:200]}"}
+                            owner[request] = (
+                                uid,
+                                spec.name,
+                                engine.add_request(request, rendered, self.params(spec, uid)),
+                                cut,
+                            )
+                        except (
+                            self.refused
+                        ) as error:  # a picture of a size that takes more tokens than the model has
+                            parts[uid][spec.name] = {
+                                "error": f"the model does not take it: {str(error).splitlines()[0][:200]}"
+                            }
                     if len(parts[uid]) == len(self.specs):
                         yield uid, parts.pop(uid)
                 for output in engine.step() if owner else ():
@@ -334,7 +433,12 @@ class Engine:
             return {"error": "the model's logits are not finite"}
         if not text:
             return {"error": "the model said nothing"}
-        return {"text": text, "finish_reason": output.finish_reason, "num_tokens": len(output.token_ids), "prompt_cut": cut}
+        return {
+            "text": text,
+            "finish_reason": output.finish_reason,
+            "num_tokens": len(output.token_ids),
+            "prompt_cut": cut,
+        }
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -350,7 +454,9 @@ class _Journal:
     file: IO[str] | None = None
 
     def __enter__(self) -> _Journal:
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
+        lines = (
+            self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
+        )
         if lines and lines[0] == self.key:
             for line in lines[1:-1]:  # what follows the last line break was cut off by the crash
                 try:

@@ -40,14 +40,21 @@ class Dedup(Stage):
 
     def settings(self) -> dict[str, Json]:
         if self.tombstones and not Path(self.tombstones).is_file():
-            raise InputError(f"there is no file of tombstones {self.tombstones}", f"name the {tombstones.FILE} of a published version")
+            raise InputError(
+                f"there is no file of tombstones {self.tombstones}",
+                f"name the {tombstones.FILE} of a published version",
+            )
         return super().settings() | {"tombstones": self.tombstones and sha256_known(Path(self.tombstones))}
 
     def check(self) -> None:
         self._removed()
 
     def _removed(self) -> pa.Table:
-        return tombstones.read(read_file(Path(self.tombstones)), self.tombstones) if self.tombstones else tombstones.table({})
+        return (
+            tombstones.read(read_file(Path(self.tombstones)), self.tombstones)
+            if self.tombstones
+            else tombstones.table({})
+        )
 
     def survey(self, task: Task) -> Mapping[str, int]:
         files = task.all_inputs("download")
@@ -64,7 +71,8 @@ class Dedup(Stage):
         with sql.connect(threads=1) as con:
             con.register("tombstones", self._removed())
             removed = tombstones.MARKS.format(
-                rows="(select file_row_number as row, uid, url, image_sha256 as image from rows)", tombstones="tombstones"
+                rows="(select file_row_number as row, uid, url, image_sha256 as image from rows)",
+                tombstones="tombstones",
             )
 
             def work(task: Task) -> Mapping[str, int]:

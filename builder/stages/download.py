@@ -45,7 +45,15 @@ from pydantic import Field
 from builder import sql
 from builder.core import Count, Json, Seconds, Stage, Status, Task, Work, read_rows, write_parquet
 from builder.errors import InputError
-from builder.stages.network import NOT_PUBLIC, RESOLVER_SHARE, Network, NoAnswer, Outage, is_nameserver, is_off_limits
+from builder.stages.network import (
+    NOT_PUBLIC,
+    RESOLVER_SHARE,
+    Network,
+    NoAnswer,
+    Outage,
+    is_nameserver,
+    is_off_limits,
+)
 from builder.urls import as_fetched
 
 SCHEMA = pa.schema(
@@ -64,7 +72,18 @@ SCHEMA = pa.schema(
 )
 USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1)"
 RESIZE_MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")  # img2dataset's
-_PILLOW_SAYS_NO = (OSError, ValueError, SyntaxError, MemoryError, RuntimeError, AttributeError, TypeError, LookupError, ArithmeticError, struct.error)
+_PILLOW_SAYS_NO = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    MemoryError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +95,30 @@ class Download(Stage):
     reads: ClassVar[tuple[str, ...]] = ("source",)
     surveys: ClassVar[tuple[str, ...]] = ("source",)
     once: ClassVar[tuple[str, ...]] = ("accept_failures",)
-    libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "img2dataset", "aiohttp", "aiodns", "webdataset", "opencv-python-headless")
+    libraries: ClassVar[tuple[str, ...]] = (
+        "pyarrow",
+        "img2dataset",
+        "aiohttp",
+        "aiodns",
+        "webdataset",
+        "opencv-python-headless",
+    )
 
     image_px: Count = 512
     resize_mode: str = "keep_ratio_largest"  # img2dataset's names
     resize_only_if_bigger: bool = True
     encode_quality: Annotated[int, Field(ge=1, le=100)] = 95
     blur_faces: bool = True  # where the metadata has face_bboxes
-    verify_sha256: bool = True  # another image than the metadata's is hash_mismatch; off: kept under its measured hash
+    verify_sha256: bool = (
+        True  # another image than the metadata's is hash_mismatch; off: kept under its measured hash
+    )
     timeout_s: Seconds = 10.0
     retries: Annotated[int, Field(ge=0)] = 2
     max_bytes: Count = 50_000_000
     max_pixels: Count = 64_000_000  # an image with alpha counts fourfold
-    allow_private: tuple[str, ...] = ()  # networks that may be connected to though they are not public, for example 127.0.0.1/32
+    allow_private: tuple[
+        str, ...
+    ] = ()  # networks that may be connected to though they are not public, for example 127.0.0.1/32
     disallowed_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     user_agent_token: str = "recapkit"
     concurrency: Count = 64  # URLs in flight per worker
@@ -108,12 +138,16 @@ class Download(Stage):
 
     def check(self) -> None:
         if self.resize_mode not in RESIZE_MODES:
-            raise InputError(f"there is no resize_mode '{self.resize_mode}'", f"img2dataset has: {', '.join(RESIZE_MODES)}")
+            raise InputError(
+                f"there is no resize_mode '{self.resize_mode}'", f"img2dataset has: {', '.join(RESIZE_MODES)}"
+            )
         for network in self.allow_private:
             try:
                 ipaddress.ip_network(network)
             except ValueError as error:
-                raise InputError(f"allow_private: {error}", "for example allow_private=127.0.0.1/32") from error
+                raise InputError(
+                    f"allow_private: {error}", "for example allow_private=127.0.0.1/32"
+                ) from error
         for server in self.nameservers:
             if not is_nameserver(server):
                 raise InputError(f"nameservers: '{server}' is no address", "for example nameservers=1.1.1.1")
@@ -122,7 +156,9 @@ class Download(Stage):
         source = sql.table(task.all_inputs("source"))
         with sql.connect(task.folder) as con:
             ((rows,),) = con.sql(f"select count(*) from {source}").fetchall()
-            twice = con.sql(f"select uid, min((shard, row)), max((shard, row)) from {source} group by uid having count(*) > 1 limit 1").fetchall()
+            twice = con.sql(
+                f"select uid, min((shard, row)), max((shard, row)) from {source} group by uid having count(*) > 1 limit 1"
+            ).fetchall()
         for uid, first, last in twice:
             raise InputError(
                 f"uid {uid} occurs twice: shard {first[0]} row {first[1]} and shard {last[0]} row {last[1]}; it must identify one row",
@@ -245,16 +281,22 @@ class _Fetcher:
 
     def may_connect(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         public = ip.is_global and not ip.is_multicast
-        if isinstance(ip, ipaddress.IPv6Address):  # an IPv4 address in IPv6 clothes counts as what it leads to
+        if isinstance(
+            ip, ipaddress.IPv6Address
+        ):  # an IPv4 address in IPv6 clothes counts as what it leads to
             inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
             if ip in ipaddress.ip_network("64:ff9b::/96"):
                 inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
             if inner:
                 return self.may_connect(inner)
-            public = public and ip in ipaddress.ip_network("2000::/3")  # all that is global unicast; Python's table lacks some that is not
+            public = public and ip in ipaddress.ip_network(
+                "2000::/3"
+            )  # all that is global unicast; Python's table lacks some that is not
         return public or any(ip.version == net.version and ip in net for net in self.allowed)
 
-    async def fetch(self, session: aiohttp.ClientSession, row: Mapping[str, Any]) -> tuple[bytes | None, _Image]:
+    async def fetch(
+        self, session: aiohttp.ClientSession, row: Mapping[str, Any]
+    ) -> tuple[bytes | None, _Image]:
         """The body of a row's URL, or what stands in its way."""
         text, error = as_fetched(row["url"])
         if error := row["url_error"] or error:
@@ -275,7 +317,9 @@ class _Fetcher:
         except TimeoutError:
             return None, _Image(Status.TIMEOUT, f"nothing complete within {self.settings.timeout_s:g} s")
 
-    async def attempt(self, session: aiohttp.ClientSession, url: yarl.URL) -> tuple[bytes | None, _Image, float | None]:
+    async def attempt(
+        self, session: aiohttp.ClientSession, url: yarl.URL
+    ) -> tuple[bytes | None, _Image, float | None]:
         """Body, failure, and how long to wait at least before trying again; None where trying again is no use."""
         body = bytearray()
         try:
@@ -283,14 +327,31 @@ class _Fetcher:
                 status = response.status
                 if status == 429 or status >= 500:
                     after = response.headers.get("Retry-After", "")
-                    return None, _Image(Status.UNAVAILABLE, f"HTTP {status}"), float(after) if after.isdecimal() else 0.0
+                    return (
+                        None,
+                        _Image(Status.UNAVAILABLE, f"HTTP {status}"),
+                        float(after) if after.isdecimal() else 0.0,
+                    )
                 if status != 200:
                     return None, _Image(Status.DEAD_LINK, f"HTTP {status}"), None
-                if self.directives and self.is_disallowed(_Headers(response.headers), self.settings.user_agent_token.lower(), self.directives):
-                    return None, _Image(Status.OPTED_OUT, f"X-Robots-Tag: {', '.join(response.headers.getall('X-Robots-Tag'))}"), None
+                if self.directives and self.is_disallowed(
+                    _Headers(response.headers), self.settings.user_agent_token.lower(), self.directives
+                ):
+                    return (
+                        None,
+                        _Image(
+                            Status.OPTED_OUT,
+                            f"X-Robots-Tag: {', '.join(response.headers.getall('X-Robots-Tag'))}",
+                        ),
+                        None,
+                    )
                 limit = self.settings.max_bytes
                 if (response.content_length or 0) > limit:
-                    return None, _Image(Status.TOO_LARGE, f"{response.content_length} bytes, over {limit}"), None
+                    return (
+                        None,
+                        _Image(Status.TOO_LARGE, f"{response.content_length} bytes, over {limit}"),
+                        None,
+                    )
                 async for chunk in response.content.iter_any():
                     body += chunk
                     if len(body) > limit:
@@ -322,7 +383,9 @@ class _Fetcher:
                 if not all(isinstance(side, int) and 0 < side < 2**31 for side in (width, height)):
                     raise ValueError("impossible size")
                 alpha = header.has_transparency_data
-                if width * height * (4 if alpha else 1) > self.settings.max_pixels:  # img2dataset flattens alpha in float64
+                if (
+                    width * height * (4 if alpha else 1) > self.settings.max_pixels
+                ):  # img2dataset flattens alpha in float64
                     reason = f"{width}x{height} pixels{' with alpha' if alpha else ''}, over {self.settings.max_pixels}"
                     return _Image(Status.TOO_LARGE, reason, sha256, (width, height)), None
                 if self.settings.verify_sha256 and row["sha256"] and row["sha256"] != sha256:
@@ -331,7 +394,9 @@ class _Fetcher:
                 if ";16" in f"{header.mode} {header.tile}":
                     body = _eight_bits(header)
         except _PILLOW_SAYS_NO as error:
-            return _Image(Status.UNDECODABLE, "empty body" if not body else type(error).__name__, sha256), None
+            return _Image(
+                Status.UNDECODABLE, "empty body" if not body else type(error).__name__, sha256
+            ), None
         try:
             faces = _faces(row["face_bboxes"] or []) if self.settings.blur_faces else []
         except ValueError as error:  # unblurred it may not be kept
@@ -425,8 +490,17 @@ def _write(task: Task, rows: list[dict[str, Any]], images: list[_Image], spool: 
             table.append(result)
             if image.status is Status.OK:
                 spool.seek(image.span[0])
-                about = {name: row[name] for name in ("uid", "url", "org_caption")} | {name: result[name] for name in result if name != "error"}
+                about = {name: row[name] for name in ("uid", "url", "org_caption")} | {
+                    name: result[name] for name in result if name != "error"
+                }
                 jpg = spool.read(image.span[1])
-                tar.write({"__key__": key, "jpg": jpg, "txt": row["org_caption"].encode(), "json": json.dumps(about, indent=4).encode()})
+                tar.write(
+                    {
+                        "__key__": key,
+                        "jpg": jpg,
+                        "txt": row["org_caption"].encode(),
+                        "json": json.dumps(about, indent=4).encode(),
+                    }
+                )
     write_parquet(pa.Table.from_pylist(table, SCHEMA), task.output())
     return Counter(str(image.status) for image in images)

@@ -23,7 +23,18 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from PIL import Image
 
-from builder.core import Count, Json, Stage, Status, Task, Work, from_json, read_file, read_rows, write_parquet
+from builder.core import (
+    Count,
+    Json,
+    Stage,
+    Status,
+    Task,
+    Work,
+    from_json,
+    read_file,
+    read_rows,
+    write_parquet,
+)
 from builder.errors import InputError, RecipeError
 from builder.model import check_files, hub_model, identity, model_folder
 from builder.stages.imagetar import images
@@ -61,10 +72,20 @@ class Score(Stage):
             hub_model(self.model)
             return
         if not (folder / "open_clip_config.json").exists():
-            raise InputError(f"model folder {folder} has no open_clip_config.json", "name a folder in open_clip's local-dir layout")
-        config = from_json(dict[str, Any], read_file(folder / "open_clip_config.json"), what=str(folder / "open_clip_config.json"))
+            raise InputError(
+                f"model folder {folder} has no open_clip_config.json",
+                "name a folder in open_clip's local-dir layout",
+            )
+        config = from_json(
+            dict[str, Any],
+            read_file(folder / "open_clip_config.json"),
+            what=str(folder / "open_clip_config.json"),
+        )
         if not isinstance(config.get("model_cfg"), dict):
-            raise InputError(f"{folder / 'open_clip_config.json'} has no model_cfg", "name a folder in open_clip's local-dir layout")
+            raise InputError(
+                f"{folder / 'open_clip_config.json'} has no model_cfg",
+                "name a folder in open_clip's local-dir layout",
+            )
         check_files(folder)
 
     @contextmanager
@@ -77,7 +98,10 @@ class Score(Stage):
         source = read_rows(task.input("source"), ["uid", "org_caption"])
         texts = [name for name in self.captions if name != "org_caption"]
         captioned = read_rows(task.input("caption"), ["uid", "status", "error", *texts])
-        table = [row | {"org_caption": original["org_caption"]} for original, row in zip(source, captioned, strict=True)]
+        table = [
+            row | {"org_caption": original["org_caption"]}
+            for original, row in zip(source, captioned, strict=True)
+        ]
         wanted = (row for row in table if row["status"] == Status.OK)
         keys = {row["key"]: row["uid"] for row in read_rows(task.input("download"), ["key", "uid"])}
         ok = {row["uid"] for row in table if row["status"] == Status.OK}
@@ -90,7 +114,10 @@ class Score(Stage):
                 cosines = (image_BE * text_BE).sum(1).tolist()
                 for row, cosine, was_cut in zip(batch, cosines, cut, strict=True):
                     if not math.isfinite(cosine):
-                        row |= {"status": str(Status.CAPTION_FAILED), "error": f"the cosine of {name} is not finite"}
+                        row |= {
+                            "status": str(Status.CAPTION_FAILED),
+                            "error": f"the cosine of {name} is not finite",
+                        }
                     elif row[name]:
                         row |= {f"{name}_cosine": cosine, f"{name}_cut": was_cut}
         fields = [("uid", pa.string()), ("status", pa.string()), ("error", pa.string())]
@@ -127,14 +154,22 @@ class Clip:
         name = f"local-dir:{folder}"
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.preprocess = open_clip.create_model_from_pretrained(name, precision=settings.precision, device=self.device)
+        self.model, self.preprocess = open_clip.create_model_from_pretrained(
+            name, precision=settings.precision, device=self.device
+        )
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(name)
         self.context = int(self.model.context_length)
         self.pad = int(self.tokenizer([""], context_length=self.context + 1)[0, -1])
-        tried = self.images([self.preprocess(Image.new("RGB", (64, 64)))]).sum() + self.texts(["a photo"])[0].sum()
+        tried = (
+            self.images([self.preprocess(Image.new("RGB", (64, 64)))]).sum()
+            + self.texts(["a photo"])[0].sum()
+        )
         if not tried.isfinite():
-            raise InputError(f"the vectors of model {settings.model} are not finite: its weights are damaged", "copy them again")
+            raise InputError(
+                f"the vectors of model {settings.model} are not finite: its weights are damaged",
+                "copy them again",
+            )
 
     def images(self, pictures: list[Any]) -> Any:
         """(B, 3, H, W) pictures -> (B, E) unit vectors."""

@@ -36,7 +36,11 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("org_length", pa.int64(), "words between white space"),
     ("re_gpt4v_score", pa.int64(), "a judge's 1-5; null where nobody judged"),
     ("org_gpt4v_score", pa.int64(), "a judge's 1-5; null where nobody judged"),
-    ("re_caption_condition_diverse_topk", pa.string(), "alt-text-conditioned caption; null where the recipe makes none"),
+    (
+        "re_caption_condition_diverse_topk",
+        pa.string(),
+        "alt-text-conditioned caption; null where the recipe makes none",
+    ),
     ("re_condition_length", pa.int64(), "its words between white space"),
     ("re_finish_reason", pa.string(), "`stop`, or `length`: cut off at the token limit"),
     ("re_num_tokens", pa.int32(), "tokens of the new caption, the captioner's tokenizer"),
@@ -48,9 +52,13 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("clip_l14_similarity_score", pa.float32(), "from the metadata: cosine by OpenAI's ViT-L/14"),
 )
 SCHEMA = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
-PUBLISHED_BEFORE = ("re_caption_condition_diverse_topk",)  # a caption that has columns of its own in the schema
+PUBLISHED_BEFORE = (
+    "re_caption_condition_diverse_topk",
+)  # a caption that has columns of its own in the schema
 ROW_GROUP_ROWS = 100_000  # about 100 MB before compression
-LEDGER = pa.schema([("uid", pa.string()), ("url", pa.string()), ("status", pa.string()), ("error", pa.string())])
+LEDGER = pa.schema(
+    [("uid", pa.string()), ("url", pa.string()), ("status", pa.string()), ("error", pa.string())]
+)
 
 
 def columns(captions: tuple[str, ...] = ()) -> tuple[tuple[str, pa.DataType, str], ...]:
@@ -79,7 +87,9 @@ def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
     """
     select = recipe.stage("select")
     if not isinstance(select, Select):
-        raise RecipeError(f"recipe {recipe.name}: its stage select is another", "use builder.stages.select.Select")
+        raise RecipeError(
+            f"recipe {recipe.name}: its stage select is another", "use builder.stages.select.Select"
+        )
     return {"data": schema(select.captions), "ledger": LEDGER}
 
 
@@ -116,14 +126,20 @@ class Select(Stage):
     def __post_init__(self) -> None:
         for name in self.captions:
             if name in SCHEMA.names and name not in PUBLISHED_BEFORE:
-                raise RecipeError(f"select.captions names '{name}', which is a column of every version", "give the caption another name")
+                raise RecipeError(
+                    f"select.captions names '{name}', which is a column of every version",
+                    "give the caption another name",
+                )
 
     def names_captions(self) -> tuple[str, ...]:
         return ("re_caption", *self.captions)
 
     @contextmanager
     def open(self) -> Iterator[Work]:
-        join, target = _JOIN.format(word=_WORD, captions="".join(map(_caption_sql, self.captions))), schema(self.captions)
+        join, target = (
+            _JOIN.format(word=_WORD, captions="".join(map(_caption_sql, self.captions))),
+            schema(self.captions),
+        )
         with sql.connect(threads=1) as con:
 
             def work(task: Task) -> Mapping[str, int]:
@@ -137,19 +153,25 @@ class Select(Stage):
                         "positional join caption positional join score"
                     ).fetchall()
                     if same != rows:
-                        raise ValueError(f"the stages of shard {files[0].stem} do not hold the same rows: {same} of {rows} agree")
+                        raise ValueError(
+                            f"the stages of shard {files[0].stem} do not hold the same rows: {same} of {rows} agree"
+                        )
                     parts.append(con.sql(join).to_arrow_table())
                 table = pa.concat_tables(parts)
                 ledger = table.select(LEDGER.names)
                 removed = pc.equal(ledger["status"], Status.REMOVED)
                 for index, name in enumerate(("uid", "url")):  # of what was taken down nothing is told
                     ledger = ledger.set_column(index, name, pc.if_else(removed, None, ledger[name]))
-                write_parquet(ledger.cast(LEDGER), task.output(".ledger.parquet"), row_group_size=ROW_GROUP_ROWS)
+                write_parquet(
+                    ledger.cast(LEDGER), task.output(".ledger.parquet"), row_group_size=ROW_GROUP_ROWS
+                )
                 published = table.filter(pc.equal(table["status"], "ok"))
                 for field in target:
                     if field.name not in published.column_names:
                         published = published.append_column(field, pa.nulls(len(published), field.type))
-                write_parquet(published.select(target.names).cast(target), task.output(), row_group_size=ROW_GROUP_ROWS)
+                write_parquet(
+                    published.select(target.names).cast(target), task.output(), row_group_size=ROW_GROUP_ROWS
+                )
                 return Counter(table["status"].to_pylist())
 
             yield work

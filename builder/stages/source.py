@@ -28,7 +28,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from builder.core import Count, Json, Record, Stage, Status, Task, Work, from_json, matching, read_file, sha256_file, sha256_known, write_parquet
+from builder.core import (
+    Count,
+    Json,
+    Record,
+    Stage,
+    Status,
+    Task,
+    Work,
+    from_json,
+    matching,
+    read_file,
+    sha256_file,
+    sha256_known,
+    write_parquet,
+)
 from builder.errors import InputError, RecipeError, ShardError
 from builder.stages.texttable import TextTable
 from builder.urls import as_fetched
@@ -51,12 +65,21 @@ SCHEMA = pa.schema(
         ("row", pa.int32()),
     ]
 )
-OPTIONAL = ("sha256", "original_width", "original_height", "clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes")
+OPTIONAL = (
+    "sha256",
+    "original_width",
+    "original_height",
+    "clip_b32_similarity_score",
+    "clip_l14_similarity_score",
+    "face_bboxes",
+)
 
 NEEDED = ("uid", "url", "org_caption")
 SETTING = {"uid": "uid_column", "url": "url_column", "org_caption": "caption_column"}
 
-LAYOUTS: Mapping[str, Mapping[str, str]] = {  # our column -> theirs; without uid, one is derived from URL and caption
+LAYOUTS: Mapping[
+    str, Mapping[str, str]
+] = {  # our column -> theirs; without uid, one is derived from URL and caption
     "datacomp": {"uid": "uid", "url": "url", "org_caption": "text"},
     "pixelprose": {"uid": "uid", "url": "url", "org_caption": "original_caption"},
     "capsfusion": {"url": "image_url", "org_caption": "laion_2b"},
@@ -97,11 +120,16 @@ class Source(Stage):
             raise RecipeError("source.files holds a NUL character", "name a folder, a glob or a file")
 
     def settings(self) -> dict[str, Json]:
-        settings: dict[str, Json] = {"layout": self.layout, "columns": [self.url_column, self.caption_column, self.uid_column]}
+        settings: dict[str, Json] = {
+            "layout": self.layout,
+            "columns": [self.url_column, self.caption_column, self.uid_column],
+        }
         settings |= {"encoding": self.encoding} if self.encoding != "utf-8" else {}
         settings |= {"delimiter": self.delimiter} if self.delimiter else {}
         if self.subset and not Path(self.subset).is_file():
-            raise InputError(f"there is no subset {self.subset}", "make one: recap select PLACE STRATEGY --out FOLDER")
+            raise InputError(
+                f"there is no subset {self.subset}", "make one: recap select PLACE STRATEGY --out FOLDER"
+            )
         return settings | ({"subset": sha256_known(Path(self.subset))} if self.subset else {})
 
     def has_survey(self) -> bool:
@@ -125,7 +153,9 @@ class Source(Stage):
             files = self.find()
         except InputError:
             if record := Record.read(run / "source" / "survey.json"):
-                return dict(record.inputs)  # the metadata is gone; a run that needs it no more can still be looked at and published
+                return dict(
+                    record.inputs
+                )  # the metadata is gone; a run that needs it no more can still be looked at and published
             raise
         hashes = _Hashes(run / "source" / ".files.json")
         inputs = {name: hashes.of(fs, path) for name, fs, path in files}
@@ -160,7 +190,16 @@ class Source(Stage):
         numbered = bool(self.url_column) or self.layout == "cc3m"
         asked = given or ({*LAYOUTS["cc3m"].values()} if numbered else set())
         headless = asked if all(re.fullmatch(r"column\d+", column) for column in asked) else set()
-        return TextTable(name, fs, path, self.encoding, self.delimiter, frozenset(known | given), numbered, frozenset(headless))
+        return TextTable(
+            name,
+            fs,
+            path,
+            self.encoding,
+            self.delimiter,
+            frozenset(known | given),
+            numbered,
+            frozenset(headless),
+        )
 
     def find(self) -> list[tuple[str, fsspec.AbstractFileSystem, str]]:
         """Name below the folder, file system and path of each file, in the order of the names."""
@@ -193,7 +232,9 @@ class Source(Stage):
             start = 0
             while start < num_rows and left != 0:
                 take = min(num_rows - start, room, num_rows if left is None else left)
-                slices.append({"shard": shard, "file": stored, "sha256": sha256, "start": start, "stop": start + take})
+                slices.append(
+                    {"shard": shard, "file": stored, "sha256": sha256, "start": start, "stop": start + take}
+                )
                 start, room, left = start + take, room - take, None if left is None else left - take
                 if room == 0:
                     shard, room = shard + 1, self.rows_per_shard
@@ -207,7 +248,9 @@ class Source(Stage):
 
     def rows_of_shards(self, run: Path) -> list[int]:
         """Rows of the metadata in each shard, as surveyed."""
-        return [sum(stop - start for _, _, start, stop in slices) for _, slices in sorted(_slices_of(run).items())]
+        return [
+            sum(stop - start for _, _, start, stop in slices) for _, slices in sorted(_slices_of(run).items())
+        ]
 
     @contextmanager
     def open(self) -> Iterator[Work]:
@@ -240,7 +283,11 @@ class Source(Stage):
         """
         named = {"uid": self.uid_column, "url": self.url_column, "org_caption": self.caption_column}
         given = {ours: theirs for ours, theirs in named.items() if theirs}
-        layouts = {k: {**v, **given} for k, v in LAYOUTS.items()} if self.layout == "auto" else {self.layout: {**LAYOUTS[self.layout], **given}}
+        layouts = (
+            {k: {**v, **given} for k, v in LAYOUTS.items()}
+            if self.layout == "auto"
+            else {self.layout: {**LAYOUTS[self.layout], **given}}
+        )
         if "url" in given and "org_caption" in given:
             layouts = {"given": given}
         optional = {column: column for column in OPTIONAL if column in found}
@@ -248,10 +295,15 @@ class Source(Stage):
             if all(layout[needed] in found for needed in NEEDED if needed in layout):
                 return optional | {ours: theirs for ours, theirs in layout.items() if theirs in found}
         lower = {column.lower(): column for column in found}
-        closest = min(layouts.values(), key=lambda layout: len({theirs.lower() for theirs in layout.values()} - set(lower)))
+        closest = min(
+            layouts.values(),
+            key=lambda layout: len({theirs.lower() for theirs in layout.values()} - set(lower)),
+        )
         missing = {ours: theirs for ours, theirs in closest.items() if theirs not in found and ours in NEEDED}
         near = {ours: difflib.get_close_matches(theirs.lower(), lower, 1) for ours, theirs in missing.items()}
-        meant = [f"source.{SETTING[ours]}={shlex.quote(lower[names[0]])}" for ours, names in near.items() if names]
+        meant = [
+            f"source.{SETTING[ours]}={shlex.quote(lower[names[0]])}" for ours, names in near.items() if names
+        ]
         shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if found[20:] else "")
         raise InputError(
             f"{name}: no column {' and no column '.join(repr(theirs) for theirs in missing.values())}; found: {shown}",
@@ -292,20 +344,26 @@ class Source(Stage):
                     arrays[ours] = _cast(column, SCHEMA.field(ours).type)
                     arrays[ours].validate(full=True)  # text in it may be no UTF-8
             except (pa.ArrowException, OverflowError) as error:
-                raise ShardError(f"{name}: column '{theirs}' is {table[theirs].type}, not {SCHEMA.field(ours).type}: {_line(error)}") from error
+                raise ShardError(
+                    f"{name}: column '{theirs}' is {table[theirs].type}, not {SCHEMA.field(ours).type}: {_line(error)}"
+                ) from error
             if ours == "org_caption":
                 arrays["org_caption_repaired"] = repaired
         found = arrays["url"].to_pylist()
         if "uid" not in arrays:  # of the URL as it was found: another spelling of it is another row
             pairs = zip(found, arrays["org_caption"].to_pylist(), strict=True)
-            arrays["uid"] = pa.array(hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:32] for url, caption in pairs)
+            arrays["uid"] = pa.array(
+                hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:32] for url, caption in pairs
+            )
         if arrays["uid"].null_count:
             reason = f"{name}: {arrays['uid'].null_count} rows have no {columns['uid']}"
             raise ShardError(f"{reason}; without source.uid_column uids are derived from URL and caption")
         urls = [as_fetched(url) for url in found]
         arrays["url"] = pa.array([url for url, _ in urls], pa.string())
         arrays["url_error"] = pa.array([error for _, error in urls], pa.string())
-        arrays["url_found"] = pa.array([was if was != url else None for was, (url, _) in zip(found, urls, strict=True)], pa.string())
+        arrays["url_found"] = pa.array(
+            [was if was != url else None for was, (url, _) in zip(found, urls, strict=True)], pa.string()
+        )
         for field in SCHEMA:
             if field.name not in arrays and field.name not in ("shard", "row"):
                 arrays[field.name] = pa.nulls(len(table), field.type)
@@ -320,7 +378,9 @@ def _read_row_group(name: str, file: pq.ParquetFile, group: int, columns: list[s
             try:
                 file.read_row_group(group, columns=[column])
             except (OSError, pa.ArrowException) as of_column:
-                raise ShardError(f"{name}: column '{column}' of row group {group} cannot be read: {_line(of_column)}") from error
+                raise ShardError(
+                    f"{name}: column '{column}' of row group {group} cannot be read: {_line(of_column)}"
+                ) from error
         raise ShardError(f"{name}: row group {group} cannot be read: {_line(error)}") from error
 
 
@@ -332,7 +392,11 @@ def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Valid strings, no nulls, and which of them had to be repaired. Parquet readers do not check this."""
     if pa.types.is_large_binary(strings.type):
         strings = strings.cast(pa.binary())
-    if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type) or pa.types.is_binary(strings.type)):
+    if not (
+        pa.types.is_string(strings.type)
+        or pa.types.is_large_string(strings.type)
+        or pa.types.is_binary(strings.type)
+    ):
         strings = strings.cast(pa.string())  # of a dictionary, say; of a list it fails
     strings = pc.fill_null(strings, pa.scalar("", strings.type))
     try:
@@ -341,7 +405,9 @@ def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
     except pa.ArrowInvalid:
         raw = strings.cast(pa.binary()).to_pylist()
         text = [value.decode("utf-8", "replace") for value in raw]
-        return pa.array(text, pa.string()), pa.array([t.encode() != r for t, r in zip(text, raw, strict=True)])
+        return pa.array(text, pa.string()), pa.array(
+            [t.encode() != r for t, r in zip(text, raw, strict=True)]
+        )
 
 
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -353,7 +419,10 @@ def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _ending(path: str) -> str | None:
-    return next((kind for kind in ("parquet", "csv", "tsv") if path.lower().endswith((f".{kind}", f".{kind}.gz"))), None)
+    return next(
+        (kind for kind in ("parquet", "csv", "tsv") if path.lower().endswith((f".{kind}", f".{kind}.gz"))),
+        None,
+    )
 
 
 def _common_folder(paths: list[str]) -> str:
@@ -368,13 +437,17 @@ def _common_folder(paths: list[str]) -> str:
 def _open_parquet(name: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[pq.ParquetFile]:
     with fs.open(path, "rb") as handle:
         if handle.read(4) != b"PAR1":
-            raise InputError(f"{name} is not a parquet file: it does not begin as one", "get the file again, or leave it out of the glob")
+            raise InputError(
+                f"{name} is not a parquet file: it does not begin as one",
+                "get the file again, or leave it out of the glob",
+            )
         handle.seek(0)
         try:
             file = pq.ParquetFile(handle)
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(
-                f"{name} is not a parquet file: {str(error).splitlines()[0]}", "get the file again, or leave it out of the glob"
+                f"{name} is not a parquet file: {str(error).splitlines()[0]}",
+                "get the file again, or leave it out of the glob",
             ) from error
         yield file
 
@@ -447,7 +520,12 @@ def _in_subset(name: str, uids: pa.ChunkedArray, subset: np.ndarray[Any, Any]) -
     """
     strange = pc.invert(pc.fill_null(pc.match_substring_regex(uids, "^[0-9a-fA-F]{32}$"), False))
     if (found := uids.filter(strange)) and len(found):
-        raise ShardError(f"{name}: uid {found[0].as_py()!r:.60} is not 32 hexadecimal digits, as those that a subset names")
+        raise ShardError(
+            f"{name}: uid {found[0].as_py()!r:.60} is not 32 hexadecimal digits, as those that a subset names"
+        )
     keys = np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids.to_pylist()], subset.dtype)
     places = np.searchsorted(subset, keys)
-    return pa.array([place < len(subset) and subset[place] == key for place, key in zip(places, keys, strict=True)], pa.bool_())
+    return pa.array(
+        [place < len(subset) and subset[place] == key for place, key in zip(places, keys, strict=True)],
+        pa.bool_(),
+    )

@@ -52,16 +52,25 @@ class TextTable:
             InputError: a line that is no row, text in another encoding, or no header and columns that could be anything.
         """
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        encoding = "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding  # with the mark that Excel begins with, too
+        encoding = (
+            "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
+        )  # with the mark that Excel begins with, too
         with ExitStack() as stack:
             try:
                 raw = stack.enter_context(self.fs.open(self.path, "rb", compression="infer"))
                 text = stack.enter_context(io.TextIOWrapper(raw, encoding=encoding, newline=""))
                 head = text.readline(MAX_FIELD_CHARACTERS)
-                while head.count('"') % 2 and len(head) < MAX_HEAD_CHARACTERS and (more := text.readline(MAX_FIELD_CHARACTERS)):
+                while (
+                    head.count('"') % 2
+                    and len(head) < MAX_HEAD_CHARACTERS
+                    and (more := text.readline(MAX_FIELD_CHARACTERS))
+                ):
                     head += more  # a quoted line break
                 if "\0" in head:
-                    raise InputError(f"{self.name} holds NUL characters: it looks like utf-16", "say so: source.encoding=utf-16-le (or utf-16)")
+                    raise InputError(
+                        f"{self.name} holds NUL characters: it looks like utf-16",
+                        "say so: source.encoding=utf-16-le (or utf-16)",
+                    )
                 dialect = self._dialect(head)
             except _UNREADABLE as error:
                 raise self._unreadable(error, 1) from error
@@ -77,12 +86,19 @@ class TextTable:
     def _unreadable(self, error: Exception, line: int) -> InputError:
         """What is wrong with the file, whose line `line` was read."""
         if isinstance(error, csv.Error):
-            return InputError(f"{self.name}, line {line}: {error}", "mend that line, or give the table as parquet")
+            return InputError(
+                f"{self.name}, line {line}: {error}", "mend that line, or give the table as parquet"
+            )
         if isinstance(error, UnicodeError):  # holds the part of the file with what could not be read
             looks = encoding_of(error.object) if isinstance(error, UnicodeDecodeError) else "another one"
-            return InputError(f"{self.name} is not {self.encoding}; it looks like {looks}", f"if so, say it: source.encoding={looks}")
+            return InputError(
+                f"{self.name} is not {self.encoding}; it looks like {looks}",
+                f"if so, say it: source.encoding={looks}",
+            )
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return InputError(f"{self.name} cannot be read: {said}", "get the file again, then type the same command again")
+        return InputError(
+            f"{self.name} cannot be read: {said}", "get the file again, then type the same command again"
+        )
 
     def to_parquet(self, target: str) -> None:
         """Raises:
@@ -92,7 +108,10 @@ class TextTable:
             schema = pa.schema([(column, pa.string()) for column in names])
             with pq.ParquetWriter(target, schema, compression="zstd") as writer:
                 while batch := list(itertools.islice(rows, BATCH_ROWS)):
-                    columns = [pa.array([cell or None for cell in column], pa.string()) for column in zip(*batch, strict=True)]
+                    columns = [
+                        pa.array([cell or None for cell in column], pa.string())
+                        for column in zip(*batch, strict=True)
+                    ]
                     writer.write_table(pa.table(columns, schema))
 
     def _lines(self, reader: Any) -> Iterator[list[str]]:
@@ -125,14 +144,18 @@ class TextTable:
         """
         if self.path.lower().endswith((".tsv", ".tsv.gz")):
             return {"delimiter": self.delimiter or "\t", "quoting": csv.QUOTE_NONE}
-        parted = {mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), []) for mark in self.delimiter or ",;\t|"}
+        parted = {
+            mark: next(csv.reader(io.StringIO(head, newline=""), delimiter=mark), [])
+            for mark in self.delimiter or ",;\t|"
+        }
         if header := next((mark for mark, cells in parted.items() if self.known & set(cells)), None):
             return {"delimiter": header}
         with_url = [mark for mark, cells in parted.items() if len(cells) > 1 and any(map(_is_url, cells))]
         if len(with_url) > 1:
             marks = " or ".join(map(repr, with_url))
             raise InputError(
-                f"{self.name} has no header, and its first line can be parted by {marks}", f"say which: source.delimiter='{with_url[0]}'"
+                f"{self.name} has no header, and its first line can be parted by {marks}",
+                f"say which: source.delimiter='{with_url[0]}'",
             )
         return {"delimiter": with_url[0] if with_url else max(parted, key=lambda mark: len(parted[mark]))}
 
@@ -143,7 +166,9 @@ class TextTable:
         if not self.known & set(first) and any(map(_is_url, first)):
             return []
         if twice := next((column for column in first if first.count(column) > 1), None):
-            raise InputError(f"{self.name}: there are several columns '{twice}'", "give each column a name of its own")
+            raise InputError(
+                f"{self.name}: there are several columns '{twice}'", "give each column a name of its own"
+            )
         return first
 
     def _headless(self, first: list[str]) -> list[str]:

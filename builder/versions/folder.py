@@ -12,7 +12,17 @@ from fsspec.implementations.local import LocalFileSystem
 from builder.commit import lock, sync
 from builder.core import sha256_file
 from builder.errors import DamagedError, InputError, VersionError, command
-from builder.versions.version import MANIFEST, VERSION, Published, Staged, by_number, content, is_inside, manifest_of, next_version
+from builder.versions.version import (
+    MANIFEST,
+    VERSION,
+    Published,
+    Staged,
+    by_number,
+    content,
+    is_inside,
+    manifest_of,
+    next_version,
+)
 
 
 class Folder:
@@ -28,7 +38,11 @@ class Folder:
         self.path = path
 
     def versions(self) -> list[str]:
-        names = [path.name[1:] for path in self.path.glob("v*.*.*") if VERSION.fullmatch(path.name[1:]) and path.is_dir()]
+        names = [
+            path.name[1:]
+            for path in self.path.glob("v*.*.*")
+            if VERSION.fullmatch(path.name[1:]) and path.is_dir()
+        ]
         return sorted(names, key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
@@ -43,11 +57,18 @@ class Folder:
         """
         final, rows = self.path / staged.tag, staged.manifest["rows"]["train"]
         self.path.mkdir(parents=True, exist_ok=True)
-        with lock(self.path / ".lock", f"another publish is at work in {self.path}", "wait for it, then type the same command again"):
+        with lock(
+            self.path / ".lock",
+            f"another publish is at work in {self.path}",
+            "wait for it, then type the same command again",
+        ):
             for leftover in self.path.glob(".staging-*"):
                 shutil.rmtree(leftover)
             if final.exists():
-                if content(LocalFileSystem(), str(final), MANIFEST) != (staged.folder / MANIFEST).read_bytes():
+                if (
+                    content(LocalFileSystem(), str(final), MANIFEST)
+                    != (staged.folder / MANIFEST).read_bytes()
+                ):
                     raise VersionError(
                         f"{final} exists and holds other bytes; a version never changes",
                         f"publish under a new one: --version {next_version(self.versions())}",
@@ -56,10 +77,15 @@ class Folder:
                 return Published(str(final), rows, False)
             if dry_run:
                 size = sum(size for _, size in staged.promised().values())
-                return Published(str(final), rows, False, plan={"files": len(staged.promised()), "bytes": size})
+                return Published(
+                    str(final), rows, False, plan={"files": len(staged.promised()), "bytes": size}
+                )
             staged.check_beside(self.versions())
             if (latest := self.path / "latest").exists() and not latest.is_symlink():
-                raise InputError(f"{latest} is there, and no link to a version", "move it away: it is where the newest version is found")
+                raise InputError(
+                    f"{latest} is there, and no link to a version",
+                    "move it away: it is where the newest version is found",
+                )
             staging = self.path / f".staging-{staged.tag}"
             held = {} if all((staged.folder / name).exists() for name in staged.files) else self._held()
             for name, (sha256, size) in staged.promised().items():
@@ -67,9 +93,13 @@ class Folder:
                 copies = [staged.folder / name] if (staged.folder / name).exists() else held.get(sha256, [])
                 if not any(_link_if_whole(copy, staging / name, sha256, size) for copy in copies):
                     if copies:
-                        raise DamagedError(f"{copies[0]} is not what the manifest says: it was changed", "get it from a copy, or make it again")
+                        raise DamagedError(
+                            f"{copies[0]} is not what the manifest says: it was changed",
+                            "get it from a copy, or make it again",
+                        )
                     raise DamagedError(
-                        f"no version in {self.path} holds {name} any more", f"see what is left: {command('recap', 'verify', self.path)}"
+                        f"no version in {self.path} holds {name} any more",
+                        f"see what is left: {command('recap', 'verify', self.path)}",
                     )
             for path in sorted(staging.rglob("*"), reverse=True):
                 if path.is_file():

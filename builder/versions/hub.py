@@ -44,7 +44,12 @@ from builder.versions.version import HUB, MANIFEST, OURS, VERSION, Published, St
 
 T = TypeVar("T")
 FILES_PER_COMMIT = 100  # what the Hub recommends
-PLANS = {"free": 1000, "PRO": 2500, "Team": 3000, "Enterprise": 6000}  # calls in five minutes (the Hub's page on rate limits, 2026)
+PLANS = {
+    "free": 1000,
+    "PRO": 2500,
+    "Team": 3000,
+    "Enterprise": 6000,
+}  # calls in five minutes (the Hub's page on rate limits, 2026)
 COMMITS_PER_HOUR = 128
 MAX_FILES, MAX_ENTRIES_PER_FOLDER = 100_000, 10_000
 ATTEMPTS = 6
@@ -70,10 +75,19 @@ class Hub:
             return []
         except HfHubHTTPError as error:
             raise _refused(error, self.repo) from error
-        return sorted((tag.name[1:] for tag in refs.tags if tag.name.startswith("v") and VERSION.fullmatch(tag.name[1:])), key=by_number)
+        return sorted(
+            (
+                tag.name[1:]
+                for tag in refs.tags
+                if tag.name.startswith("v") and VERSION.fullmatch(tag.name[1:])
+            ),
+            key=by_number,
+        )
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
-        return HfFileSystem(endpoint=self.api.endpoint, skip_instance_cache=True), f"datasets/{self.repo}@v{version}"
+        return HfFileSystem(
+            endpoint=self.api.endpoint, skip_instance_cache=True
+        ), f"datasets/{self.repo}@v{version}"
 
     def how_to_delete(self, version: str) -> str:
         return (
@@ -100,14 +114,20 @@ class Hub:
                 return Published(place, rows, False, plan=self._plan(staged))
             staged.check_beside(there)
             self._call(lambda: self.api.create_repo(**self.here, exist_ok=True))
-            pull = self._pull_request(staged, rebase)  # what comes to main from here on is found before it is merged
+            pull = self._pull_request(
+                staged, rebase
+            )  # what comes to main from here on is found before it is merged
             staged.check_beside([version for version in self.versions() if version != staged.version])
             if pull.status != "merged":
                 self._send(staged, pull)
                 self._verify(staged, f"refs/pr/{pull.num}")
                 pull = self._merge(staged, pull)
             assert pull.merge_commit_oid is not None
-            self._verify(staged, pull.merge_commit_oid, where="main was moved by somebody else at the same moment; the version has no tag")
+            self._verify(
+                staged,
+                pull.merge_commit_oid,
+                where="main was moved by somebody else at the same moment; the version has no tag",
+            )
             self._create_tag(staged, pull.merge_commit_oid)
             return Published(place, rows, True, pull.merge_commit_oid)
         except HfHubHTTPError as error:
@@ -117,11 +137,23 @@ class Hub:
         """Files, bytes, commits and calls that publishing takes, and the minutes that the Hub's limits imply."""
         held = self._tree("main") if self._call(lambda: self.api.repo_exists(**self.here)) else {}
         operations = list(self._operations(staged, held, "main"))
-        send = {op.path_in_repo: staged.promised()[op.path_in_repo][1] for op in operations if isinstance(op, CommitOperationAdd)}
+        send = {
+            op.path_in_repo: staged.promised()[op.path_in_repo][1]
+            for op in operations
+            if isinstance(op, CommitOperationAdd)
+        }
         commits = -(-len(operations) // FILES_PER_COMMIT)
-        calls = 20 + 3 * commits + 2 * len(send) + 3 * (len(staged.files) // 1000 + 1)  # preupload, commit, tree; upload and its check; trees
+        calls = (
+            20 + 3 * commits + 2 * len(send) + 3 * (len(staged.files) // 1000 + 1)
+        )  # preupload, commit, tree; upload and its check; trees
         minutes = {
-            plan: round(max(commits / COMMITS_PER_HOUR * 60 if commits > COMMITS_PER_HOUR else 0, calls / limit * 5 if calls > limit else 0), 1)
+            plan: round(
+                max(
+                    commits / COMMITS_PER_HOUR * 60 if commits > COMMITS_PER_HOUR else 0,
+                    calls / limit * 5 if calls > limit else 0,
+                ),
+                1,
+            )
             for plan, limit in PLANS.items()
         }
         return {
@@ -151,23 +183,36 @@ class Hub:
 
         def find() -> DiscussionWithDetails | None:
             pulls = list(self.api.get_repo_discussions(**self.here, discussion_type="pull_request"))
-            first = min((pull for pull in pulls if pull.title.startswith(of_version) and pull.status != "closed"), key=lambda p: p.num, default=None)
+            first = min(
+                (pull for pull in pulls if pull.title.startswith(of_version) and pull.status != "closed"),
+                key=lambda p: p.num,
+                default=None,
+            )
             if first and first.title != title:
                 there = first.status == "merged"
                 raise VersionError(
                     f"{staged.tag} of {self.repo} with other bytes is {'there' if there else 'on its way'}: pull request {first.num}",
-                    "choose another version" if there else f"wait for it, or give it up: hf discussions close {self.repo} {first.num} --type dataset",
+                    "choose another version"
+                    if there
+                    else f"wait for it, or give it up: hf discussions close {self.repo} {first.num} --type dataset",
                 )
             return self.api.get_discussion_details(**self.here, discussion_num=first.num) if first else None
 
         pull = self._call(find)
         if pull and rebase and pull.status != "merged" and self._base(pull, title) != self._head():
             stale = pull.num
-            self._call(lambda: self.api.change_discussion_status(**self.here, discussion_num=stale, new_status="closed"))
+            self._call(
+                lambda: self.api.change_discussion_status(
+                    **self.here, discussion_num=stale, new_status="closed"
+                )
+            )
             pull = None
         if pull is None:
             description = "Uploaded by recapkit, which verifies it and merges it. To give it up, close this pull request."
-            self._call(lambda: self.api.create_pull_request(**self.here, title=title, description=description), done=find)
+            self._call(
+                lambda: self.api.create_pull_request(**self.here, title=title, description=description),
+                done=find,
+            )
             pull = self._call(find)
         assert pull is not None
         return pull
@@ -188,14 +233,22 @@ class Hub:
             message = f"{pull.title}: {len(batch)} files"
             # After a failure that may hide a success it looks again, so nothing is committed twice.
             self._call(
-                partial(self.api.create_commit, **self.here, operations=batch, commit_message=message, revision=revision),
+                partial(
+                    self.api.create_commit,
+                    **self.here,
+                    operations=batch,
+                    commit_message=message,
+                    revision=revision,
+                ),
                 done=partial(_none_of, batch, missing),
             )
 
     def _operations(self, staged: Staged, held: dict[str, RepoFile], revision: str) -> Iterator[Any]:
         at = {_content(file): (name, revision) for name, file in held.items() if file.lfs}
         promised = staged.promised()
-        for tag in (f"v{version}" for version in reversed(self.versions())):  # a version made from an older one takes over what main may have lost
+        for tag in (
+            f"v{version}" for version in reversed(self.versions())
+        ):  # a version made from an older one takes over what main may have lost
             if all(content in at or (staged.folder / name).exists() for name, content in promised.items()):
                 break
             at = {_content(file): (name, tag) for name, file in self._tree(tag).items() if file.lfs} | at
@@ -207,7 +260,11 @@ class Hub:
                 yield CommitOperationCopy(src_path_in_repo=source, path_in_repo=name, src_revision=of)
             else:
                 yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged.folder / name)
-        yield from (CommitOperationDelete(path_in_repo=name) for name in held if name.startswith(OURS) and name not in promised)
+        yield from (
+            CommitOperationDelete(path_in_repo=name)
+            for name in held
+            if name.startswith(OURS) and name not in promised
+        )
 
     def _verify(self, staged: Staged, revision: str, *, where: str = "main is untouched") -> None:
         """Hold size and sha256 of every file at a revision against the manifest. Files outside LFS are read for it; they are few and small."""
@@ -220,11 +277,21 @@ class Hub:
             else:
                 found = _content(file) if file else ("", -1)
             if found != (sha256, size):
-                what = "is missing" if found[1] < 0 else f"has {found[1]} bytes and sha256 {found[0][:16]}..., not {size} and {sha256[:16]}..."
-                raise DamagedError(f"{self.repo} at {revision}: {name} {what}; {where}", "type the same command again: it sends the file once more")
+                what = (
+                    "is missing"
+                    if found[1] < 0
+                    else f"has {found[1]} bytes and sha256 {found[0][:16]}..., not {size} and {sha256[:16]}..."
+                )
+                raise DamagedError(
+                    f"{self.repo} at {revision}: {name} {what}; {where}",
+                    "type the same command again: it sends the file once more",
+                )
         for name in held:
             if name.startswith(OURS) and name not in staged.files:
-                raise VersionError(f"{self.repo} at {revision}: {name} is not in the manifest; {where}", "type the same command again")
+                raise VersionError(
+                    f"{self.repo} at {revision}: {name} is not in the manifest; {where}",
+                    "type the same command again",
+                )
 
     def _merge(self, staged: Staged, pull: DiscussionWithDetails) -> DiscussionWithDetails:
         head, base = self._head(), self._base(pull, pull.title)
@@ -239,7 +306,12 @@ class Hub:
             return now if now.status == "merged" else None
 
         if pull.status == "draft":
-            self._call(lambda: self.api.change_discussion_status(**self.here, discussion_num=pull.num, new_status="open"), done=merged)
+            self._call(
+                lambda: self.api.change_discussion_status(
+                    **self.here, discussion_num=pull.num, new_status="open"
+                ),
+                done=merged,
+            )
         try:
             self._call(lambda: self.api.merge_pull_request(**self.here, discussion_num=pull.num), done=merged)
         except HfHubHTTPError as error:
@@ -249,13 +321,18 @@ class Hub:
                                "type the same command with --rebase to publish on top of it") from error  # fmt: skip
         found = self._call(merged)
         if found is None:
-            raise VersionError(f"pull request {pull.num} of {self.repo} is not merged though the Hub said so", "type the same command again")
+            raise VersionError(
+                f"pull request {pull.num} of {self.repo} is not merged though the Hub said so",
+                "type the same command again",
+            )
         return found
 
     def _create_tag(self, staged: Staged, commit: str) -> None:
         try:
             self._call(
-                lambda: self.api.create_tag(**self.here, tag=staged.tag, revision=commit, tag_message=staged.manifest["name"]),
+                lambda: self.api.create_tag(
+                    **self.here, tag=staged.tag, revision=commit, tag_message=staged.manifest["name"]
+                ),
                 done=lambda: self._tag(staged.tag),
             )
         except HfHubHTTPError as error:
@@ -263,7 +340,10 @@ class Hub:
                 raise
         tagged = self._tag(staged.tag)
         if tagged != commit:
-            raise VersionError(f"{self.repo} has a {staged.tag} at {tagged}, not at {commit}: somebody else published it", "choose another version")
+            raise VersionError(
+                f"{self.repo} has a {staged.tag} at {tagged}, not at {commit}: somebody else published it",
+                "choose another version",
+            )
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
@@ -277,7 +357,9 @@ class Hub:
         return next(commit.commit_id for commit in commits if not commit.title.startswith(title))
 
     def _tree(self, revision: str) -> dict[str, RepoFile]:
-        items = self._call(lambda: list(self.api.list_repo_tree(**self.here, revision=revision, recursive=True)))
+        items = self._call(
+            lambda: list(self.api.list_repo_tree(**self.here, revision=revision, recursive=True))
+        )
         return {item.path: item for item in items if isinstance(item, RepoFile)}
 
     def _read(self, name: str, revision: str) -> bytes:
@@ -304,8 +386,16 @@ class Hub:
                 if attempt == ATTEMPTS or not _may_pass(error):
                     raise
                 wait_s = _asked_to_wait_s(error)
-                wait_s = self.wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25) if wait_s is None else wait_s
-                log.info("the Hub: %s; again in %.1f s", str(error).splitlines()[0][:200] or type(error).__name__, wait_s)
+                wait_s = (
+                    self.wait_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+                    if wait_s is None
+                    else wait_s
+                )
+                log.info(
+                    "the Hub: %s; again in %.1f s",
+                    str(error).splitlines()[0][:200] or type(error).__name__,
+                    wait_s,
+                )
                 time.sleep(wait_s)
             if done is not None and (found := self._call(done)) is not None:
                 return found  # type: ignore[return-value]
@@ -314,7 +404,9 @@ class Hub:
 
 def _none_of(batch: list[Any], missing: Callable[[], list[Any]]) -> bool | None:
     """True when nothing of a batch is missing any more."""
-    return {operation.path_in_repo for operation in batch}.isdisjoint(operation.path_in_repo for operation in missing()) or None
+    return {operation.path_in_repo for operation in batch}.isdisjoint(
+        operation.path_in_repo for operation in missing()
+    ) or None
 
 
 def _within_limits(names: list[str]) -> None:
@@ -326,7 +418,9 @@ def _within_limits(names: list[str]) -> None:
         raise VersionError(f"{len(names):,} files; a repository of the Hub takes {MAX_FILES:,}", hint)
     for folder, number in Counter(name.rpartition("/")[0] for name in names).items():
         if number > MAX_ENTRIES_PER_FOLDER:
-            raise VersionError(f"{number:,} files in {folder}/; a folder of the Hub takes {MAX_ENTRIES_PER_FOLDER:,}", hint)
+            raise VersionError(
+                f"{number:,} files in {folder}/; a folder of the Hub takes {MAX_ENTRIES_PER_FOLDER:,}", hint
+            )
 
 
 def _content(file: RepoFile) -> tuple[str, int]:
@@ -346,7 +440,9 @@ def _may_pass(error: Exception) -> bool:
     cause = error.__cause__
     if isinstance(error, RuntimeError) and isinstance(cause, HfHubHTTPError):
         return _may_pass(cause)
-    return not isinstance(error, FileNotFoundError | PermissionError) and getattr(error, "errno", None) != 28  # a full disk
+    return (
+        not isinstance(error, FileNotFoundError | PermissionError) and getattr(error, "errno", None) != 28
+    )  # a full disk
 
 
 def _asked_to_wait_s(error: Exception) -> float | None:
@@ -364,6 +460,10 @@ def _refused(error: HfHubHTTPError, repo: str) -> Exception:
     status = error.response.status_code
     if status in (401, 403):
         return InputError(
-            f"the Hub refuses the token for {repo}: HTTP {status}", "log in with one that may write: hf auth login; then the same command"
+            f"the Hub refuses the token for {repo}: HTTP {status}",
+            "log in with one that may write: hf auth login; then the same command",
         )
-    return VersionError(f"the Hub, for {repo}: {str(error).splitlines()[0]}", "type the same command again; it goes on where this one stopped")
+    return VersionError(
+        f"the Hub, for {repo}: {str(error).splitlines()[0]}",
+        "type the same command again; it goes on where this one stopped",
+    )

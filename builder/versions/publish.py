@@ -56,7 +56,9 @@ class Shard:
     rows: int
 
 
-def publish(run: Path, target: str, version: str, *, dry_run: bool = False, rebase: bool = False) -> Published:
+def publish(
+    run: Path, target: str, version: str, *, dry_run: bool = False, rebase: bool = False
+) -> Published:
     """Publish a finished run as `version` in `target`, a folder or `hf://datasets/user/name`.
 
     Raises:
@@ -65,18 +67,26 @@ def publish(run: Path, target: str, version: str, *, dry_run: bool = False, reba
     """
     check_version(version)
     if named := split(target)[1]:
-        raise InputError(f"{target} is a version", f"name the target alone, and --version {named}: {split(target)[0]}")
+        raise InputError(
+            f"{target} is a version", f"name the target alone, and --version {named}: {split(target)[0]}"
+        )
     where = target_of(target)
     runs.finished(run)
     (run / "versions").mkdir(exist_ok=True)
     with (
         telling_of_a_full_disk(run),
-        lock(run / "versions" / ".lock", f"another publish of {run} is at work", "wait for it, then type the same command again"),
+        lock(
+            run / "versions" / ".lock",
+            f"another publish of {run} is at work",
+            "wait for it, then type the same command again",
+        ),
     ):
         published = _published(where, run, version, dry_run=dry_run, rebase=rebase)
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}
-            write_atomically(run / "versions" / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
+            write_atomically(
+                run / "versions" / f"v{version}.published.json", json.dumps(about, indent=1) + "\n"
+            )
         return published
 
 
@@ -101,7 +111,9 @@ def _damaged(run: Path, version: str) -> VersionError | None:
     select = runs.plan(runs.load_recipe(run), run)["select"]
     damaged = []
     for name, record in select.done.items():
-        for output in (output for output, sha256 in record.outputs.items() if sha256_file(run / output) != sha256):
+        for output in (
+            output for output, sha256 in record.outputs.items() if sha256_file(run / output) != sha256
+        ):
             damaged.append(output)
             (run / "select" / f"{name}.json").unlink(missing_ok=True)
     if not damaged:
@@ -125,7 +137,10 @@ def stage(run: Path, version: str, removed: pa.Table) -> Staged:
     shards, found = _shards(run, select), views.parts(run)
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
-        raise VersionError(f"no row of {run} is ok: there is nothing to publish", f"see why: {command('recap', 'status', run)}")
+        raise VersionError(
+            f"no row of {run} is ok: there is nothing to publish",
+            f"see why: {command('recap', 'status', run)}",
+        )
     staged = put_together(folder, recipe, version, shards, preview, found, removed, _made(plans))
     check(staged, found, removed)
     write_atomically(record, json.dumps({"key": key}) + "\n")
@@ -140,7 +155,9 @@ def _staged(folder: Path, version: str, record: Path, key: str) -> Staged | None
         staged = Staged(folder, version, manifest_of(LocalFileSystem(), str(folder)))
         for name, file in staged.files.items():
             path = folder / name
-            if path.stat().st_size != file["bytes"] or (path.suffix != ".parquet" and sha256_file(path) != file["sha256"]):
+            if path.stat().st_size != file["bytes"] or (
+                path.suffix != ".parquet" and sha256_file(path) != file["sha256"]
+            ):
                 return None
     except (OSError, InputError):
         return None
@@ -151,7 +168,11 @@ def _shards(run: Path, select: runs.StagePlan) -> dict[str, list[Shard]]:
     shards: dict[str, list[Shard]] = {"data": [], "ledger": []}
     for done in select.shards():
         for name, sha256 in done.outputs.items():
-            kind, rows = ("ledger", sum(done.rows.values())) if name.endswith(".ledger.parquet") else ("data", done.rows.get("ok", 0))
+            kind, rows = (
+                ("ledger", sum(done.rows.values()))
+                if name.endswith(".ledger.parquet")
+                else ("data", done.rows.get("ok", 0))
+            )
             shards[kind].append(Shard(run / name, sha256, done.bytes[name], rows))
     return shards
 
@@ -175,8 +196,20 @@ def _made(plans: runs.Plans) -> dict[str, Any]:
 def _key(recipe: Recipe, version: str, shards: list[Record], removed: pa.Table) -> str:
     """Of all that the staged bytes depend on, the code that describes them included."""
     kinds = (".py", ".sql", ".txt")
-    code = [sha256_file(path) for folder in ("analysis", "cards") for path in sorted((ROOT / folder).rglob("*")) if path.suffix in kinds]
-    content = [version, recipe.to_json(), [shard.outputs for shard in shards], removed.to_pylist(), code, sha256_file(Path(__file__))]
+    code = [
+        sha256_file(path)
+        for folder in ("analysis", "cards")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in kinds
+    ]
+    content = [
+        version,
+        recipe.to_json(),
+        [shard.outputs for shard in shards],
+        removed.to_pylist(),
+        code,
+        sha256_file(Path(__file__)),
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -199,7 +232,11 @@ def put_together(
             if shard.path:
                 link(shard.path, folder / name)
             files[name] = {"sha256": shard.sha256, "bytes": shard.bytes, "rows": shard.rows}
-    rows = {"train": sum(s.rows for s in shards["data"]), "preview": len(preview), "ledger": sum(s.rows for s in shards["ledger"])}
+    rows = {
+        "train": sum(s.rows for s in shards["data"]),
+        "preview": len(preview),
+        "ledger": sum(s.rows for s in shards["ledger"]),
+    }
     content = hashlib.sha256("".join(file["sha256"] for file in files.values()).encode()).hexdigest()
     write_parquet(pa.Table.from_pylist(preview, schemas(recipe)["data"]), folder / PREVIEW)
     sizes = {
@@ -207,7 +244,14 @@ def put_together(
         "preview": (folder / PREVIEW).stat().st_size,
         "ledger": sum(s.bytes for s in shards["ledger"]),
     }
-    manifest = {"name": recipe.name, "version": version, "rows": rows, "bytes": sizes, "content": content, **made}
+    manifest = {
+        "name": recipe.name,
+        "version": version,
+        "rows": rows,
+        "bytes": sizes,
+        "content": content,
+        **made,
+    }
     tombstones.write(removed, folder / tombstones.FILE)
     write_atomically(folder / "recipe.json", recipe.to_json())
     describe(folder, recipe, manifest, parts, preview[0])
@@ -234,7 +278,9 @@ def preview_card(run: Path) -> Path:
     return folder / "README.md"
 
 
-def describe(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], parts: views.Parts, sample: Mapping[str, Any]) -> None:
+def describe(
+    folder: Path, recipe: Recipe, manifest: Mapping[str, Any], parts: views.Parts, sample: Mapping[str, Any]
+) -> None:
     """Write statistics, plots, card and, of a version, croissant.json."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     statistics = report.stats(parts)
@@ -259,36 +305,59 @@ def check(staged: Staged, parts: views.Parts, removed: pa.Table) -> None:
     folder, promised = staged.folder, staged.manifest["rows"]
     expected = schemas(Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8")))
     for name, file in staged.files.items():
-        if name.endswith(".parquet") and (folder / name).exists() and (kind := name.partition("/")[0]) in expected:
+        if (
+            name.endswith(".parquet")
+            and (folder / name).exists()
+            and (kind := name.partition("/")[0]) in expected
+        ):
             footer = pq.ParquetFile(folder / name)
             if not footer.schema_arrow.equals(expected[kind]):
                 raise VersionError(f"{folder / name} has another schema: {footer.schema_arrow.names}")
             if footer.metadata.num_rows != file["rows"]:
-                raise VersionError(f"{folder / name} has {footer.metadata.num_rows} rows, its record says {file['rows']}")
+                raise VersionError(
+                    f"{folder / name} has {footer.metadata.num_rows} rows, its record says {file['rows']}"
+                )
     statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-    counted = (report.rows(statistics, "images")[0]["rows"], sum(row["rows"] for row in report.rows(statistics, "rows_by_status")))
+    counted = (
+        report.rows(statistics, "images")[0]["rows"],
+        sum(row["rows"] for row in report.rows(statistics, "rows_by_status")),
+    )
     if counted != (promised["train"], promised["ledger"]):
-        raise VersionError(f"the card speaks of {counted} rows, the data has {(promised['train'], promised['ledger'])}")
+        raise VersionError(
+            f"the card speaks of {counted} rows, the data has {(promised['train'], promised['ledger'])}"
+        )
     for path in (path for path in folder.rglob("*") if path.suffix in (".md", ".json")):
         if found := re.search(SECRETS, path.read_text(encoding="utf-8")):
-            raise VersionError(f"{path} holds what looks like a secret: {found.group()[:6]}...", "remove it from the recipe or the data")
+            raise VersionError(
+                f"{path} holds what looks like a secret: {found.group()[:6]}...",
+                "remove it from the recipe or the data",
+            )
     with views.connect(parts) as con:
-        for uid, times in con.sql("select uid, count(*) from ledger where uid is not null group by uid having count(*) > 1 limit 1").fetchall():
+        for uid, times in con.sql(
+            "select uid, count(*) from ledger where uid is not null group by uid having count(*) > 1 limit 1"
+        ).fetchall():
             raise VersionError(f"uid {uid} occurs {times} times in the ledger")
         con.register("tombstones", removed)
         named = f"({tombstones.named('published')}) union all ({tombstones.named('ledger', 'null')})"
-        if removed.num_rows and (number := con.sql(f"select count(distinct row) from ({named})").fetchall()[0][0]):
+        if removed.num_rows and (
+            number := con.sql(f"select count(distinct row) from ({named})").fetchall()[0][0]
+        ):
             raise VersionError(
                 f"{number} rows are named by tombstones of the target: they were removed from an earlier version",
                 f"build without them: recap build ... dedup.tombstones={tombstones.FILE} (the file of the target's newest version)",
             )
-        texts = [sql.identifier(name) for name, kind in zip(expected["data"].names, expected["data"].types, strict=True) if kind == pa.string()]
+        texts = [
+            sql.identifier(name)
+            for name, kind in zip(expected["data"].names, expected["data"].types, strict=True)
+            if kind == pa.string()
+        ]
         pattern = SECRETS.replace(r"\b", "")
         for view, columns in (("published", texts), ("ledger", ["url", "error"])):
             looks = f"regexp_matches(concat_ws(' ', {', '.join(columns)}), {sql.literal(pattern)})"
             for (uid,) in con.sql(f"select uid from {view} where {looks} limit 1").fetchall():
                 raise VersionError(
-                    f"the row {uid} of {view} holds what looks like a secret", "take it out: give its uid to recap remove, or to dedup.tombstones"
+                    f"the row {uid} of {view} holds what looks like a secret",
+                    "take it out: give its uid to recap remove, or to dedup.tombstones",
                 )
     if all((folder / name).exists() for name in staged.files):
         _loads(folder, promised)
@@ -298,7 +367,11 @@ def _loads(folder: Path, rows: Mapping[str, int]) -> None:
     """Every config and split of the card, through `datasets`."""
     import datasets
 
-    for config, split_name, key in (("default", "preview", "preview"), ("default", "train", "train"), ("ledger", "train", "ledger")):
+    for config, split_name, key in (
+        ("default", "preview", "preview"),
+        ("default", "train", "train"),
+        ("ledger", "train", "ledger"),
+    ):
         stream = datasets.load_dataset(str(folder), config, split=split_name, streaming=True)
         if rows[key] and next(iter(stream), None) is None:
             raise VersionError(f"{folder}: datasets loads no row of {config}/{split_name}")

@@ -59,7 +59,9 @@ def version_files(place: str) -> tuple[AbstractFileSystem, str]:
     target = target_of(text)
     versions = target.versions()
     if not versions or (version and version not in versions):
-        raise InputError(f"{text} has no version {version or ''}".rstrip(), f"it has: {', '.join(versions) or 'none'}")
+        raise InputError(
+            f"{text} has no version {version or ''}".rstrip(), f"it has: {', '.join(versions) or 'none'}"
+        )
     return target.files(version or versions[-1])
 
 

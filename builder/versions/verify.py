@@ -43,7 +43,11 @@ def verify(place: str) -> dict[str, Any]:
     version = open_version(place)
     fs, root, manifest = version.fs, version.root, version.manifest
     there = {path.removeprefix(f"{root}/") for path in fs.find(root)}
-    problems, total, whole = [f"{name} is missing" for name in manifest["files"] if name not in there], 0, set()
+    problems, total, whole = (
+        [f"{name} is missing" for name in manifest["files"] if name not in there],
+        0,
+        set(),
+    )
     named = os.path.basename(os.path.realpath(root)) if version.is_local else root.rpartition("@")[2]
     if VERSION.fullmatch(named.removeprefix("v")) and named != f"v{manifest['version']}":
         problems.append(f"{named} holds version {manifest['version']}: it was renamed")
@@ -56,7 +60,9 @@ def verify(place: str) -> dict[str, Any]:
         sha256, size, end = _read_once(fs, f"{root}/{name}")
         total += size
         if (sha256, size) != (promised["sha256"], promised["bytes"]):
-            problems.append(f"{name} has {size} bytes and sha256 {sha256}, not {promised['bytes']} and {promised['sha256']}")
+            problems.append(
+                f"{name} has {size} bytes and sha256 {sha256}, not {promised['bytes']} and {promised['sha256']}"
+            )
             continue
         whole.add(name)
         if name.endswith(".parquet"):
@@ -64,9 +70,19 @@ def verify(place: str) -> dict[str, Any]:
     extra = sorted(name for name in there - set(manifest["files"]) if name.startswith(OURS))
     problems += [f"{name} is not in the manifest" for name in extra]
     text = fs.cat_file(f"{root}/README.md").decode("utf-8", "replace") if "README.md" in whole else ""
-    if text and (f"{manifest['rows']['train']:,} rows" not in text or f"version {manifest['version']}" not in text):
-        problems.append(f"README.md speaks of another version or number of rows than {manifest['version']} and {manifest['rows']['train']:,}")
-    return {"place": place, "version": manifest["version"], "files": len(manifest["files"]), "bytes": total, "problems": problems}
+    if text and (
+        f"{manifest['rows']['train']:,} rows" not in text or f"version {manifest['version']}" not in text
+    ):
+        problems.append(
+            f"README.md speaks of another version or number of rows than {manifest['version']} and {manifest['rows']['train']:,}"
+        )
+    return {
+        "place": place,
+        "version": manifest["version"],
+        "files": len(manifest["files"]),
+        "bytes": total,
+        "problems": problems,
+    }
 
 
 def _other_rows(name: str, end: bytes, promised: int | None, recipe: Recipe) -> list[str]:
@@ -78,13 +94,17 @@ def _other_rows(name: str, end: bytes, promised: int | None, recipe: Recipe) -> 
         return [f"{name} is no parquet file: {str(error).splitlines()[0][:200]}"]
     expected = schemas(recipe).get(name.partition("/")[0], tombstones.SCHEMA)
     problems = [] if found.equals(expected) else [f"{name} has another schema than the recipe's"]
-    return problems + ([] if footer.num_rows == promised else [f"{name} has {footer.num_rows} rows, not {promised}"])
+    return problems + (
+        [] if footer.num_rows == promised else [f"{name} has {footer.num_rows} rows, not {promised}"]
+    )
 
 
 def _read_once(fs: AbstractFileSystem, path: str) -> tuple[str, int, bytes]:
     """sha256, size, and the last 16 MiB: a parquet file's footer is in them."""
     digest, size, end = hashlib.sha256(), 0, b""
-    with fs.open(path, "rb", **({} if isinstance(fs, LocalFileSystem) else {"block_size": 0})) as file:  # 0: one stream, no ranges
+    with fs.open(
+        path, "rb", **({} if isinstance(fs, LocalFileSystem) else {"block_size": 0})
+    ) as file:  # 0: one stream, no ranges
         while chunk := file.read(8 << 20):
             digest.update(chunk)
             size += len(chunk)
@@ -102,7 +122,14 @@ class Removed:
     matched_nothing: dict[str, list[str]]  # by kind
 
 
-def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dry_run: bool = False, rebase: bool = False) -> Removed:
+def remove(
+    target: str,
+    version: str,
+    values: Mapping[str, Iterable[str]],
+    *,
+    dry_run: bool = False,
+    rebase: bool = False,
+) -> Removed:
     """A new version of `TARGET` (its newest) or `TARGET@v1.2.0` without the rows that `values` name, by kind: uid, sha256, url, domain.
 
     Rows that are in the ledger only are told nothing of any more, and what names no row now is kept out of later versions.
@@ -119,16 +146,23 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
     versions = where.versions()
     older = [known for known in versions if by_number(known) < by_number(version)]
     if named not in versions if named else not older:
-        raise InputError(f"{text} has no version {named or f'older than {version}'}", f"its versions: {', '.join(versions) or 'none'}")
+        raise InputError(
+            f"{text} has no version {named or f'older than {version}'}",
+            f"its versions: {', '.join(versions) or 'none'}",
+        )
     base = open_version(f"{text}@v{named or older[-1]}")
     before = removed_from(where, version)  # of `versions`, or of more
     removed = tombstones.merged(before, tombstones.table(values))
-    _hold_against_manifest(base, [name for name in base.manifest["files"] if base.is_local or not name.startswith(OURS)])
+    _hold_against_manifest(
+        base, [name for name in base.manifest["files"] if base.is_local or not name.startswith(OURS)]
+    )
     with tempfile.TemporaryDirectory(prefix="recap-remove-") as folder, telling_of_a_full_disk(folder):
         rewritten, rows, ledger_rows, marks = _rewrite(base, Path(folder), removed)
         if not rewritten and removed.num_rows == before.num_rows and version not in versions:
             hint = f"look for it: {command('recap', 'sql', text, 'select uid, url from ledger')}"
-            raise InputError(f"no row of {text} matches, and all of it is kept out already: nothing to remove", hint)
+            raise InputError(
+                f"no row of {text} matches, and all of it is kept out already: nothing to remove", hint
+            )
         shards: dict[str, list[Shard]] = {"data": [], "ledger": []}
         for name, file in base.manifest["files"].items():
             if (kind := name.partition("/")[0]) in shards and name != PREVIEW:
@@ -140,21 +174,36 @@ def remove(target: str, version: str, values: Mapping[str, Iterable[str]], *, dr
                 )
         found = views.version_parts(base)
         here = {f"{base.root}/{name}": str(path) for name, path in rewritten.items()}
-        published, ledger = ([here.get(base.fs._strip_protocol(path), path) for path in paths] for paths in (found.published, found.ledger))
+        published, ledger = (
+            [here.get(base.fs._strip_protocol(path), path) for path in paths]
+            for paths in (found.published, found.ledger)
+        )
         found = views.Parts(published, ledger, found.filesystem)
         with views.connect(found) as con:
-            preview = con.sql(f"from published limit {PREVIEW_ROWS}").to_arrow_table().cast(schemas(base.recipe)["data"]).to_pylist()
+            preview = (
+                con.sql(f"from published limit {PREVIEW_ROWS}")
+                .to_arrow_table()
+                .cast(schemas(base.recipe)["data"])
+                .to_pylist()
+            )
         if not preview:
             hint = f"delete its versions: {where.how_to_delete(named or older[-1])}"
             raise VersionError(f"no row of {target} would be left: nothing to publish", hint)
-        made: dict[str, Any] = {name: base.manifest[name] for name in ("made_with", "made_on") if name in base.manifest}
-        staged = put_together(Path(folder) / "version", base.recipe, version, shards, preview, found, removed, made)
+        made: dict[str, Any] = {
+            name: base.manifest[name] for name in ("made_with", "made_on") if name in base.manifest
+        }
+        staged = put_together(
+            Path(folder) / "version", base.recipe, version, shards, preview, found, removed, made
+        )
         check(staged, found, removed)
         matched_nothing = {
-            kind: [value for value in dict.fromkeys(of_kind) if not marks & tombstones.marks(kind, value)] for kind, of_kind in values.items()
+            kind: [value for value in dict.fromkeys(of_kind) if not marks & tombstones.marks(kind, value)]
+            for kind, of_kind in values.items()
         }
         staged = replace(staged, beside=versions)
-        return Removed(where.publish(staged, dry_run=dry_run, rebase=rebase), rows, ledger_rows, matched_nothing)
+        return Removed(
+            where.publish(staged, dry_run=dry_run, rebase=rebase), rows, ledger_rows, matched_nothing
+        )
 
 
 def _hold_against_manifest(version: Version, names: Iterable[str]) -> None:
@@ -164,7 +213,10 @@ def _hold_against_manifest(version: Version, names: Iterable[str]) -> None:
     for name in names:
         promised = version.manifest["files"][name]
         regular = not version.is_local or is_inside(version.root, name)
-        if not regular or _read_once(version.fs, f"{version.root}/{name}")[:2] != (promised["sha256"], promised["bytes"]):
+        if not regular or _read_once(version.fs, f"{version.root}/{name}")[:2] != (
+            promised["sha256"],
+            promised["bytes"],
+        ):
             raise DamagedError(
                 f"{version.root}/{name} is not what the manifest says: it was changed after it was published",
                 f"get it from a copy; all that differs: {command('recap', 'verify', version.root)}",
@@ -194,7 +246,9 @@ def _rewrite(version: Version, folder: Path, removed: pa.Table) -> tuple[dict[st
             kind = name.partition("/")[0]
             kept = con.sql(_WITHOUT_GONE[kind]).to_arrow_table()
             write_parquet(kept.cast(expected[kind]), rewritten[name], row_group_size=ROW_GROUP_ROWS)
-        ((rows, ledger_rows),) = con.sql("select count(*) filter (published), count(*) filter (not published) from gone").fetchall()
+        ((rows, ledger_rows),) = con.sql(
+            "select count(*) filter (published), count(*) filter (not published) from gone"
+        ).fetchall()
         marks = {mark for (mark,) in con.sql("select distinct mark from named").fetchall()}
     return rewritten, rows, ledger_rows, marks
 
@@ -214,7 +268,9 @@ def check_card(place: str) -> list[str]:
     version = open_version(place)
     fs, root, recipe, manifest = version.fs, version.root, version.recipe, version.manifest
     stored = from_json(dict[str, dict[str, Any]], version.read("stats.json"), what=f"{root}/stats.json")
-    readme, json_ld = (version.read(name).decode("utf-8", "replace") for name in ("README.md", "croissant.json"))
+    readme, json_ld = (
+        version.read(name).decode("utf-8", "replace") for name in ("README.md", "croissant.json")
+    )
     found = views.version_parts(version)
     problems = []
     with views.connect(found) as con:
@@ -229,10 +285,14 @@ def check_card(place: str) -> list[str]:
         problems.append(f"{PREVIEW} is no parquet file: {str(error).splitlines()[0][:200]}")
     else:
         if number != manifest["rows"]["preview"]:
-            problems.append(f"the preview has {number:,} rows, the manifest says {manifest['rows']['preview']:,}")
+            problems.append(
+                f"the preview has {number:,} rows, the manifest says {manifest['rows']['preview']:,}"
+            )
     files = fs.find(root, detail=True)
     for name, folder in (("train", "data/train-"), ("preview", "data/preview-"), ("ledger", "ledger/train-")):
-        number = sum(about["size"] for path, about in files.items() if path.removeprefix(f"{root}/").startswith(folder))
+        number = sum(
+            about["size"] for path, about in files.items() if path.removeprefix(f"{root}/").startswith(folder)
+        )
         if number != manifest["bytes"][name]:
             problems.append(f"{folder}* have {number:,} bytes, the manifest says {manifest['bytes'][name]:,}")
     again = json.loads(report.to_json(report.stats(found)))
@@ -247,7 +307,9 @@ def check_card(place: str) -> list[str]:
             )
             problems.append(f"stats.json: {query} {what}")
     expected = card(recipe, manifest, again, sample[0] if sample else {}).splitlines()
-    for number, (line, wanted) in enumerate(zip_longest(readme.splitlines(), expected, fillvalue=""), start=1):
+    for number, (line, wanted) in enumerate(
+        zip_longest(readme.splitlines(), expected, fillvalue=""), start=1
+    ):
         if line != wanted:
             problems.append(f"README.md, line {number}: '{line[:80]}', not '{wanted[:80]}'")
     if json_ld != croissant(recipe, manifest):

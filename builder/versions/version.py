@@ -19,7 +19,11 @@ from builder.errors import InputError, MovedError, VersionError
 HUB = "hf://datasets/"
 MANIFEST = "manifest.json"
 VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
-OURS = ("data/", "ledger/", "plots/")  # folders of a version: nothing that is not in its manifest may lie there
+OURS = (
+    "data/",
+    "ledger/",
+    "plots/",
+)  # folders of a version: nothing that is not in its manifest may lie there
 _NAMES = (
     r"^(README\.md|(recipe|stats|croissant)\.json|tombstones\.parquet|plots/\w[\w.-]*"
     r"|data/(train|preview)-[0-9]{5,}-of-[0-9]{5,}\.parquet|ledger/train-[0-9]{5,}-of-[0-9]{5,}\.parquet)$"
@@ -67,8 +71,13 @@ class Staged:
         """Raises:
         MovedError: the target has got another version since, which may have removed rows.
         """
-        if self.beside is not None and (come := [version for version in versions if version not in self.beside]):
-            raise MovedError(f"version {come[-1]} was published while {self.version} was put together", "type the same command again")
+        if self.beside is not None and (
+            come := [version for version in versions if version not in self.beside]
+        ):
+            raise MovedError(
+                f"version {come[-1]} was published while {self.version} was put together",
+                "type the same command again",
+            )
 
     @property
     def tag(self) -> str:
@@ -136,9 +145,16 @@ def opened(fs: AbstractFileSystem, root: str) -> Version:
 
 
 def manifest_of(fs: AbstractFileSystem, root: str) -> dict[str, Any]:
-    manifest: dict[str, Any] = dict(from_json(Manifest, content(fs, root, MANIFEST), what=f"{root}/{MANIFEST}"))
-    for name in (name for name, file in manifest["files"].items() if name.endswith(".parquet") and "rows" not in file):
-        raise InputError(f"{root}/{MANIFEST} cannot be used: files.{name} has no rows", "get it again from where it was published")
+    manifest: dict[str, Any] = dict(
+        from_json(Manifest, content(fs, root, MANIFEST), what=f"{root}/{MANIFEST}")
+    )
+    for name in (
+        name for name, file in manifest["files"].items() if name.endswith(".parquet") and "rows" not in file
+    ):
+        raise InputError(
+            f"{root}/{MANIFEST} cannot be used: files.{name} has no rows",
+            "get it again from where it was published",
+        )
     return manifest
 
 
@@ -150,11 +166,15 @@ def content(fs: AbstractFileSystem, root: str, name: str) -> bytes:
     """
     if isinstance(fs, LocalFileSystem) and not is_inside(root, name):
         reason = "is no regular file of this folder" if os.path.lexists(f"{root}/{name}") else "is missing"
-        raise InputError(f"{root}/{name} {reason}", "get it from a copy, or delete what is left of that version")
+        raise InputError(
+            f"{root}/{name} {reason}", "get it from a copy, or delete what is left of that version"
+        )
     try:
         read: bytes = fs.cat_file(f"{root}/{name}")
     except FileNotFoundError as error:
-        raise InputError(f"{root}/{name} is missing", "get it from a copy, or delete what is left of that version") from error
+        raise InputError(
+            f"{root}/{name} is missing", "get it from a copy, or delete what is left of that version"
+        ) from error
     return read
 
 

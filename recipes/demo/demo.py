@@ -35,7 +35,9 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
     try:
         folder = Path(publish(run, str(target), "0.1.0").place)
     except VersionError as error:
-        raise VersionError(error.message, f"an older demo lies there; to begin afresh: rm -r {target}") from error
+        raise VersionError(
+            error.message, f"an older demo lies there; to begin afresh: rm -r {target}"
+        ) from error
     train = datasets.load_dataset(str(folder), split="train")
     statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
 

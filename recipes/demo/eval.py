@@ -31,7 +31,9 @@ def captioner_quality(num_scenes: int = 500) -> tuple[dict[str, Any], list[str]]
     assert isinstance(settings, Caption)
     engine = Engine(settings)
     scenes = [world.scene(FIRST_SEED + n) for n in range(num_scenes)]
-    requests: Iterator[tuple[str, bytes, dict[str, Any]]] = ((str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes))
+    requests: Iterator[tuple[str, bytes, dict[str, Any]]] = (
+        (str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes)
+    )
     found = {int(n): captions["re_caption"] for n, captions in engine.captions(requests)}
     engine.close()
     there = named = right = whole = stopped = 0
@@ -64,10 +66,12 @@ def clip_quality(recaptions: list[str]) -> dict[str, Any]:
     return {
         "captions": len(scenes),
         "image_to_text_recall_at_1_percent": round(
-            100 * sum(a == b for a, b in zip(nearest.argmax(1).tolist(), target, strict=True)) / len(scenes), 2
+            100 * sum(a == b for a, b in zip(nearest.argmax(1).tolist(), target, strict=True)) / len(scenes),
+            2,
         ),
         "text_to_image_recall_at_1_percent": round(
-            100 * sum(a == b for a, b in zip(nearest.argmax(0).tolist(), target, strict=True)) / len(scenes), 2
+            100 * sum(a == b for a, b in zip(nearest.argmax(0).tolist(), target, strict=True)) / len(scenes),
+            2,
         ),
         "mean_cosine_recaption": round(float((image_NE * recaption_NE).sum(1).mean()), 4),
         "mean_cosine_alt_text": round(float((image_NE * alt_NE).sum(1).mean()), 4),

@@ -39,7 +39,15 @@ CLIP_CONTEXT = 80  # the longest description has 72 tokens
 
 # The special tokens, chat template and split pattern of Llama 3; <image> and <pad> as LLaVA adds them. <|end_of_text|>
 # has the highest id: open_clip's argmax pooling finds it.
-SPECIAL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>", "<|end_of_text|>")
+SPECIAL = (
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<image>",
+    "<pad>",
+    "<|end_of_text|>",
+)
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
@@ -67,7 +75,11 @@ def train_tokenizer(vocab_size: int = 1024, num_scenes: int = 4000) -> Tokenizer
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
@@ -77,7 +89,9 @@ def with_specials(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFas
     """The tokenizer in transformers' clothes; `template` says what surrounds a text, for example `<|begin_of_text|> $A`."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(t, i) for t, i in ids.items() if t in template])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(t, i) for t, i in ids.items() if t in template]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
@@ -111,7 +125,9 @@ def captioner(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def save_captioner(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, folder: Path, *, px: int = IMAGE_PX) -> None:
+def save_captioner(
+    model: LlavaForConditionalGeneration, tokenizer: Tokenizer, folder: Path, *, px: int = IMAGE_PX
+) -> None:
     """Write a checkpoint folder that vLLM serves: config, generation config, processor, chat template, safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
@@ -124,7 +140,9 @@ def save_captioner(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, f
         do_sample=False,
     ).save_pretrained(folder)
     LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": px}, crop_size={"height": px, "width": px}, image_mean=MEAN, image_std=STD),
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": px}, crop_size={"height": px, "width": px}, image_mean=MEAN, image_std=STD
+        ),
         tokenizer=with_specials(tokenizer, "<|begin_of_text|> $A"),
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
@@ -169,9 +187,14 @@ def clip_config(vocab_size: int) -> dict[str, Any]:
 def save_clip(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that open_clip loads as `local-dir:FOLDER`: config, tokenizer, safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(clip_config(tokenizer.get_vocab_size()), indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(clip_config(tokenizer.get_vocab_size()), indent=2) + "\n"
+    )
     with_specials(tokenizer, "<|begin_of_text|> $A <|end_of_text|>").save_pretrained(folder)
-    state = {name: tensor.detach().to(torch.float32).contiguous().clone() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().to(torch.float32).contiguous().clone()
+        for name, tensor in model.state_dict().items()
+    }
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
 
 
@@ -187,7 +210,9 @@ def clip_vision_weights(vision: Mapping[str, torch.Tensor]) -> dict[str, torch.T
         renamed[f"visual.ln_post.{side}"] = vision[f"post_layernorm.{side}"]
         for layer in range(sum(name.endswith("mlp.fc1.bias") for name in vision)):
             here, there = f"encoder.layers.{layer}.", f"visual.transformer.resblocks.{layer}."
-            renamed[f"{there}attn.in_proj_{side}"] = torch.cat([vision[f"{here}self_attn.{p}_proj.{side}"] for p in "qkv"])
+            renamed[f"{there}attn.in_proj_{side}"] = torch.cat(
+                [vision[f"{here}self_attn.{p}_proj.{side}"] for p in "qkv"]
+            )
             for ours, theirs in (("attn.out_proj", "self_attn.out_proj"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
                                  ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2")):  # fmt: skip
                 renamed[f"{there}{ours}.{side}"] = vision[f"{here}{theirs}.{side}"]

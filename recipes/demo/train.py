@@ -51,7 +51,9 @@ CONTRASTIVE = Phase("clip", steps=300, batch=256, lr=1.0e-3, first_seed=3_000_00
 def pixels(image: Image.Image) -> np.ndarray:
     """float32 (3, 64, 64), resized and normalised as the saved processors do."""
     small = image.resize((models.IMAGE_PX, models.IMAGE_PX), Image.Resampling.BICUBIC)
-    scaled = (np.asarray(small, np.float32) / 255 - np.array(models.MEAN, np.float32)) / np.array(models.STD, np.float32)
+    scaled = (np.asarray(small, np.float32) / 255 - np.array(models.MEAN, np.float32)) / np.array(
+        models.STD, np.float32
+    )
     return scaled.transpose(2, 0, 1)
 
 
@@ -82,14 +84,20 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
             for row, (ids, prompt) in enumerate(texts):
                 input_ids[row, : len(ids)] = torch.tensor(ids)
                 labels[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
-            yield {"pixel_values": torch.from_numpy(np.stack(images)), "input_ids": input_ids, "labels": labels}
+            yield {
+                "pixel_values": torch.from_numpy(np.stack(images)),
+                "input_ids": input_ids,
+                "labels": labels,
+            }
 
     def text(self, scene: world.Scene, rng: random.Random) -> tuple[list[int], int]:
         """Token ids, and how many of them belong to the prompt."""
         encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
         bos, eot, end = self.ids["<|begin_of_text|>"], self.ids["<|eot_id|>"], self.ids["<|end_of_text|>"]
         image = [self.ids["<image>"]] * (models.IMAGE_PX // models.PATCH_PX) ** 2
-        if self.phase is CONTRASTIVE:  # mostly descriptions; some alt text, so that originals can be scored too
+        if (
+            self.phase is CONTRASTIVE
+        ):  # mostly descriptions; some alt text, so that originals can be scored too
             text = world.describe(scene, rng) if rng.random() < 0.7 else world.alt_text(scene, rng)
             return [bos, *encode(text)[: models.CLIP_CONTEXT - 2], end], 0
         if self.phase is STAGE_1:
@@ -115,9 +123,14 @@ def optimise(phase: Phase, module: torch.nn.Module, tokenizer: Tokenizer, loss_o
         optimiser, lambda k: min(1, (k + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, k / phase.steps)))
     )
     start, seen = time.monotonic(), 0
-    for step, batch in enumerate(DataLoader(Batches(phase, tokenizer), batch_size=None, num_workers=1, prefetch_factor=4), 1):
+    for step, batch in enumerate(
+        DataLoader(Batches(phase, tokenizer), batch_size=None, num_workers=1, prefetch_factor=4), 1
+    ):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # on CPUs the fused kernel's backward is slower
+        with (
+            torch.autocast(device, torch.bfloat16),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # on CPUs the fused kernel's backward is slower
             loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -127,7 +140,11 @@ def optimise(phase: Phase, module: torch.nn.Module, tokenizer: Tokenizer, loss_o
         seen += phase.batch
         if step % 50 == 0 or step == phase.steps:
             rate = seen / (time.monotonic() - start)
-            print(f"{phase.name} {step}/{phase.steps} loss {loss.item():.3f} {rate:.0f} scenes/s", file=sys.stderr, flush=True)
+            print(
+                f"{phase.name} {step}/{phase.steps} loss {loss.item():.3f} {rate:.0f} scenes/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def train_captioner(device: str) -> None:
@@ -141,8 +158,15 @@ def train_captioner(device: str) -> None:
         first = int((labels_BT != -100).any(0).nonzero()[0])  # nothing before is predicted: images and prompt
         mask_BT = batch["input_ids"] != tokenizer.token_to_id("<pad>")
         keep = labels_BT.shape[1] - first + 1
-        logits_BTV = model(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], attention_mask=mask_BT, logits_to_keep=keep).logits
-        return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, first:].flatten())
+        logits_BTV = model(
+            pixel_values=batch["pixel_values"],
+            input_ids=batch["input_ids"],
+            attention_mask=mask_BT,
+            logits_to_keep=keep,
+        ).logits
+        return torch.nn.functional.cross_entropy(
+            logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, first:].flatten()
+        )
 
     optimise(STAGE_1, model, tokenizer, loss, device)
     model.model.vision_tower.requires_grad_(False)
@@ -158,11 +182,17 @@ def train_clip(device: str) -> None:
     config["text_cfg"].pop("hf_tokenizer_name"), config["text_cfg"].pop("tokenizer_kwargs")
     model = open_clip.CLIP(**config).to(device)
     prefix = "vision_tower.vision_model."
-    tower = {k.removeprefix(prefix): v for k, v in load_file(models.CAPTIONER / "model.safetensors").items() if k.startswith(prefix)}
+    tower = {
+        k.removeprefix(prefix): v
+        for k, v in load_file(models.CAPTIONER / "model.safetensors").items()
+        if k.startswith(prefix)
+    }
     model.load_state_dict(models.clip_vision_weights(tower), strict=False)
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        text = torch.nn.functional.pad(batch["input_ids"], (0, models.CLIP_CONTEXT - batch["input_ids"].shape[1]), value=0)
+        text = torch.nn.functional.pad(
+            batch["input_ids"], (0, models.CLIP_CONTEXT - batch["input_ids"].shape[1]), value=0
+        )
         image_BE, text_BE, scale = model(batch["pixel_values"], text)
         logits_BB = scale * image_BE @ text_BE.T
         target_B = torch.arange(len(logits_BB), device=device)

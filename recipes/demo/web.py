@@ -71,12 +71,20 @@ def make(folder: Path, *, rows: int = 2000, seed: int = 0, port: int = PORT, num
         )
         truth[uid] = {"fault": fault, "scene": scene.seed}
     (folder / "metadata").mkdir(parents=True, exist_ok=True)
-    kinds = {"original_width": pa.int64(), "original_height": pa.int64(), "face_bboxes": pa.list_(pa.list_(pa.float64()))}
-    schema = pa.schema((name, kinds.get(name, pa.float32() if "score" in name else pa.string())) for name in table[0])
+    kinds = {
+        "original_width": pa.int64(),
+        "original_height": pa.int64(),
+        "face_bboxes": pa.list_(pa.list_(pa.float64())),
+    }
+    schema = pa.schema(
+        (name, kinds.get(name, pa.float32() if "score" in name else pa.string())) for name in table[0]
+    )
     step = -(-rows // num_files)
     for k in range(0, rows, step):
         name = hashlib.md5(f"{seed}/file{k}".encode()).hexdigest()
-        pq.write_table(pa.Table.from_pylist(table[k : k + step], schema=schema), folder / "metadata" / f"{name}.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(table[k : k + step], schema=schema), folder / "metadata" / f"{name}.parquet"
+        )
     (folder / "truth.json").write_text(json.dumps(truth))
 
 
@@ -100,12 +108,16 @@ def serve(folder: Path, port: int = PORT) -> Iterator[Counter[str]]:
             fault, uid = match[1], match[2]
             if fault == "changed":
                 uid = uids[(uids.index(uid) + 1) % len(uids)]
-            self.answer_with(fault, world.jpeg(world.draw(world.scene(truth[uid]["scene"]), PX)), seen[self.path], stop)
+            self.answer_with(
+                fault, world.jpeg(world.draw(world.scene(truth[uid]["scene"]), PX)), seen[self.path], stop
+            )
 
     try:
         server = _Server((HOST, port), Handler)
     except OSError as error:
-        raise InputError(f"port {port} is taken ({error.strerror})", f"see by what: ss -ltnp 'sport = :{port}'") from error
+        raise InputError(
+            f"port {port} is taken ({error.strerror})", f"see by what: ss -ltnp 'sport = :{port}'"
+        ) from error
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -131,7 +143,14 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Quiet."""
 
-    def answer(self, code: int, body: bytes = b"", kind: str = "image/jpeg", length: int | None = None, **headers: str) -> None:
+    def answer(
+        self,
+        code: int,
+        body: bytes = b"",
+        kind: str = "image/jpeg",
+        length: int | None = None,
+        **headers: str,
+    ) -> None:
         self.send_response(code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body) if length is None else length))

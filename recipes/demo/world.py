@@ -174,7 +174,9 @@ def _draw_thing(image: Image.Image, thing: Thing, px: int) -> None:
     elif thing.pattern == "dotted":
         for k in range(49):
             cx, cy = x + (k % 7 - 3) * step, y + (k // 7 - 3) * step
-            pen.ellipse([cx - 0.3 * step, cy - 0.3 * step, cx + 0.3 * step, cy + 0.3 * step], fill=_lighter(rgb, 0.45))
+            pen.ellipse(
+                [cx - 0.3 * step, cy - 0.3 * step, cx + 0.3 * step, cy + 0.3 * step], fill=_lighter(rgb, 0.45)
+            )
     image.paste(paint, mask=mask)
 
 
@@ -234,9 +236,13 @@ def describe(scene: Scene, rng: random.Random) -> str:
         first, second = scene.things[0], scene.things[-1]
         level = first.place // 3 == second.place // 3
         if rng.random() < 0.75:
-            sentences.append(f"The {first.name} is {'to the left of' if level else 'above'} the {second.name}.")
+            sentences.append(
+                f"The {first.name} is {'to the left of' if level else 'above'} the {second.name}."
+            )
         else:
-            sentences.append(f"The {second.name} is {'to the right of' if level else 'below'} the {first.name}.")
+            sentences.append(
+                f"The {second.name} is {'to the right of' if level else 'below'} the {first.name}."
+            )
     return " ".join(sentences)
 
 
@@ -267,7 +273,11 @@ _FOREIGN = (  # template, colours in the order of COLOURS, shapes in the order o
         "rouge orange jaune vert turquoise bleu violet noir",
         "cercle carré triangle étoile croix anneau losange",
     ),
-    ("{c}{s} 画像 無料ダウンロード 高画質", "赤い 橙色の 黄色い 緑の 水色の 青い 紫の 黒い", "円 四角形 三角形 星 十字 輪 ひし形"),
+    (
+        "{c}{s} 画像 無料ダウンロード 高画質",
+        "赤い 橙色の 黄色い 緑の 水色の 青い 紫の 黒い",
+        "円 四角形 三角形 星 十字 輪 ひし形",
+    ),
 )
 
 
@@ -278,11 +288,19 @@ def alt_text(scene: Scene, rng: random.Random) -> str:
         (0.30, lambda: " and ".join(t.name for t in scene.things) + f" on {scene.tone}"),
         (0.15, lambda: _upper(" with ".join(t.phrase for t in scene.things[:2])) + " clip art"),
         (0.15, lambda: thing.name),
-        (0.08, lambda: rng.choice(("IMG_{:04d}.JPG", "DSC{:05d}", "image{}.png", "{}_large.jpg")).format(rng.randrange(9999))),
+        (
+            0.08,
+            lambda: rng.choice(("IMG_{:04d}.JPG", "DSC{:05d}", "image{}.png", "{}_large.jpg")).format(
+                rng.randrange(9999)
+            ),
+        ),
         (0.10, lambda: f"{thing.name.title()} {rng.randrange(100, 999)} - Best Price Online | Free Shipping"),
         (0.09, lambda: _foreign(thing, rng)),
         (0.07, lambda: alt_text(globals()["scene"](rng.getrandbits(39)), rng)),  # about another picture
-        (0.04, lambda: f"{thing.name} \\xc2\\xae wall d\\xc3\\xa9cor"),  # an escape that somebody forgot to undo
+        (
+            0.04,
+            lambda: f"{thing.name} \\xc2\\xae wall d\\xc3\\xa9cor",
+        ),  # an escape that somebody forgot to undo
         (0.02, lambda: ""),
     ]
     return rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0]()
@@ -297,4 +315,9 @@ def _foreign(thing: Thing, rng: random.Random) -> str:
 if __name__ == "__main__":
     seed = int(sys.argv[1])
     draw(scene(seed), 256).save(f"scene-{seed}.png")
-    print(describe(scene(seed), random.Random(seed)), terse(scene(seed)), alt_text(scene(seed), random.Random(seed)), sep="\n")
+    print(
+        describe(scene(seed), random.Random(seed)),
+        terse(scene(seed)),
+        alt_text(scene(seed), random.Random(seed)),
+        sep="\n",
+    )

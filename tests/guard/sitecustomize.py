@@ -17,7 +17,11 @@ def _is_local(host: object) -> bool:
         ip = ipaddress.ip_address(str(host).partition("%")[0])
     except ValueError:
         return str(host).endswith((".invalid", ".localhost")) or host == os.uname().nodename
-    return ip.is_loopback or ip.is_unspecified or bool(getattr(ip, "ipv4_mapped", None) and ip.ipv4_mapped.is_loopback)
+    return (
+        ip.is_loopback
+        or ip.is_unspecified
+        or bool(getattr(ip, "ipv4_mapped", None) and ip.ipv4_mapped.is_loopback)
+    )
 
 
 def _audit(event: str, arguments: tuple) -> None:

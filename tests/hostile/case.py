@@ -79,21 +79,32 @@ class Situation:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
-    def parquet(self, name: str = "t.parquet", columns: Mapping[str, Any] | pa.Table | None = None, **more: Any) -> Path:
+    def parquet(
+        self, name: str = "t.parquet", columns: Mapping[str, Any] | pa.Table | None = None, **more: Any
+    ) -> Path:
         """A small table with uid, url and text; `columns` instead of them, `more` besides or in their place."""
         path = self.here / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(columns if isinstance(columns, pa.Table) else pa.table({**(TABLE if columns is None else columns), **more}), path)
+        pq.write_table(
+            columns
+            if isinstance(columns, pa.Table)
+            else pa.table({**(TABLE if columns is None else columns), **more}),
+            path,
+        )
         return path
 
     def run(self, name: str = "run") -> Path:
         """A finished run."""
-        others = shutil.ignore_patterns(".duckdb-*", ".lock")  # of a test that looks at it just now, and one file for all copies
+        others = shutil.ignore_patterns(
+            ".duckdb-*", ".lock"
+        )  # of a test that looks at it just now, and one file for all copies
         return Path(shutil.copytree(self.finished, self.here / name, ignore=others, copy_function=os.link))
 
     def target(self, name: str = "published") -> Path:
         """A folder with the version 0.1.0."""
-        return Path(shutil.copytree(published(self.finished), self.here / name, copy_function=os.link, symlinks=True))
+        return Path(
+            shutil.copytree(published(self.finished), self.here / name, copy_function=os.link, symlinks=True)
+        )
 
     def version(self) -> Path:
         return self.target() / "v0.1.0"
@@ -143,17 +154,41 @@ def rows(*, metadata: str) -> Recipe:
 
 def build_rows(s: Situation, metadata: object, *settings: object) -> list[object]:
     """Build the shards of a table and nothing else."""
-    return ["build", f"{s.recipe(SOURCE_ONLY, 'only_rows.py')}:rows", f"metadata={metadata}", *settings, "--run", s.here / "run"]
+    return [
+        "build",
+        f"{s.recipe(SOURCE_ONLY, 'only_rows.py')}:rows",
+        f"metadata={metadata}",
+        *settings,
+        "--run",
+        s.here / "run",
+    ]
 
 
 def plan_rows(s: Situation, metadata: object, *settings: object) -> list[object]:
-    return ["plan", f"{s.recipe(SOURCE_ONLY, 'only_rows.py')}:rows", f"metadata={metadata}", *settings, "--run", s.here / "run"]
+    return [
+        "plan",
+        f"{s.recipe(SOURCE_ONLY, 'only_rows.py')}:rows",
+        f"metadata={metadata}",
+        *settings,
+        "--run",
+        s.here / "run",
+    ]
 
 
-def of_datacomp(command: str, s: Situation, *settings: object, captioner: object = CAPTIONER, clip: object = CLIP) -> list[object]:
+def of_datacomp(
+    command: str, s: Situation, *settings: object, captioner: object = CAPTIONER, clip: object = CLIP
+) -> list[object]:
     """Plan or build the whole line over a small table."""
     models = [f"captioner={captioner}", f"clip={clip}"]
-    return [command, "recap_datacomp_1b", f"metadata={s.parquet()}", *models, *settings, "--run", s.here / "run"]
+    return [
+        command,
+        "recap_datacomp_1b",
+        f"metadata={s.parquet()}",
+        *models,
+        *settings,
+        "--run",
+        s.here / "run",
+    ]
 
 
 def named(kind: str, cases: Iterable[Case]) -> list[Case]:

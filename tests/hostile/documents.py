@@ -67,7 +67,16 @@ BROKEN: Mapping[str, Break] = {
     "a link to itself": instead(lambda path: path.symlink_to(path.name)),
     "gone": instead(lambda path: None),
 }
-SOME = ("a list", "null", "nested 10,000 deep", "not UTF-8", "a FIFO", "a folder", "a link to /etc/passwd", "empty")
+SOME = (
+    "a list",
+    "null",
+    "nested 10,000 deep",
+    "not UTF-8",
+    "a FIFO",
+    "a folder",
+    "a link to /etc/passwd",
+    "empty",
+)
 FEW = ("a list", "an empty object", "a FIFO", "a folder")
 TWO = ("a list", "a FIFO")
 MANY = (*SOME, "cut off", "not a number", "gone")
@@ -79,17 +88,27 @@ def tells_nothing_of_it(_: Situation, outcome: Outcome) -> None:
 
 
 def unless_gone(file: str, kind: str) -> Place:
-    return either(file, "v0.1.0 has no version") if kind in ("gone", "a link to nowhere", "a link to itself") else file
+    return (
+        either(file, "v0.1.0 has no version")
+        if kind in ("gone", "a link to nowhere", "a link to itself")
+        else file
+    )
 
 
 def broken(
-    kinds: tuple[str, ...] | Mapping[str, Break], file: str, commands: Mapping[str, Callable[[Situation], list[object]]], **more: Any
+    kinds: tuple[str, ...] | Mapping[str, Break],
+    file: str,
+    commands: Mapping[str, Callable[[Situation], list[object]]],
+    **more: Any,
 ) -> Iterator[Case]:
     """Each command on each kind of a broken file."""
     for command, prepare in commands.items():
         for kind in kinds:
             also = tells_nothing_of_it if "passwd" in kind else None
-            real = (file, command, kind) in (("recipe.json", "status", "a FIFO"), ("manifest.json", "verify", "a FIFO"))
+            real = (file, command, kind) in (
+                ("recipe.json", "status", "a FIFO"),
+                ("manifest.json", "verify", "a FIFO"),
+            )
             yield Case(
                 f"{file} is {kind}: {command}",
                 partial(_broken, BROKEN[kind], file, prepare),
@@ -100,7 +119,9 @@ def broken(
             )
 
 
-def _broken(breaks: Break, file: str, prepare: Callable[[Situation], list[object]], s: Situation) -> list[object]:
+def _broken(
+    breaks: Break, file: str, prepare: Callable[[Situation], list[object]], s: Situation
+) -> list[object]:
     arguments = prepare(s)
     version, run = s.here / "published/v0.1.0", s.here / "run"
     breaks((version if version.exists() else run) / file)
@@ -125,12 +146,16 @@ STATUS = {"status": lambda s: ["status", s.run()]}
 
 def whole_files() -> Iterator[Case]:
     yield from broken(BROKEN, "recipe.json", STATUS)
-    yield from broken(MANY, "recipe.json", {"plan": lambda s: ["plan", s.run() / "recipe.json", "--run", s.here / "other"]})
+    yield from broken(
+        MANY, "recipe.json", {"plan": lambda s: ["plan", s.run() / "recipe.json", "--run", s.here / "other"]}
+    )
     yield from broken(TWO, "recipe.json", {
         "sql": lambda s: ["sql", s.run(), "from published"], "stats": lambda s: ["stats", s.run()], "card": lambda s: ["card", s.run()],
         "publish": lambda s: ["publish", s.run(), s.here / "out", "--version", "0.1.0"],
     })  # fmt: skip
-    yield from broken(FEW, "recipe.json", {"build": lambda s: ["build", "demo", f"web={s.here}", "--run", s.run()]})
+    yield from broken(
+        FEW, "recipe.json", {"build": lambda s: ["build", "demo", f"web={s.here}", "--run", s.run()]}
+    )
     yield from broken(FEW, "recipe.json", VERIFY)
     yield from broken(TWO, "recipe.json", REMOVE | CHECK | EXPLORE)
     yield from broken(BROKEN, "manifest.json", VERIFY)
@@ -146,7 +171,16 @@ def whole_files() -> Iterator[Case]:
         yield from broken((kind,), "tombstones.parquet", VERIFY, code=1)
         yield from broken((kind,), "tombstones.parquet", {"publish": _publishing_again})
     yield from broken(("a FIFO",), "manifest.json", {"publish": _publishing_again}, code=(0, 2))
-    for kind in ("empty", "cut off", "NULs", "a FIFO", "a folder", "a link to /etc/passwd", "a link to nowhere", "gone"):
+    for kind in (
+        "empty",
+        "cut off",
+        "NULs",
+        "a FIFO",
+        "a folder",
+        "a link to /etc/passwd",
+        "a link to nowhere",
+        "gone",
+    ):
         yield from broken((kind,), DATA, VERIFY, code=1)
     for kind in ("cut off", "a FIFO"):
         yield from broken((kind,), DATA, {
@@ -211,7 +245,12 @@ def fields() -> Iterator[Case]:
     for name, breaks, place, code in manifest:
         places = place if isinstance(place, tuple) else (place,)
         file = ("manifest.json",) if code == 2 else ()
-        yield Case(f"manifest.json: {name}", partial(_broken, breaks, "manifest.json", prepare), (*file, *places), code=code)
+        yield Case(
+            f"manifest.json: {name}",
+            partial(_broken, breaks, "manifest.json", prepare),
+            (*file, *places),
+            code=code,
+        )
     entry = {"sha256": "0" * 64, "bytes": 5}
     for name, place in {
         "../secret": "../secret", "/etc/passwd": "/etc/passwd", "plots/../../secret": "plots/../../secret", "": "manifest.json", ".": "manifest.json",
@@ -220,9 +259,18 @@ def fields() -> Iterator[Case]:
         "plots/\x1b[31mred.png": "red.png", "data/train-*.parquet": "data/train-*.parquet", "caf\udce9": either("caf", "manifest.json"),
     }.items():  # fmt: skip
         breaks = changed(f"files/{name.replace('/', '|')}", entry)
-        yield Case(f"manifest.json names {ascii(name)[:30]}: verify", partial(_broken, breaks, "manifest.json", prepare), place, code=(1, 2))
+        yield Case(
+            f"manifest.json names {ascii(name)[:30]}: verify",
+            partial(_broken, breaks, "manifest.json", prepare),
+            place,
+            code=(1, 2),
+        )
         if name in ("../secret", "data/evil.exe"):
-            yield Case(f"manifest.json names {name!r}: remove", partial(_broken, breaks, "manifest.json", removing), place or "manifest.json")
+            yield Case(
+                f"manifest.json names {name!r}: remove",
+                partial(_broken, breaks, "manifest.json", removing),
+                place or "manifest.json",
+            )
     recipe: list[tuple[str, Break, Place]] = [
         *((f"without {name}", changed(name, gone=True), name) for name in ("name", "stages")),
         ("a field too many", changed("colour", "red"), "colour"),
@@ -249,8 +297,15 @@ def fields() -> Iterator[Case]:
         ("a setting with a NUL", changed("stages.0.files", "a\0b"), "files"),
     ]  # fmt: skip
     for name, breaks, place in recipe:
-        command: Callable[[Situation], list[object]] = lambda s: ["plan", s.run() / "recipe.json", "--run", s.here / "other"]  # noqa: E731
-        yield Case(f"recipe.json: {name}", partial(_broken, breaks, "recipe.json", command), ("recipe.json", place))
+        command: Callable[[Situation], list[object]] = lambda s: [
+            "plan",
+            s.run() / "recipe.json",
+            "--run",
+            s.here / "other",
+        ]  # noqa: E731
+        yield Case(
+            f"recipe.json: {name}", partial(_broken, breaks, "recipe.json", command), ("recipe.json", place)
+        )
 
 
 # --- commit records -----------------------------------------------------------------------------------------------------
@@ -281,7 +336,13 @@ def records() -> Iterator[Case]:
     """A record that cannot be one is none: the shard is not done. Or its file is named."""
     for kind, breaks in RECORDS.items():
         also = None if "of a day" in kind else _named_or_left
-        yield Case(f"a record is {kind}: status", partial(_broken, breaks, "source/00000.json", STATUS["status"]), (), code=(0, 2), also=also)
+        yield Case(
+            f"a record is {kind}: status",
+            partial(_broken, breaks, "source/00000.json", STATUS["status"]),
+            (),
+            code=(0, 2),
+            also=also,
+        )
     for kind in ("a list", "a folder", "of rows that are a list", "of outputs elsewhere", "a FIFO"):
         again: dict[str, Callable[[Situation], list[object]]] = {
             "publish": lambda s: ["publish", s.run(), s.here / "out", "--version", "0.1.0"],
@@ -294,16 +355,34 @@ def records() -> Iterator[Case]:
             else:
                 yield Case(f"a record is {kind}: plan", broken_record, (), code=(0, 2), also=_named_or_left)
     for kind in ("not UTF-8", "a folder", "of rows that are a list"):
-        yield Case(f"a survey's record is {kind}: status", partial(_broken, RECORDS[kind], "source/survey.json", STATUS["status"]), (), code=(0, 2))
+        yield Case(
+            f"a survey's record is {kind}: status",
+            partial(_broken, RECORDS[kind], "source/survey.json", STATUS["status"]),
+            (),
+            code=(0, 2),
+        )
     for kind in ("cut off", "a folder"):
-        yield Case(f"a survey is {kind}: status", partial(_broken, BROKEN[kind], "source/survey.parquet", STATUS["status"]), (), code=(0, 2))
+        yield Case(
+            f"a survey is {kind}: status",
+            partial(_broken, BROKEN[kind], "source/survey.parquet", STATUS["status"]),
+            (),
+            code=(0, 2),
+        )
     for kind in ("a list", "a folder", "a FIFO", "nested 10,000 deep"):
         yield Case(
-            f"the hashes of the inputs are {kind}: status", partial(_broken, BROKEN[kind], "source/.files.json", STATUS["status"]), (), code=(0, 2)
+            f"the hashes of the inputs are {kind}: status",
+            partial(_broken, BROKEN[kind], "source/.files.json", STATUS["status"]),
+            (),
+            code=(0, 2),
         )
     for kind in ("not UTF-8", "a FIFO"):
         prepare = STATUS["status"]
-        yield Case(f"a reason of failure is {kind}: status", partial(_broken, BROKEN[kind], "source/00009.failed", prepare), (), code=(0, 2))
+        yield Case(
+            f"a reason of failure is {kind}: status",
+            partial(_broken, BROKEN[kind], "source/00009.failed", prepare),
+            (),
+            code=(0, 2),
+        )
 
 
 def _named_or_left(s: Situation, outcome: Outcome) -> None:
@@ -323,7 +402,10 @@ def tables() -> Iterator[Case]:
         return ["card", "--check", path.parent.parent]
 
     def one_more(s: Situation) -> list[object]:
-        s.file(s.version() / "data/train-00001-of-00001.parquet", (s.here / "published/v0.1.0" / DATA).read_bytes())
+        s.file(
+            s.version() / "data/train-00001-of-00001.parquet",
+            (s.here / "published/v0.1.0" / DATA).read_bytes(),
+        )
         return ["verify", s.here / "published/v0.1.0"]
 
     def renamed(s: Situation) -> list[object]:

@@ -64,7 +64,11 @@ def become(order: dict[str, Any]) -> None:
     """What a shell does between fork and exec."""
     os.setsid()
     for fd, (path, flags) in enumerate(
-        ((order["stdin"], os.O_RDONLY), (order["stdout"], os.O_WRONLY | os.O_CREAT), (order["stderr"], os.O_WRONLY | os.O_CREAT))
+        (
+            (order["stdin"], os.O_RDONLY),
+            (order["stdout"], os.O_WRONLY | os.O_CREAT),
+            (order["stderr"], os.O_WRONLY | os.O_CREAT),
+        )
     ):
         opened = os.open(path, flags)
         os.dup2(opened, fd)
@@ -96,7 +100,9 @@ if __name__ == "__main__":
     for name in IMPORTS:
         import_module(name)
     recipes = sys.modules["recipes.datasets"]
-    sys.modules["builder.core"].Recipe.from_json(recipes.demo().to_json())  # settings know their types from now on
+    sys.modules["builder.core"].Recipe.from_json(
+        recipes.demo().to_json()
+    )  # settings know their types from now on
     gc.collect()
     gc.freeze()  # what is shared is not copied by a collection in a fork
     assert len(os.listdir("/proc/self/task")) == 1, "another thread's locks would stay closed in a fork"

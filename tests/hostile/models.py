@@ -15,7 +15,15 @@ from hostile.settings import no_shard
 
 CONFIG = json.loads((CAPTIONER / "config.json").read_text())
 CLIP_CONFIG = json.loads((CLIP / "open_clip_config.json").read_text())
-GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_ctx": 1024}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "vocab_size": 50257,
+    "n_ctx": 1024,
+}
 PICKLE = b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94."
 
 
@@ -76,30 +84,56 @@ def either_weights() -> Place:
 
 
 def of_clip() -> Iterator[Case]:
-    name, good, config = "open_clip_model.safetensors", weights(CLIP, "open_clip_model.safetensors"), "open_clip_config.json"
+    name, good, config = (
+        "open_clip_model.safetensors",
+        weights(CLIP, "open_clip_model.safetensors"),
+        "open_clip_config.json",
+    )
     cases: list[tuple[str, dict[str, Any], Place | tuple[Place, ...]]] = [
         ("no configuration", {"open_clip_config__json": None}, config),
         ("the configuration is cut off", {"open_clip_config__json": weights(CLIP, config)[:100]}, config),
         ("the configuration is a list", {"open_clip_config__json": []}, config),
         ("the configuration is an empty object", {"open_clip_config__json": {}}, config),
         ("the configuration has no model", {"open_clip_config__json": {"preprocess_cfg": {}}}, config),
-        ("the configuration has a model that is a list", {"open_clip_config__json": CLIP_CONFIG | {"model_cfg": []}}, config),
+        (
+            "the configuration has a model that is a list",
+            {"open_clip_config__json": CLIP_CONFIG | {"model_cfg": []}},
+            config,
+        ),
         ("no weights", {"open_clip_model__safetensors": None}, "open_clip_model.safetensors"),
         ("weights are empty", {"open_clip_model__safetensors": b""}, name),
         ("weights are cut off", {"open_clip_model__safetensors": good[: len(good) // 2]}, name),
-        ("weights have a header longer than the file", {"open_clip_model__safetensors": struct.pack("<Q", 1 << 60) + good[8:]}, name),
-        ("weights are a page that says 404", {"open_clip_model__safetensors": b"<!DOCTYPE html><html>404</html>"}, name),
-        ("weights are a pickle", {"open_clip_model__safetensors": None, "open_clip_pytorch_model__bin": PICKLE}, "open_clip_pytorch_model.bin"),
+        (
+            "weights have a header longer than the file",
+            {"open_clip_model__safetensors": struct.pack("<Q", 1 << 60) + good[8:]},
+            name,
+        ),
+        (
+            "weights are a page that says 404",
+            {"open_clip_model__safetensors": b"<!DOCTYPE html><html>404</html>"},
+            name,
+        ),
+        (
+            "weights are a pickle",
+            {"open_clip_model__safetensors": None, "open_clip_pytorch_model__bin": PICKLE},
+            "open_clip_pytorch_model.bin",
+        ),
         ("weights are a pickle by another name", {"open_clip_model__safetensors": PICKLE}, name),
     ]
     for what, damage, place in cases:
         yield Case(f"clip: {what}", planned(damage, of="clip"), place)
         if what in ("weights are cut off", "the configuration is a list"):
-            yield Case(f"clip: {what}, built", planned(damage, of="clip", command="build"), place, also=no_shard)
+            yield Case(
+                f"clip: {what}, built", planned(damage, of="clip", command="build"), place, also=no_shard
+            )
 
 
-def planned(damage: dict[str, Any], of: str = "captioner", command: str = "plan") -> Callable[[Situation], list[object]]:
-    return lambda s: of_datacomp(command, s, **{of: s.captioner(**damage) if of == "captioner" else s.clip(**damage)})
+def planned(
+    damage: dict[str, Any], of: str = "captioner", command: str = "plan"
+) -> Callable[[Situation], list[object]]:
+    return lambda s: of_datacomp(
+        command, s, **{of: s.captioner(**damage) if of == "captioner" else s.clip(**damage)}
+    )
 
 
 def names() -> Iterator[Case]:
@@ -140,11 +174,26 @@ def names() -> Iterator[Case]:
     ]
     for of in ("captioner", "clip"):
         for what, make, place in cases:
-            if of == "clip" and what not in ("a folder that is not there", "a Hub id without a revision", "a file", "a link to itself"):
+            if of == "clip" and what not in (
+                "a folder that is not there",
+                "a Hub id without a revision",
+                "a file",
+                "a link to itself",
+            ):
                 continue
-            yield Case(f"{of}: {what}", lambda s, make=make, of=of: of_datacomp("plan", s, **{of: make(s)}), place)
-    yield Case("clip: a captioner's folder", lambda s: of_datacomp("plan", s, clip=CAPTIONER), ("captioner", "open_clip_config.json"))
-    yield Case("captioner: a CLIP's folder", lambda s: of_datacomp("plan", s, captioner=CLIP), ("clip", "config.json"))
+            yield Case(
+                f"{of}: {what}", lambda s, make=make, of=of: of_datacomp("plan", s, **{of: make(s)}), place
+            )
+    yield Case(
+        "clip: a captioner's folder",
+        lambda s: of_datacomp("plan", s, clip=CAPTIONER),
+        ("captioner", "open_clip_config.json"),
+    )
+    yield Case(
+        "captioner: a CLIP's folder",
+        lambda s: of_datacomp("plan", s, captioner=CLIP),
+        ("clip", "config.json"),
+    )
 
 
 def cases() -> Iterator[Case]:

@@ -42,9 +42,19 @@ def removal() -> Iterator[Case]:
     for name, option, file, place in files:
         yield Case(
             f"remove: {name}",
-            lambda s, option=option, file=file: ["remove", s.target(), option, file(s), "--version", "0.2.0", "--dry-run"],
+            lambda s, option=option, file=file: [
+                "remove",
+                s.target(),
+                option,
+                file(s),
+                "--version",
+                "0.2.0",
+                "--dry-run",
+            ],
             place,
-            code=(0, 2) if "that nobody" in name or name.startswith("a value") else 2,  # it may be kept out of what follows
+            code=(0, 2)
+            if "that nobody" in name or name.startswith("a value")
+            else 2,  # it may be kept out of what follows
             also=few_lines,
         )
 
@@ -55,7 +65,14 @@ def removal() -> Iterator[Case]:
 
     def all_rows(s: Situation) -> list[object]:
         uids = pq.read_table(s.target() / "v0.1.0" / DATA)["uid"].to_pylist()
-        return ["remove", s.here / "published", "--uids", s.file("uids.txt", "\n".join(uids)), "--version", "0.2.0"]
+        return [
+            "remove",
+            s.here / "published",
+            "--uids",
+            s.file("uids.txt", "\n".join(uids)),
+            "--version",
+            "0.2.0",
+        ]
 
     def named_in(s: Situation, outcome: Outcome) -> None:
         assert "nobody-has-this" in outcome.out + outcome.err
@@ -63,10 +80,22 @@ def removal() -> Iterator[Case]:
     yield Case("remove: some that nobody has", some, (), code=(0, 2), also=named_in)
     yield Case("remove: every row", all_rows, "0.1.0")
     yield Case("remove: nothing", lambda s: ["remove", s.target(), "--version", "0.2.0"], "--uids")
-    yield Case("remove: from nothing", lambda s: ["remove", s.here / "nowhere", "--uids", s.file("u", "x"), "--version", "0.2.0"], "nowhere")
-    yield Case("remove: from a run", lambda s: ["remove", s.run(), "--uids", s.file("u", "x"), "--version", "0.2.0"], "run")
+    yield Case(
+        "remove: from nothing",
+        lambda s: ["remove", s.here / "nowhere", "--uids", s.file("u", "x"), "--version", "0.2.0"],
+        "nowhere",
+    )
+    yield Case(
+        "remove: from a run",
+        lambda s: ["remove", s.run(), "--uids", s.file("u", "x"), "--version", "0.2.0"],
+        "run",
+    )
     for number in ("0.1.0", "0.0.9", "01.2.3", "", "../0.2.0"):
-        yield Case(f"remove: as version {number!r}", lambda s, number=number: removing(s, number), number.strip() or "version")
+        yield Case(
+            f"remove: as version {number!r}",
+            lambda s, number=number: removing(s, number),
+            number.strip() or "version",
+        )
     yield Case("remove: from another version", lambda s: _at(removing(s), "v9.9.9"), "9.9.9")
 
 
@@ -75,7 +104,20 @@ def few_lines(_: Situation, outcome: Outcome) -> None:
     assert max(map(len, outcome.out.splitlines()), default=0) <= 1000
 
 
-VERSIONS = ("01.2.3", "1.2", "1.2.3.4", "v1.2.3", "", " 1.2.3", "1.2.3-rc1", "-1.2.3", "latest", "../0.2.0", "٠.١.٢", "1.2.3\n")
+VERSIONS = (
+    "01.2.3",
+    "1.2",
+    "1.2.3.4",
+    "v1.2.3",
+    "",
+    " 1.2.3",
+    "1.2.3-rc1",
+    "-1.2.3",
+    "latest",
+    "../0.2.0",
+    "٠.١.٢",
+    "1.2.3\n",
+)
 
 
 def _at(arguments: list[object], version: str) -> list[object]:
@@ -86,12 +128,25 @@ def _at(arguments: list[object], version: str) -> list[object]:
 
 
 def targets() -> Iterator[Case]:
-    def publish(target: Callable[[Situation], object] | str, version: str = "0.1.0") -> Callable[[Situation], list[object]]:
-        return lambda s: ["publish", s.run(), target if isinstance(target, str) else target(s), "--version", version]
+    def publish(
+        target: Callable[[Situation], object] | str, version: str = "0.1.0"
+    ) -> Callable[[Situation], list[object]]:
+        return lambda s: [
+            "publish",
+            s.run(),
+            target if isinstance(target, str) else target(s),
+            "--version",
+            version,
+        ]
 
     for version in VERSIONS:
         arguments = publish(lambda s: s.here / "out", version)
-        yield Case(f"publish: as version {version!r}", arguments, version.strip() or "version", also=nothing_at("out"))
+        yield Case(
+            f"publish: as version {version!r}",
+            arguments,
+            version.strip() or "version",
+            also=nothing_at("out"),
+        )
     into: list[tuple[str, Callable[[Situation], object] | str, Place]] = [
         ("nothing", "", either("target", "TARGET", "''")),
         ("a file", lambda s: s.file("out", "somebody's"), "/out"),
@@ -113,10 +168,26 @@ def targets() -> Iterator[Case]:
     for name, target, place in into:
         yield Case(f"publish: into {name}", publish(target), place, real=name in ("/dev/null", "/proc"))
     yield Case("publish: other bytes of a version", _other_bytes, ("v0.1.0", "0.1.1"))
-    yield Case("publish: an empty folder", lambda s: ["publish", _folder(s, "empty"), s.here / "out", "--version", "0.1.0"], "/empty")
-    yield Case("publish: a version", lambda s: ["publish", s.version(), s.here / "out", "--version", "0.1.0"], "v0.1.0")
-    yield Case("publish: a run that is not there", lambda s: ["publish", s.here / "nowhere", s.here / "out", "--version", "0.1.0"], "nowhere")
-    yield Case("publish: /dev/null", lambda s: ["publish", "/dev/null", s.here / "out", "--version", "0.1.0"], "/dev/null")
+    yield Case(
+        "publish: an empty folder",
+        lambda s: ["publish", _folder(s, "empty"), s.here / "out", "--version", "0.1.0"],
+        "/empty",
+    )
+    yield Case(
+        "publish: a version",
+        lambda s: ["publish", s.version(), s.here / "out", "--version", "0.1.0"],
+        "v0.1.0",
+    )
+    yield Case(
+        "publish: a run that is not there",
+        lambda s: ["publish", s.here / "nowhere", s.here / "out", "--version", "0.1.0"],
+        "nowhere",
+    )
+    yield Case(
+        "publish: /dev/null",
+        lambda s: ["publish", "/dev/null", s.here / "out", "--version", "0.1.0"],
+        "/dev/null",
+    )
     yield Case("publish: an unfinished run", _unfinished, ("run", "recap build"))
     for command in ("verify", "card", "explore", "stats", "sql"):
         more: Sequence[object] = {"explore": ["--out", "page"], "sql": ["select 1"]}.get(command, [])
@@ -124,19 +195,49 @@ def targets() -> Iterator[Case]:
             ("a place that is not there", lambda s: s.here / "nowhere", "nowhere"),
             ("an empty folder", lambda s: _folder(s, "empty"), "/empty"),
             ("a version that is not there", lambda s: f"{s.target()}@v9.9.9", "9.9.9"),
-            ("an empty name", lambda s: "", either("''", '""', "PLACE", "TARGET", "place", "neither", "no name")),
+            (
+                "an empty name",
+                lambda s: "",
+                either("''", '""', "PLACE", "TARGET", "place", "neither", "no name"),
+            ),
             ("the Hub without a name", lambda s: "hf://datasets/x", "hf://datasets/x"),
         ):
-            yield Case(f"{command}: {name}", lambda s, command=command, what=what, more=more: [command, what(s), *more], place)
+            yield Case(
+                f"{command}: {name}",
+                lambda s, command=command, what=what, more=more: [command, what(s), *more],
+                place,
+            )
     yield Case("verify: a file", lambda s: ["verify", s.file("f", "x")], "/f")
     yield Case("verify: a run", lambda s: ["verify", s.run()], "run")
     yield Case("status: a version", lambda s: ["status", s.version()], "v0.1.0")
-    yield Case("build: into a run of another recipe", lambda s: ["build", "demo", f"web={s.here}", "--run", _of_another(s)], ("/run", "--run"))
-    yield Case("build: into somebody's folder", lambda s: ["build", "demo", f"web={s.here}", "--run", _somebodys(s)], ("photos", "--run"))
-    yield Case("build: into /proc", lambda s: ["build", "demo", f"web={s.here}", "--run", "/proc/run"], "/proc/run")
-    yield Case("build: into /sys", lambda s: ["build", "demo", f"web={s.here}", "--run", "/sys/fs/run"], "/sys/fs/run")
-    yield Case("build: below a file", lambda s: ["build", "demo", f"web={s.here}", "--run", s.file("f", "x") / "run"], "/f")
-    yield Case("build: into a link to itself", lambda s: ["build", "demo", f"web={s.here}", "--run", _loop(s)], "/loop")
+    yield Case(
+        "build: into a run of another recipe",
+        lambda s: ["build", "demo", f"web={s.here}", "--run", _of_another(s)],
+        ("/run", "--run"),
+    )
+    yield Case(
+        "build: into somebody's folder",
+        lambda s: ["build", "demo", f"web={s.here}", "--run", _somebodys(s)],
+        ("photos", "--run"),
+    )
+    yield Case(
+        "build: into /proc", lambda s: ["build", "demo", f"web={s.here}", "--run", "/proc/run"], "/proc/run"
+    )
+    yield Case(
+        "build: into /sys",
+        lambda s: ["build", "demo", f"web={s.here}", "--run", "/sys/fs/run"],
+        "/sys/fs/run",
+    )
+    yield Case(
+        "build: below a file",
+        lambda s: ["build", "demo", f"web={s.here}", "--run", s.file("f", "x") / "run"],
+        "/f",
+    )
+    yield Case(
+        "build: into a link to itself",
+        lambda s: ["build", "demo", f"web={s.here}", "--run", _loop(s)],
+        "/loop",
+    )
 
 
 def nothing_at(name: str) -> Callable[[Situation, Outcome], None]:
@@ -200,9 +301,21 @@ def outputs() -> Iterator[Case]:
         ):
             yield Case(f"{command}: into {name}", made(out), place)
     yield Case("explore: into somebody's folder", page(_somebodys), "photos", real=True)
-    yield Case("explore: into the version itself", lambda s: ["explore", s.version(), "--out", s.here / "published/v0.1.0"], "v0.1.0")
-    yield Case("explore: a column that is none", lambda s: ["explore", s.version(), "--out", s.here / "page", "--captions", "nope"], "nope")
-    yield Case("select: a folder where the subset goes", lambda s: ["select", s.version(), "no_filter", "--out", _blocked(s)], "subset")
+    yield Case(
+        "explore: into the version itself",
+        lambda s: ["explore", s.version(), "--out", s.here / "published/v0.1.0"],
+        "v0.1.0",
+    )
+    yield Case(
+        "explore: a column that is none",
+        lambda s: ["explore", s.version(), "--out", s.here / "page", "--captions", "nope"],
+        "nope",
+    )
+    yield Case(
+        "select: a folder where the subset goes",
+        lambda s: ["select", s.version(), "no_filter", "--out", _blocked(s)],
+        "subset",
+    )
 
 
 def _blocked(s: Situation) -> Path:
@@ -212,7 +325,21 @@ def _blocked(s: Situation) -> Path:
 
 # --- names that are no patterns -----------------------------------------------------------------------------------------
 
-NAMES = ("run[1]", "run 1", "run'1", 'run"1', "run*", "run{1,2}", "größe 猫", "a=1", "n" * 200, "%s", "run@v1", "two\nlines", "\\run")
+NAMES = (
+    "run[1]",
+    "run 1",
+    "run'1",
+    'run"1',
+    "run*",
+    "run{1,2}",
+    "größe 猫",
+    "a=1",
+    "n" * 200,
+    "%s",
+    "run@v1",
+    "two\nlines",
+    "\\run",
+)
 
 
 def odd_names() -> Iterator[Case]:
@@ -226,17 +353,45 @@ def odd_names() -> Iterator[Case]:
         return run
 
     for name in NAMES:
-        yield Case(f"{ascii(name)[:20]} is a run: sql", lambda s, name=name: ["sql", beside(s, name), "select count(*) from ledger"], "240", code=0)
-    for name in ("run[1]", "run'1", "a=1"):
-        yield Case(f"{ascii(name)[:20]} is a run: diff", lambda s, name=name: ["diff", beside(s, name), s.target()], "0 added, 0 removed", code=0)
         yield Case(
-            f"{ascii(name)[:20]} is a run: status", lambda s, name=name: ["status", beside(s, name)], "select     1 shards done, 0 left", code=0
+            f"{ascii(name)[:20]} is a run: sql",
+            lambda s, name=name: ["sql", beside(s, name), "select count(*) from ledger"],
+            "240",
+            code=0,
+        )
+    for name in ("run[1]", "run'1", "a=1"):
+        yield Case(
+            f"{ascii(name)[:20]} is a run: diff",
+            lambda s, name=name: ["diff", beside(s, name), s.target()],
+            "0 added, 0 removed",
+            code=0,
+        )
+        yield Case(
+            f"{ascii(name)[:20]} is a run: status",
+            lambda s, name=name: ["status", beside(s, name)],
+            "select     1 shards done, 0 left",
+            code=0,
         )
     for name in ("out[1]", "a=1"):
-        yield Case(f"{name!a} is a target: verify", lambda s, name=name: ["verify", s.target(name)], "0 problems", code=0)
-        yield Case(f"{name!a} is a target: diff", lambda s, name=name: ["diff", f"{s.target(name)}@v0.1.0", s.run()], "0 added, 0 removed", code=0)
+        yield Case(
+            f"{name!a} is a target: verify",
+            lambda s, name=name: ["verify", s.target(name)],
+            "0 problems",
+            code=0,
+        )
+        yield Case(
+            f"{name!a} is a target: diff",
+            lambda s, name=name: ["diff", f"{s.target(name)}@v0.1.0", s.run()],
+            "0 added, 0 removed",
+            code=0,
+        )
     for name in ("page[1]", "größe 猫"):
-        yield Case(f"{name!a} is a page", lambda s, name=name: ["explore", s.version(), "--out", s.here / name], "index.html", code=0)
+        yield Case(
+            f"{name!a} is a page",
+            lambda s, name=name: ["explore", s.version(), "--out", s.here / name],
+            "index.html",
+            code=0,
+        )
     for name in ("t[1].parquet", "t'.parquet", "t*.parquet", "a=1.parquet"):
         yield Case(f"{name!a} is a table: sql", lambda s, name=name: _of_table(s, name), "3", code=0)
 

@@ -50,13 +50,23 @@ def values() -> Iterator[Case]:
         ("a value of two lines", ["image_px=5\n\nmore"], "image_px"),
         ("a value of 100,000 characters", ["image_px=" + "5x" * 50_000], "image_px"),
         ("a key of 100,000 characters", ["k" * 100_000 + "=5"], "kkk"),
-        ("a value that is not UTF-8", ["download.user_agent_token=caf\udce9", "image_px=caf\udce9"], "image_px"),
+        (
+            "a value that is not UTF-8",
+            ["download.user_agent_token=caf\udce9", "image_px=caf\udce9"],
+            "image_px",
+        ),
         ("an option's dash forgotten", ["limit=5"], "limit"),
     ]
     for name, settings, place in typed:
         yield Case(name, given("plan", *settings), place, real=name == "a misspelt setting")
     for value in ("abc", "nan", "-1e20", "99999999999999999"):
-        yield Case(f"SOURCE_DATE_EPOCH={value}", given("build"), "SOURCE_DATE_EPOCH", env={"SOURCE_DATE_EPOCH": value}, also=no_shard)
+        yield Case(
+            f"SOURCE_DATE_EPOCH={value}",
+            given("build"),
+            "SOURCE_DATE_EPOCH",
+            env={"SOURCE_DATE_EPOCH": value},
+            also=no_shard,
+        )
 
 
 def given(command: str, *settings: str) -> Callable[[Situation], list[object]]:
@@ -76,9 +86,17 @@ GOOD = "def mine(*, metadata: str) -> Recipe:\n    return Recipe('mine', (Source
 
 def recipes() -> Iterator[Case]:
     for name in ("recap_datacomp_1", "Demo", "", "demo ", "demo:demo", "\x1b[31mred", "../demo", "x" * 5000):
-        yield Case(f"recipe {ascii(name)[:30]}", partial(_plan_named, name), "demo" if ":" in name else name.strip("\x1b[")[:20].strip() or "recipe")
+        yield Case(
+            f"recipe {ascii(name)[:30]}",
+            partial(_plan_named, name),
+            "demo" if ":" in name else name.strip("\x1b[")[:20].strip() or "recipe",
+        )
     yield Case("recipe demo without its web", lambda s: ["plan", "demo", f"web={s.here}/nowhere"], "nowhere")
-    yield Case("recipe without its parameters", lambda s: ["plan", "recap_datacomp_1b"], ("metadata", "captioner", "clip"))
+    yield Case(
+        "recipe without its parameters",
+        lambda s: ["plan", "recap_datacomp_1b"],
+        ("metadata", "captioner", "clip"),
+    )
     files: list[tuple[str, str | bytes, Place | tuple[Place, ...]]] = [
         ("a syntax error", IMPORTS + "\ndef mine(:\n", line(4)),
         ("not UTF-8", b"CAFE = 'caf\xe9'\n" + IMPORTS.encode() + GOOD.encode(), ()),
@@ -114,13 +132,26 @@ def recipes() -> Iterator[Case]:
     ]  # fmt: skip
     for name, text, place in files:
         places = place if isinstance(place, tuple) else (place,)
-        yield Case(f"mine.py: {name}", partial(_planned, text), ("mine.py", *places), real=name in ("a syntax error", "leaves at import"))
+        yield Case(
+            f"mine.py: {name}",
+            partial(_planned, text),
+            ("mine.py", *places),
+            real=name in ("a syntax error", "leaves at import"),
+        )
     yield Case("no such file", lambda s: ["plan", f"{s.here}/nowhere.py:mine"], "nowhere.py")
     yield Case("a folder for a file", lambda s: ["plan", f"{s.file('mine.py/x').parent}:mine"], "mine.py")
     yield Case("no function is named", lambda s: ["plan", s.recipe(IMPORTS + GOOD)], "mine.py")
     yield Case("an empty function's name", lambda s: ["plan", f"{s.recipe(IMPORTS + GOOD)}:"], "mine.py")
-    yield Case("a file of another kind", lambda s: ["plan", f"{s.recipe(IMPORTS + GOOD, 'mine.txt')}:mine"], "mine.txt")
-    yield Case("a file that is named as a module", lambda s: ["plan", f"{s.recipe(IMPORTS + GOOD, 'json.py')}:mine"], "json.py")
+    yield Case(
+        "a file of another kind",
+        lambda s: ["plan", f"{s.recipe(IMPORTS + GOOD, 'mine.txt')}:mine"],
+        "mine.txt",
+    )
+    yield Case(
+        "a file that is named as a module",
+        lambda s: ["plan", f"{s.recipe(IMPORTS + GOOD, 'json.py')}:mine"],
+        "json.py",
+    )
     yield Case("a parameter of a recipe.json", lambda s: ["plan", s.file("r.json", "{}"), "rows=5"], "rows")
 
 
@@ -168,11 +199,23 @@ def specs() -> Iterator[Case]:
     ]
     cases += [
         ("named twice the same", f"{first}, CaptionSpec(name='short'), CaptionSpec(name='short'),", "short"),
-        ("named as another's reason to finish", f"{first}, CaptionSpec(name='re_caption_finish_reason'),", "re_caption_finish_reason"),
+        (
+            "named as another's reason to finish",
+            f"{first}, CaptionSpec(name='re_caption_finish_reason'),",
+            "re_caption_finish_reason",
+        ),
         ("none", "", either("specs", "re_caption")),
         ("a placeholder that is none", "CaptionSpec(prompt='Describe {foo}.'),", "{foo}"),
-        ("a placeholder of a column that is not there yet", "CaptionSpec(prompt='Improve {re_caption}.'),", "{re_caption}"),
-        ("a placeholder twice, one of them misspelt", "CaptionSpec(prompt='Describe {org_caption} as {org_captoin}.'),", "{org_captoin}"),
+        (
+            "a placeholder of a column that is not there yet",
+            "CaptionSpec(prompt='Improve {re_caption}.'),",
+            "{re_caption}",
+        ),
+        (
+            "a placeholder twice, one of them misspelt",
+            "CaptionSpec(prompt='Describe {org_caption} as {org_captoin}.'),",
+            "{org_captoin}",
+        ),
         ("no token", "CaptionSpec(max_tokens=0),", "max_tokens"),
         ("a cold temperature", "CaptionSpec(temperature=-1),", "temperature"),
         ("a temperature that is none", "CaptionSpec(temperature=float('nan')),", "temperature"),
@@ -213,9 +256,20 @@ def options() -> Iterator[Case]:
         ("an option of colours", ["plan", "demo", "--\x1b[31mred"], "red"),
     ]
     for name, arguments, place in cases:
-        yield Case(name, lambda s, arguments=arguments: [str(a).replace("HERE", str(s.here)) for a in arguments], place)
-    yield Case("--run is a file", lambda s: [*plan_rows(s, s.parquet())[:-1], s.file("f")], either("--run", "/f"))
-    yield Case("--run is /dev/null", lambda s: [*plan_rows(s, s.parquet())[:-1], "/dev/null"], either("--run", "/dev/null"), real=True)
+        yield Case(
+            name,
+            lambda s, arguments=arguments: [str(a).replace("HERE", str(s.here)) for a in arguments],
+            place,
+        )
+    yield Case(
+        "--run is a file", lambda s: [*plan_rows(s, s.parquet())[:-1], s.file("f")], either("--run", "/f")
+    )
+    yield Case(
+        "--run is /dev/null",
+        lambda s: [*plan_rows(s, s.parquet())[:-1], "/dev/null"],
+        either("--run", "/dev/null"),
+        real=True,
+    )
 
 
 def cases() -> Iterator[Case]:

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hostile.case import JPG, TABLE, Case, Outcome, Place, Situation, build_rows, either, line, of_datacomp, plan_rows
+from hostile.case import (
+    JPG,
+    TABLE,
+    Case,
+    Outcome,
+    Place,
+    Situation,
+    build_rows,
+    either,
+    line,
+    of_datacomp,
+    plan_rows,
+)
 
 HEAD = "url,caption\n"
 RED = "\x1b[31m"
@@ -102,12 +114,27 @@ def text() -> Iterator[Case]:
         ("source.uid_column=id", ("t.csv", "id")),
         ("source.layout=laion", ("t.csv", "URL")),
     ):
-        yield Case(f"csv: {setting}", partial(_built, "t.csv", good + rows(4, 4, "café"), setting=setting), place)
+        yield Case(
+            f"csv: {setting}", partial(_built, "t.csv", good + rows(4, 4, "café"), setting=setting), place
+        )
     yield Case("csv: the second of two is ragged", _second_is_ragged, ("b.csv", line(2)))
-    yield Case("csv: planned, no column is known", lambda s: plan_rows(s, s.file("t.csv", "address,words\n" + rows(1, 3))), ("t.csv", "url_column="))
+    yield Case(
+        "csv: planned, no column is known",
+        lambda s: plan_rows(s, s.file("t.csv", "address,words\n" + rows(1, 3))),
+        ("t.csv", "url_column="),
+    )
     yield Case("csv: planned, empty", lambda s: plan_rows(s, s.file("t.csv")), "t.csv")
-    yield Case("csv: planned, gz that is not gz", lambda s: plan_rows(s, s.file("t.csv.gz", good)), "t.csv.gz")
-    yield Case("csv: what can be read is read", _readable, (), code=0, also=_captions_are_captions, after_progress=True)
+    yield Case(
+        "csv: planned, gz that is not gz", lambda s: plan_rows(s, s.file("t.csv.gz", good)), "t.csv.gz"
+    )
+    yield Case(
+        "csv: what can be read is read",
+        _readable,
+        (),
+        code=0,
+        also=_captions_are_captions,
+        after_progress=True,
+    )
 
 
 def latin() -> re.Pattern[str]:
@@ -146,7 +173,13 @@ def _readable(s: Situation) -> list[object]:
 def _captions_are_captions(s: Situation, _: Outcome) -> None:
     found = pq.read_table(s.here / "run" / "source" / "00000.parquet")
     assert found["url"].to_pylist() == [f"http://a.example/{n}.jpg" for n in range(1, 6)]
-    assert found["org_caption"].to_pylist() == ["caption 1", "caption 2", "caption 3", "caption 4", 'caption "5"']
+    assert found["org_caption"].to_pylist() == [
+        "caption 1",
+        "caption 2",
+        "caption 3",
+        "caption 4",
+        'caption "5"',
+    ]
 
 
 # --- parquet ----------------------------------------------------------------------------------------------------------
@@ -164,12 +197,17 @@ def parquet() -> Iterator[Case]:
         ("a footer longer than the file", good[:-8] + (1 << 30).to_bytes(4, "little") + b"PAR1"),
         ("a damaged footer", good[: -8 - footer] + flipped(good[-8 - footer : -8]) + good[-8:]),
         ("an encrypted footer", good[:-4] + b"PARE"),
-        ("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+        (
+            "a pointer of Git LFS",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        ),
         ("NULs of the right size", bytes(len(good))),
         ("no row", _bytes(pa.table({name: pa.array([], pa.string()) for name in TABLE}))),
         ("no column", _bytes(pa.table({}))),
     ):
-        yield Case(f"parquet: {name}", partial(_planned_parquet, content), "t.parquet", real=name == "cut off")
+        yield Case(
+            f"parquet: {name}", partial(_planned_parquet, content), "t.parquet", real=name == "cut off"
+        )
     three = [1, 2, 3]
     strange: dict[str, dict[str, Any]] = {
         "URLs are numbers": {"url": three},
@@ -178,28 +216,75 @@ def parquet() -> Iterator[Case]:
         "uids are lists": {"uid": [three] * 3},
     }
     for kind, column in strange.items():
-        yield Case(f"parquet: {kind}", partial(_built_parquet, **column), ("t.parquet", *column), code=1, after_progress=True)
+        yield Case(
+            f"parquet: {kind}",
+            partial(_built_parquet, **column),
+            ("t.parquet", *column),
+            code=1,
+            after_progress=True,
+        )
     # what only the rows of a shard can tell is the shard's failure
     yield Case("parquet: widths that are words", partial(_built_parquet, original_width=["wide", "64", "64"]), ("t.parquet", "original_width"), code=(1, 2),
                after_progress=True)  # fmt: skip
-    yield Case("parquet: a row without a uid", partial(_built_parquet, uid=["1", None, "3"]), ("t.parquet", "uid"), code=(1, 2), after_progress=True)
+    yield Case(
+        "parquet: a row without a uid",
+        partial(_built_parquet, uid=["1", None, "3"]),
+        ("t.parquet", "uid"),
+        code=(1, 2),
+        after_progress=True,
+    )
     yield Case("parquet: a uid twice", _uid_twice, "0000000000000007", after_progress=True)
     yield Case(
-        "parquet: URLs nested in another column", partial(_built_parquet, {"row": [{"url": JPG, "text": "x"}] * 3}), ("t.parquet", "url_column=")
+        "parquet: URLs nested in another column",
+        partial(_built_parquet, {"row": [{"url": JPG, "text": "x"}] * 3}),
+        ("t.parquet", "url_column="),
     )
-    twice = pa.Table.from_arrays([pa.array(["1"]), pa.array([JPG]), pa.array([JPG]), pa.array(["a"])], ["uid", "url", "url", "text"])
-    yield Case("parquet: a column twice", lambda s: build_rows(s, s.parquet(columns=twice)), ("t.parquet", "'url'"), code=1, after_progress=True)
+    twice = pa.Table.from_arrays(
+        [pa.array(["1"]), pa.array([JPG]), pa.array([JPG]), pa.array(["a"])], ["uid", "url", "url", "text"]
+    )
+    yield Case(
+        "parquet: a column twice",
+        lambda s: build_rows(s, s.parquet(columns=twice)),
+        ("t.parquet", "'url'"),
+        code=1,
+        after_progress=True,
+    )
     for missing in ("url", "text"):
         columns = {name: values for name, values in TABLE.items() if name != missing}
         yield Case(f"parquet: no {missing}", partial(_built_parquet, columns), ("t.parquet", f"'{missing}'"))
     capitals = {"UID": TABLE["uid"], "Url": TABLE["url"], "Text": TABLE["text"]}
-    yield Case("parquet: columns in capitals", partial(_built_parquet, capitals), ("t.parquet", "Url", "Text", "url_column="))
-    yield Case("parquet: planned, columns in capitals", lambda s: plan_rows(s, s.parquet(columns=capitals)), ("t.parquet", "Url", "Text"))
+    yield Case(
+        "parquet: columns in capitals",
+        partial(_built_parquet, capitals),
+        ("t.parquet", "Url", "Text", "url_column="),
+    )
+    yield Case(
+        "parquet: planned, columns in capitals",
+        lambda s: plan_rows(s, s.parquet(columns=capitals)),
+        ("t.parquet", "Url", "Text"),
+    )
     wide = {f"c{n:03}": three for n in range(499)} | {"Url": TABLE["url"]}
-    yield Case("parquet: 500 columns", partial(_built_parquet, wide), ("t.parquet", "Url", "url_column="), also=_few_columns)
+    yield Case(
+        "parquet: 500 columns",
+        partial(_built_parquet, wide),
+        ("t.parquet", "Url", "url_column="),
+        also=_few_columns,
+    )
     for setting in ("source.url_column=link", "source.caption_column=alt", "source.uid_column=id"):
-        yield Case(f"parquet: {setting}", lambda s, setting=setting: build_rows(s, s.parquet(), setting), ("t.parquet", setting.partition("=")[2]))
-    yield Case("parquet: a damaged column", _damaged_column, ("b.parquet", "text"), code=1, also=_others_went_on, after_progress=True, real=True)
+        yield Case(
+            f"parquet: {setting}",
+            lambda s, setting=setting: build_rows(s, s.parquet(), setting),
+            ("t.parquet", setting.partition("=")[2]),
+        )
+    yield Case(
+        "parquet: a damaged column",
+        _damaged_column,
+        ("b.parquet", "text"),
+        code=1,
+        also=_others_went_on,
+        after_progress=True,
+        real=True,
+    )
     yield Case("parquet: planned, one of two is cut off", _one_of_two, "b.parquet")
 
 
@@ -213,7 +298,9 @@ def _planned_parquet(content: bytes, s: Situation) -> list[object]:
     return plan_rows(s, s.file("t.parquet", content))
 
 
-def _built_parquet(columns: dict[str, Any] | Situation, s: Situation | None = None, **more: Any) -> list[object]:
+def _built_parquet(
+    columns: dict[str, Any] | Situation, s: Situation | None = None, **more: Any
+) -> list[object]:
     if isinstance(columns, Situation):
         return build_rows(columns, columns.parquet(**more))
     assert s is not None
@@ -223,7 +310,13 @@ def _built_parquet(columns: dict[str, Any] | Situation, s: Situation | None = No
 def _uid_twice(s: Situation) -> list[object]:
     recipe = SOURCE_AND_DOWNLOAD
     uids = ["00000000000000000000000000000007"] * 2 + ["00000000000000000000000000000008"]
-    return ["build", f"{s.recipe(recipe, 'twice.py')}:rows", f"metadata={s.parquet(uid=uids)}", "--run", s.here / "run"]
+    return [
+        "build",
+        f"{s.recipe(recipe, 'twice.py')}:rows",
+        f"metadata={s.parquet(uid=uids)}",
+        "--run",
+        s.here / "run",
+    ]
 
 
 SOURCE_AND_DOWNLOAD = """
@@ -338,7 +431,12 @@ def places() -> Iterator[Case]:
         ("an unclosed bracket", lambda s: s.here / "t[1.parquet", "t[1.parquet"),
     ]  # fmt: skip
     for name, path, place in cases:
-        yield Case(f"metadata: {name}", lambda s, path=path: plan_rows(s, path(s)), place, real=name in ("a FIFO", "a name that is not UTF-8"))
+        yield Case(
+            f"metadata: {name}",
+            lambda s, path=path: plan_rows(s, path(s)),
+            place,
+            real=name in ("a FIFO", "a name that is not UTF-8"),
+        )
     for name in ("a FIFO", "a FIFO, csv"):
         make, place = next((path, place) for known, path, place in cases if known == name)
         yield Case(f"metadata: {name}, built", lambda s, make=make: build_rows(s, make(s)), place)
@@ -369,18 +467,34 @@ def files_of_stages() -> Iterator[Case]:
         ("a FIFO", "s.npy", lambda s: os.mkfifo(s.here / "s.npy") or s.here / "s.npy"),
     ]
     for name, place, make in subsets:
-        yield Case(f"subset: {name}", lambda s, make=make: plan_rows(s, s.parquet(), f"source.subset={make(s)}"), place)
+        yield Case(
+            f"subset: {name}",
+            lambda s, make=make: plan_rows(s, s.parquet(), f"source.subset={make(s)}"),
+            place,
+        )
     stones: list[tuple[str, str, Callable[[Situation], object]]] = [
         ("no such file", "nowhere.parquet", lambda s: s.here / "nowhere.parquet"),
         ("empty", "stones.parquet", lambda s: s.file("stones.parquet")),
         ("another table", "stones.parquet", lambda s: s.parquet("stones.parquet")),
         ("numbers", "stones.parquet", lambda s: s.parquet("stones.parquet", {"kind": [1], "mark": [2]})),
-        ("cut off", "stones.parquet", lambda s: s.file("stones.parquet", (s.version() / "tombstones.parquet").read_bytes()[:-9])),
+        (
+            "cut off",
+            "stones.parquet",
+            lambda s: s.file("stones.parquet", (s.version() / "tombstones.parquet").read_bytes()[:-9]),
+        ),
         ("a folder", "stones", lambda s: (s.here / "stones").mkdir() or s.here / "stones"),
-        ("a FIFO", "stones.parquet", lambda s: os.mkfifo(s.here / "stones.parquet") or s.here / "stones.parquet"),
+        (
+            "a FIFO",
+            "stones.parquet",
+            lambda s: os.mkfifo(s.here / "stones.parquet") or s.here / "stones.parquet",
+        ),
     ]
     for name, place, make in stones:
-        yield Case(f"dedup.tombstones: {name}", lambda s, make=make: of_datacomp("plan", s, f"dedup.tombstones={make(s)}"), place)
+        yield Case(
+            f"dedup.tombstones: {name}",
+            lambda s, make=make: of_datacomp("plan", s, f"dedup.tombstones={make(s)}"),
+            place,
+        )
 
 
 def _npy(array: Any) -> bytes:

@@ -52,8 +52,21 @@ class Api:
     # --- repositories -------------------------------------------------------------------------------------------------
 
     def _whoami(self, ask: Ask) -> Answer:
-        token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write", "createdAt": now()}}
-        return answer({"type": "user", "id": ask.user, "name": ask.user, "fullname": ask.user, "isPro": False, "orgs": [], "auth": token})
+        token = {
+            "type": "access_token",
+            "accessToken": {"displayName": "test", "role": "write", "createdAt": now()},
+        }
+        return answer(
+            {
+                "type": "user",
+                "id": ask.user,
+                "name": ask.user,
+                "fullname": ask.user,
+                "isPro": False,
+                "orgs": [],
+                "auth": token,
+            }
+        )
 
     def _validate_yaml(self, ask: Ask) -> Answer:
         front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", ask.json()["content"], re.DOTALL)
@@ -65,7 +78,10 @@ class Api:
 
     def _create_repo(self, ask: Ask) -> Answer:
         wanted = ask.json()
-        kind, id = f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or ask.user}/{wanted['name']}"
+        kind, id = (
+            f"{wanted.get('type') or 'model'}s",
+            f"{wanted.get('organization') or ask.user}/{wanted['name']}",
+        )
         url = f"{self.url}/{'' if kind == 'models' else f'{kind}/'}{id}"
         if (kind, id) in self.store.repos:
             return answer({"error": f"You already created this {kind[:-1]} repo: {id}", "url": url}, 409)
@@ -77,7 +93,9 @@ class Api:
 
     def _delete_repo(self, ask: Ask) -> Answer:
         wanted = ask.json()
-        repo = self.repo(f"{wanted.get('organization') or ask.user}/{wanted['name']}", f"{wanted.get('type') or 'model'}s")
+        repo = self.repo(
+            f"{wanted.get('organization') or ask.user}/{wanted['name']}", f"{wanted.get('type') or 'model'}s"
+        )
         del self.store.repos[repo.kind, repo.id]
         shutil.rmtree(repo.folder)
         return answer({})
@@ -88,12 +106,40 @@ class Api:
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(head.files)]
         for sibling in siblings if ask.flag("blobs") else []:
             file = head.files[sibling["rfilename"]]
-            lfs = {"lfs": {"size": file.size, "sha256": file.sha256, "pointerSize": len(pointer(file.sha256, file.size))}} if file.sha256 else {}
+            lfs = (
+                {
+                    "lfs": {
+                        "size": file.size,
+                        "sha256": file.sha256,
+                        "pointerSize": len(pointer(file.sha256, file.size)),
+                    }
+                }
+                if file.sha256
+                else {}
+            )
             sibling |= {"size": file.size, "blobId": file.oid, **lfs}
         first = repo.log(head.oid)[-1]
-        about = {"_id": _id(repo.id), "id": repo.id, "author": repo.id.split("/")[0], "sha": head.oid, "lastModified": head.date}
-        state = {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "createdAt": first.date}
-        return answer(about | state | {"siblings": siblings, "usedStorage": sum(file.size for file in head.files.values())})
+        about = {
+            "_id": _id(repo.id),
+            "id": repo.id,
+            "author": repo.id.split("/")[0],
+            "sha": head.oid,
+            "lastModified": head.date,
+        }
+        state = {
+            "private": False,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "createdAt": first.date,
+        }
+        return answer(
+            about
+            | state
+            | {"siblings": siblings, "usedStorage": sum(file.size for file in head.files.values())}
+        )
 
     # --- contents -----------------------------------------------------------------------------------------------------
 
@@ -101,9 +147,20 @@ class Api:
         files = self._repo(ask).at(ask.fields["rev"]).files
         answers = []
         for file in ask.json()["files"]:
-            lfs = LFS.fullmatch(file["path"]) or file["size"] > LFS_BYTES or b"\0" in base64.b64decode(file.get("sample", ""))
+            lfs = (
+                LFS.fullmatch(file["path"])
+                or file["size"] > LFS_BYTES
+                or b"\0" in base64.b64decode(file.get("sample", ""))
+            )
             held = {"oid": files[file["path"]].key} if file["path"] in files else {}
-            answers.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, **held})
+            answers.append(
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if lfs else "regular",
+                    "shouldIgnore": False,
+                    **held,
+                }
+            )
         return answer({"files": answers})
 
     def _lfs_batch(self, ask: Ask) -> Answer:
@@ -118,8 +175,19 @@ class Api:
                 parts = {str(n + 1): f"{url}/{n + 1}" for n in range(-(-size // self.part_size))}
                 upload = {"header": {"chunk_size": str(self.part_size), **parts}}
             actions = {"upload": {"href": url, **upload}, "verify": {"href": f"{self.url}/lfs/verify"}}
-            objects.append({"oid": oid, "size": size, "authenticated": True, **({} if self.store.has(oid) else {"actions": actions})})
-        chosen = "multipart" if any("header" in o.get("actions", {}).get("upload", {}) for o in objects) else "basic"
+            objects.append(
+                {
+                    "oid": oid,
+                    "size": size,
+                    "authenticated": True,
+                    **({} if self.store.has(oid) else {"actions": actions}),
+                }
+            )
+        chosen = (
+            "multipart"
+            if any("header" in o.get("actions", {}).get("upload", {}) for o in objects)
+            else "basic"
+        )
         return answer({"transfer": chosen, "objects": objects})
 
     def _lfs_put(self, ask: Ask) -> Answer:
@@ -128,7 +196,9 @@ class Api:
             raise Refused(400, f"the bytes that came have sha256 {ask.sha256}, not {ask.fields['sha']}")
         if ask.wrong is not None:
             flip(ask.upload)
-        self.store.add_lfs(ask.upload, ask.sha256, sha256_of(ask.upload) if ask.wrong is not None else ask.sha256)
+        self.store.add_lfs(
+            ask.upload, ask.sha256, sha256_of(ask.upload) if ask.wrong is not None else ask.sha256
+        )
         return Answer(b"", {"etag": f'"{ask.sha256}"'})
 
     def _lfs_part(self, ask: Ask) -> Answer:
@@ -174,14 +244,26 @@ class Api:
         return answer({})
 
     def _lfs_duplicate(self, ask: Ask) -> Answer:
-        failed = [{"sha256": f["sha256"], "error": "not found"} for f in ask.json()["files"] if self.store.find(f["sha256"]) is None]
+        failed = [
+            {"sha256": f["sha256"], "error": "not found"}
+            for f in ask.json()["files"]
+            if self.store.find(f["sha256"]) is None
+        ]
         return answer({"failed": failed})
 
     def _xet_token(self, ask: Ask) -> Answer:
         self._repo(ask)
-        cas = self.store.writable(ask.port) if ask.fields["what"] == "write" else self.store.view(self.folder / "cas")
+        cas = (
+            self.store.writable(ask.port)
+            if ask.fields["what"] == "write"
+            else self.store.view(self.folder / "cas")
+        )
         token = {"casUrl": f"local://{cas}", "exp": int(time.time()) + 3600, "accessToken": "xet-token"}
-        names = {"x-xet-cas-url": "casUrl", "x-xet-token-expiration": "exp", "x-xet-access-token": "accessToken"}
+        names = {
+            "x-xet-cas-url": "casUrl",
+            "x-xet-token-expiration": "exp",
+            "x-xet-access-token": "accessToken",
+        }
         return answer(token, headers={name: str(token[key]) for name, key in names.items()})
 
     def _commit(self, ask: Ask) -> Answer:
@@ -205,18 +287,31 @@ class Api:
             elif key == "deletedFile" and path not in files:
                 raise Refused(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
             elif key in ("deletedFile", "deletedFolder"):
-                gone = {name for name in files if name == path or (key == "deletedFolder" and name.startswith(f"{path.rstrip('/')}/"))}
+                gone = {
+                    name
+                    for name in files
+                    if name == path or (key == "deletedFolder" and name.startswith(f"{path.rstrip('/')}/"))
+                }
                 files = {name: file for name, file in files.items() if name not in gone}
             elif key != "header":
                 raise Refused(400, f"not in this stand-in for the Hub: {key} in a commit")
         url, pull = self._web(repo), None
         if ask.flag("create_pr"):
-            pull = self._open(repo, ask.user, header["summary"], header.get("description", ""), pull=True, base=head.oid)
+            pull = self._open(
+                repo, ask.user, header["summary"], header.get("description", ""), pull=True, base=head.oid
+            )
             ref = f"refs/pr/{pull.num}"
         commit = repo.commit(ref, files, header["summary"], header.get("description", ""), ask.user)
         repo.save()
         pull_url = f"{url}/discussions/{pull.num}" if pull else None
-        return answer({"success": True, "commitOid": commit.oid, "commitUrl": f"{url}/commit/{commit.oid}", "pullRequestUrl": pull_url})
+        return answer(
+            {
+                "success": True,
+                "commitOid": commit.oid,
+                "commitUrl": f"{url}/commit/{commit.oid}",
+                "pullRequestUrl": pull_url,
+            }
+        )
 
     def _regular(self, ask: Ask, data: bytes, *, lie: bool) -> File:
         ask.regular_bytes += len(data)
@@ -228,7 +323,10 @@ class Api:
     def _lfs(self, value: dict[str, Any], *, lie: bool) -> File:
         file = self.store.find(value["oid"])
         if file is None or value.get("size", file.size) != file.size:
-            raise Refused(400, f"no such object was uploaded: {value['path']} with sha256 {value['oid']} and {value.get('size')} bytes")
+            raise Refused(
+                400,
+                f"no such object was uploaded: {value['path']} with sha256 {value['oid']} and {value.get('size')} bytes",
+            )
         if lie:
             copy = self.store.incoming()
             shutil.copyfile(self.store.path(file), copy)
@@ -244,27 +342,53 @@ class Api:
         if folder and not below:
             raise Refused(404, f"{folder} does not exist on {ask.fields['rev']}", "EntryNotFound")
         parents = {parent for path in below for parent in _parents(path) if parent.startswith(prefix)}
-        paths = sorted(path for path in {*below, *parents} if ask.flag("recursive") or "/" not in path.removeprefix(prefix))
-        start, size = int(ask.query.get("cursor", 0)), min(self.tree_page, int(ask.query.get("limit", self.tree_page)))
-        items = [self._entry(repo, commit, path, expand=ask.flag("expand")) for path in paths[start : start + size]]
-        return answer(items, headers=self._next(ask, "cursor", start + size) if start + size < len(paths) else {})
+        paths = sorted(
+            path
+            for path in {*below, *parents}
+            if ask.flag("recursive") or "/" not in path.removeprefix(prefix)
+        )
+        start, size = (
+            int(ask.query.get("cursor", 0)),
+            min(self.tree_page, int(ask.query.get("limit", self.tree_page))),
+        )
+        items = [
+            self._entry(repo, commit, path, expand=ask.flag("expand")) for path in paths[start : start + size]
+        ]
+        return answer(
+            items, headers=self._next(ask, "cursor", start + size) if start + size < len(paths) else {}
+        )
 
     def _paths_info(self, ask: Ask) -> Answer:
         repo, form = self._repo(ask), parse_qs(ask.body.decode())
         commit = repo.at(ask.fields["rev"])
         there = {*commit.files, *(parent for path in commit.files for parent in _parents(path))}
         expand = form.get("expand", ["false"])[0].lower() == "true"
-        return answer([self._entry(repo, commit, path, expand=expand) for path in form.get("paths", []) if path in there])
+        return answer(
+            [
+                self._entry(repo, commit, path, expand=expand)
+                for path in form.get("paths", [])
+                if path in there
+            ]
+        )
 
     def _entry(self, repo: Repo, commit: Commit, path: str, *, expand: bool) -> dict[str, Any]:
         file = commit.files.get(path)
         entry: dict[str, Any]
         if file is None:
-            entry = {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0, "path": path}
+            entry = {
+                "type": "directory",
+                "oid": hashlib.sha1(path.encode()).hexdigest(),
+                "size": 0,
+                "path": path,
+            }
         else:
             entry = {"type": "file", "oid": file.oid, "size": file.size, "path": path}
         if file and file.sha256:
-            entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": len(pointer(file.sha256, file.size))}
+            entry["lfs"] = {
+                "oid": file.sha256,
+                "size": file.size,
+                "pointerSize": len(pointer(file.sha256, file.size)),
+            }
         if file and file.xet:
             entry["xetHash"] = file.xet
         if expand:
@@ -278,7 +402,11 @@ class Api:
     def _resolve(self, ask: Ask) -> Answer:
         repo, path = self._repo(ask), ask.fields["path"]
         commit = repo.at(ask.fields["rev"])
-        headers = {"x-repo-commit": commit.oid, "accept-ranges": "bytes", "content-disposition": f"inline; filename*=UTF-8''{quote(path)}"}
+        headers = {
+            "x-repo-commit": commit.oid,
+            "accept-ranges": "bytes",
+            "content-disposition": f"inline; filename*=UTF-8''{quote(path)}",
+        }
         if path not in commit.files:
             raise Refused(404, "Entry not found", "EntryNotFound", headers)
         file = commit.files[path]
@@ -292,9 +420,15 @@ class Api:
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", ask.headers.get("range", ""))
         if not span or not any(span.groups()):
             return whole
-        start, stop = (int(span[1]), int(span[2] or file.size) + 1) if span[1] else (max(file.size - int(span[2]), 0), file.size)
+        start, stop = (
+            (int(span[1]), int(span[2] or file.size) + 1)
+            if span[1]
+            else (max(file.size - int(span[2]), 0), file.size)
+        )
         if start >= file.size or stop <= start:
-            raise Refused(416, "Requested Range Not Satisfiable", headers={"content-range": f"bytes */{file.size}"})
+            raise Refused(
+                416, "Requested Range Not Satisfiable", headers={"content-range": f"bytes */{file.size}"}
+            )
         whole.status, whole.start, whole.stop = 206, start, min(stop, file.size)
         headers["content-range"] = f"bytes {start}-{whole.stop - 1}/{file.size}"
         return whole
@@ -305,13 +439,23 @@ class Api:
         refs = self._repo(ask).refs
 
         def named(start: str, keep: str) -> list[dict[str, str]]:
-            return [{"name": ref.removeprefix(keep), "ref": ref, "targetCommit": oid} for ref, oid in sorted(refs.items()) if ref.startswith(start)]
+            return [
+                {"name": ref.removeprefix(keep), "ref": ref, "targetCommit": oid}
+                for ref, oid in sorted(refs.items())
+                if ref.startswith(start)
+            ]
 
-        found: dict[str, Any] = {"branches": named("refs/heads/", "refs/heads/"), "converts": [], "tags": named("refs/tags/", "refs/tags/")}
+        found: dict[str, Any] = {
+            "branches": named("refs/heads/", "refs/heads/"),
+            "converts": [],
+            "tags": named("refs/tags/", "refs/tags/"),
+        }
         return answer(found | ({"pullRequests": named("refs/pr/", "")} if ask.flag("include_prs") else {}))
 
     def _branch(self, ask: Ask) -> Answer:
-        return self._new_ref(ask, f"refs/heads/{ask.fields['rev']}", ask.json().get("startingPoint") or "main")
+        return self._new_ref(
+            ask, f"refs/heads/{ask.fields['rev']}", ask.json().get("startingPoint") or "main"
+        )
 
     def _tag(self, ask: Ask) -> Answer:
         return self._new_ref(ask, f"refs/tags/{ask.json()['tag']}", ask.fields["rev"])
@@ -342,7 +486,9 @@ class Api:
 
     def _super_squash(self, ask: Ask) -> Answer:
         repo, ref = self._repo(ask), f"refs/heads/{ask.fields['rev']}"
-        repo.commit(ref, repo.at(ref).files, ask.json().get("message", "Super-squash"), "", ask.user, parents=())
+        repo.commit(
+            ref, repo.at(ref).files, ask.json().get("message", "Super-squash"), "", ask.user, parents=()
+        )
         repo.save()
         return answer({})
 
@@ -350,7 +496,16 @@ class Api:
         log, page = self._repo(ask).log(ask.fields["rev"]), int(ask.query.get("p", 0))
         size = min(self.commits_page, int(ask.query.get("limit", self.commits_page)))
         shown = log[page * size : (page + 1) * size]
-        items = [{"id": c.oid, "title": c.title, "message": c.message, "authors": [{"user": c.author}], "date": c.date} for c in shown]
+        items = [
+            {
+                "id": c.oid,
+                "title": c.title,
+                "message": c.message,
+                "authors": [{"user": c.author}],
+                "date": c.date,
+            }
+            for c in shown
+        ]
         return answer(items, headers=self._next(ask, "p", page + 1) if (page + 1) * size < len(log) else {})
 
     # --- discussions --------------------------------------------------------------------------------------------------
@@ -367,9 +522,17 @@ class Api:
     def _create_discussion(self, ask: Ask) -> Answer:
         repo, wanted = self._repo(ask), ask.json()
         pull = bool(wanted.get("pullRequest"))
-        discussion = self._open(repo, ask.user, wanted["title"], wanted["description"], pull=pull, base=repo.at("main").oid)
+        discussion = self._open(
+            repo, ask.user, wanted["title"], wanted["description"], pull=pull, base=repo.at("main").oid
+        )
         repo.save()
-        return answer({"num": discussion.num, "url": f"{self._web(repo)}/discussions/{discussion.num}", "pullRequest": pull})
+        return answer(
+            {
+                "num": discussion.num,
+                "url": f"{self._web(repo)}/discussions/{discussion.num}",
+                "pullRequest": pull,
+            }
+        )
 
     def _discussions(self, ask: Ask) -> Answer:
         repo, kind, status = self._repo(ask), ask.query.get("type", "all"), ask.query.get("status", "all")
@@ -383,14 +546,27 @@ class Api:
         return answer({"discussions": shown, "count": len(found), "start": start})
 
     def _summary(self, repo: Repo, d: Discussion) -> dict[str, Any]:
-        about = {"num": d.num, "title": d.title, "author": {"name": d.author}, "status": d.status, "isPullRequest": d.is_pull_request}
-        return about | {"createdAt": d.date, "repo": {"name": repo.id, "type": repo.kind[:-1]}, "pinned": False, "numComments": len(d.events)}
+        about = {
+            "num": d.num,
+            "title": d.title,
+            "author": {"name": d.author},
+            "status": d.status,
+            "isPullRequest": d.is_pull_request,
+        }
+        return about | {
+            "createdAt": d.date,
+            "repo": {"name": repo.id, "type": repo.kind[:-1]},
+            "pinned": False,
+            "numComments": len(d.events),
+        }
 
     def _discussion(self, ask: Ask) -> Answer:
         repo, discussion = self._numbered(ask)
         details = self._summary(repo, discussion) | {"events": discussion.events, "diff": ""}
         if discussion.is_pull_request:
-            changes = {"base": "refs/heads/main"} | ({"mergeCommitId": discussion.merge_commit} if discussion.merge_commit else {})
+            changes = {"base": "refs/heads/main"} | (
+                {"mergeCommitId": discussion.merge_commit} if discussion.merge_commit else {}
+            )
             conflicts = [] if discussion.merge_commit else repo.three_way(discussion)[1]
             details |= {"changes": changes, "filesWithConflicts": conflicts}
         return answer(details)
@@ -410,7 +586,9 @@ class Api:
     def _status_change(self, ask: Ask) -> Answer:
         (repo, discussion), wanted = self._numbered(ask), ask.json()
         if discussion.status == "merged" or wanted["status"] not in ("open", "closed"):
-            raise Refused(400, f"#{discussion.num} is {discussion.status}; it cannot become {wanted['status']}")
+            raise Refused(
+                400, f"#{discussion.num} is {discussion.status}; it cannot become {wanted['status']}"
+            )
         discussion.status = wanted["status"]
         event = repo.event(discussion, "status-change", ask.user, {"status": wanted["status"]})
         if wanted.get("comment"):
@@ -420,7 +598,9 @@ class Api:
 
     def _title_change(self, ask: Ask) -> Answer:
         repo, discussion = self._numbered(ask)
-        event = repo.event(discussion, "title-change", ask.user, {"from": discussion.title, "to": ask.json()["title"]})
+        event = repo.event(
+            discussion, "title-change", ask.user, {"from": discussion.title, "to": ask.json()["title"]}
+        )
         discussion.title = ask.json()["title"]
         repo.save()
         return answer({"newTitle": event})
@@ -428,11 +608,19 @@ class Api:
     def _merge(self, ask: Ask) -> Answer:
         repo, discussion = self._numbered(ask)
         if not discussion.is_pull_request or discussion.status != "open":
-            raise Refused(400, f"#{discussion.num} is {discussion.status}; only an open pull request can be merged")
+            raise Refused(
+                400, f"#{discussion.num} is {discussion.status}; only an open pull request can be merged"
+            )
         files, conflicts = repo.three_way(discussion)
         if conflicts:
             raise Refused(409, f"This pull request has conflicts with main in: {', '.join(conflicts)}")
-        commit = repo.commit("refs/heads/main", files, f"{discussion.title} (#{discussion.num})", ask.json().get("comment", ""), ask.user)
+        commit = repo.commit(
+            "refs/heads/main",
+            files,
+            f"{discussion.title} (#{discussion.num})",
+            ask.json().get("comment", ""),
+            ask.user,
+        )
         discussion.status, discussion.merge_commit = "merged", commit.oid
         repo.event(discussion, "status-change", ask.user, {"status": "merged"})
         repo.save()

@@ -98,7 +98,15 @@ class Hub(Api):
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.token = self.user("me")
         self._seen: dict[int, tuple[Fault, int]] = {}
-        config = uvicorn.Config(self, loop="asyncio", ws="none", lifespan="off", log_config=None, log_level="error", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            self,
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            timeout_graceful_shutdown=2,
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), name="hub")
 
@@ -108,7 +116,9 @@ class Hub(Api):
             time.sleep(0.005)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.server.should_exit = True
         self.thread.join()
 
@@ -145,16 +155,26 @@ class Hub(Api):
         request = Request(scope, receive)
         raw_path, raw_query = scope["raw_path"].decode(), scope["query_string"].decode()
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        found = ((name, match) for name, verb, pattern in ROUTES if verb == method and (match := pattern.fullmatch(raw_path)))
+        found = (
+            (name, match)
+            for name, verb, pattern in ROUTES
+            if verb == method and (match := pattern.fullmatch(raw_path))
+        )
         route, match = next(found, ("unknown", None))
-        fields = {key: unquote(value) for key, value in match.groupdict().items() if value is not None} if match else {}
+        fields = (
+            {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+            if match
+            else {}
+        )
         query = {key: values[-1] for key, values in parse_qs(raw_query, keep_blank_values=True).items()}
         ask = Ask(scope["method"], raw_path, fields, query, request.headers, scope["client"][1])
         call = Call(scope["method"], route, f"{raw_path}?{raw_query}" if raw_query else raw_path)
         with self.lock:
             self.calls.append(call)
             faults = {fault.action: fault for fault in self._due(route)}
-        transport = send.__self__.transport  # uvicorn's own: closing a connection without an answer is not in ASGI
+        transport = (
+            send.__self__.transport
+        )  # uvicorn's own: closing a connection without an answer is not in ASGI
         try:
             if method != "PUT":
                 ask.body = await request.body()
@@ -196,10 +216,18 @@ class Hub(Api):
     async def _send(self, send: Any, done: Answer, head: bool, truncate: bool) -> None:
         length = len(done.body) if isinstance(done.body, bytes) else done.stop - done.start
         headers = done.headers | {"content-length": str(length)}
-        await send({"type": "http.response.start", "status": done.status, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": done.status,
+                "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+            }
+        )
         left = length // 2 if truncate else length
         if isinstance(done.body, bytes):
-            await send({"type": "http.response.body", "body": done.body[:left], "more_body": truncate and not head})
+            await send(
+                {"type": "http.response.body", "body": done.body[:left], "more_body": truncate and not head}
+            )
             return
         if not head:
             with done.body.open("rb") as file:
@@ -237,7 +265,11 @@ class Hub(Api):
                 return refusal(Refused(401, 'User Access Token "test" is expired'))
             if fault := faults.get("rate_limit"):
                 wait = str(round(fault.wait_s))
-                limits = {"ratelimit": f'"api";r=0;t={wait}', "ratelimit-policy": '"fixed window";"api";q=500;w=300', "retry-after": wait}
+                limits = {
+                    "ratelimit": f'"api";r=0;t={wait}',
+                    "ratelimit-policy": '"fixed window";"api";q=500;w=300',
+                    "retry-after": wait,
+                }
                 return refusal(Refused(429, "We had to rate limit you", headers=limits))
             ask.wrong = faults["wrong_bytes"].path if "wrong_bytes" in faults else None
             try:
@@ -254,16 +286,26 @@ class Hub(Api):
         ask.user = self.store.users.get(token, "")
         if scheme and not ask.user:
             raise Refused(401, "Invalid credentials in Authorization header")
-        reads = next(verb for name, verb, _ in ROUTES if name == route) == "GET" and route != "whoami" and ask.fields.get("what") != "write"
+        reads = (
+            next(verb for name, verb, _ in ROUTES if name == route) == "GET"
+            and route != "whoami"
+            and ask.fields.get("what") != "write"
+        )
         if not ask.user and not reads and route not in NO_TOKEN:
             raise Refused(401, "Invalid username or password.")
 
     def _second_writer(self, ask: Ask, fault: Fault) -> None:
-        repos = [self.store.repos.get((ask.fields.get("kind", "models"), ask.fields["repo"]))] if "repo" in ask.fields else self.store.repos.values()
+        repos = (
+            [self.store.repos.get((ask.fields.get("kind", "models"), ask.fields["repo"]))]
+            if "repo" in ask.fields
+            else self.store.repos.values()
+        )
         path = fault.path or "other.txt"
         for repo in filter(None, repos):
             file = self.store.add_regular(f"written by somebody else at {time.time_ns()}\n".encode())
-            repo.commit("refs/heads/main", repo.at("main").files | {path: file}, f"Upload {path}", "", "somebody-else")
+            repo.commit(
+                "refs/heads/main", repo.at("main").files | {path: file}, f"Upload {path}", "", "somebody-else"
+            )
             repo.save()
 
 

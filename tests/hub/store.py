@@ -41,7 +41,9 @@ with hf_xet.XetSession().new_file_download_group(endpoint=endpoint, token="-", t
 class Refused(Exception):
     """An answer that says no; `code` is the Hub's X-Error-Code."""
 
-    def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
@@ -141,7 +143,10 @@ class Repo:
             self.commits[path.stem] = Commit(**data | {"parents": tuple(data["parents"]), "files": files})
 
     def save(self) -> None:
-        write_json(self.folder / "repo.json", {"refs": self.refs, "discussions": [asdict(d) for d in self.discussions.values()]})
+        write_json(
+            self.folder / "repo.json",
+            {"refs": self.refs, "discussions": [asdict(d) for d in self.discussions.values()]},
+        )
 
     def ref(self, revision: str) -> str:
         """The full name of a ref that `revision` means, existing or not."""
@@ -150,7 +155,9 @@ class Repo:
 
     def at(self, revision: str) -> Commit:
         """The commit that a branch, a tag, refs/... or the (start of the) id of a commit names."""
-        oid = self.refs.get(self.ref(revision)) or next((oid for oid in self.commits if len(revision) >= 7 and oid.startswith(revision)), None)
+        oid = self.refs.get(self.ref(revision)) or next(
+            (oid for oid in self.commits if len(revision) >= 7 and oid.startswith(revision)), None
+        )
         if oid is None:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[oid]
@@ -165,7 +172,15 @@ class Repo:
     def read(self, path: str, revision: str) -> bytes:
         return self.store.path(self.at(revision).files[path]).read_bytes()
 
-    def commit(self, ref: str, files: dict[str, File], title: str, message: str, author: str, parents: tuple[str, ...] | None = None) -> Commit:
+    def commit(
+        self,
+        ref: str,
+        files: dict[str, File],
+        title: str,
+        message: str,
+        author: str,
+        parents: tuple[str, ...] | None = None,
+    ) -> Commit:
         """Move `ref` to a new commit that holds `files`; the caller saves the repository."""
         if parents is None:
             parents = (self.refs[ref],) if ref in self.refs else ()
@@ -181,7 +196,13 @@ class Repo:
         return self.commits[oid]
 
     def event(self, discussion: Discussion, kind: str, author: str, data: dict[str, Any]) -> dict[str, Any]:
-        event = {"id": uuid.uuid4().hex[:24], "type": kind, "createdAt": now(), "author": {"name": author}, "data": data}
+        event = {
+            "id": uuid.uuid4().hex[:24],
+            "type": kind,
+            "createdAt": now(),
+            "author": {"name": author},
+            "data": data,
+        }
         discussion.events.append(event)
         return event
 
@@ -192,7 +213,9 @@ class Repo:
         base = next((commit for commit in theirs if commit.oid in ids), self.commits[discussion.base]).files
         ours, wanted = main[0].files, theirs[0].files
         changed = {path for path in {*base, *wanted} if base.get(path) != wanted.get(path)}
-        conflicts = [path for path in sorted(changed) if ours.get(path) not in (base.get(path), wanted.get(path))]
+        conflicts = [
+            path for path in sorted(changed) if ours.get(path) not in (base.get(path), wanted.get(path))
+        ]
         kept = {path: file for path, file in ours.items() if path not in changed}
         return kept | {path: wanted[path] for path in changed if path in wanted}, conflicts
 
@@ -200,10 +223,18 @@ class Repo:
         """The commit that gave a file or a folder the content it has."""
 
         def below(commit: Commit) -> dict[str, File]:
-            return {name: file for name, file in commit.files.items() if name == path or name.startswith(f"{path}/")}
+            return {
+                name: file
+                for name, file in commit.files.items()
+                if name == path or name.startswith(f"{path}/")
+            }
 
         log = self.log(revision)
-        return next(new for new, old in zip(log, [*log[1:], None], strict=True) if old is None or below(new) != below(old))
+        return next(
+            new
+            for new, old in zip(log, [*log[1:], None], strict=True)
+            if old is None or below(new) != below(old)
+        )
 
 
 class Store:
@@ -212,7 +243,9 @@ class Store:
         self.users: dict[str, str] = read_json(folder / "users.json", {})
         self.wrong: dict[str, str] = read_json(folder / "wrong.json", {})
         self.repos = {
-            (path.parts[-4], f"{path.parts[-3]}/{path.parts[-2]}"): Repo(self, path.parts[-4], f"{path.parts[-3]}/{path.parts[-2]}")
+            (path.parts[-4], f"{path.parts[-3]}/{path.parts[-2]}"): Repo(
+                self, path.parts[-4], f"{path.parts[-3]}/{path.parts[-2]}"
+            )
             for path in sorted((folder / "repos").glob("*/*/*/repo.json"))
         }
         self.xet: dict[str, tuple[str, int, Path]] = {}  # sha256 -> Xet hash, size, store
@@ -285,9 +318,18 @@ class Store:
 
     def writable(self, port: int) -> Path:
         """A Xet store for the process at the other end of a connection: the one it got before, or one that no other has open."""
-        pid = next((c.pid for c in psutil.net_connections("tcp4") if c.laddr and c.laddr.port == port and c.status == "ESTABLISHED"), None)
+        pid = next(
+            (
+                c.pid
+                for c in psutil.net_connections("tcp4")
+                if c.laddr and c.laddr.port == port and c.status == "ESTABLISHED"
+            ),
+            None,
+        )
         for cas in [self.folder / "cas", *(self.folder / f"cas-{n}" for n in range(1, 1000))]:
-            if self.owners.get(cas) == pid or (not _runs(self.owners[cas]) if cas in self.owners else not _is_open(cas)):
+            if self.owners.get(cas) == pid or (
+                not _runs(self.owners[cas]) if cas in self.owners else not _is_open(cas)
+            ):
                 self.owners[cas] = pid
                 cas.mkdir(exist_ok=True)
                 return cas
@@ -301,7 +343,9 @@ class Store:
         for attempt in range(10):  # the database is copied while its owner may be writing it
             view = self.view(cas)
             command = [sys.executable, "-c", _DOWNLOAD, f"local://{view.absolute()}"]
-            done = subprocess.run(command, env=env, input=json.dumps(wanted), text=True, capture_output=True, check=False)
+            done = subprocess.run(
+                command, env=env, input=json.dumps(wanted), text=True, capture_output=True, check=False
+            )
             shutil.rmtree(view, ignore_errors=True)
             if done.returncode == 0:
                 return
@@ -320,7 +364,10 @@ def _files_of(shard: bytes) -> Iterator[tuple[str, str, int]]:
     """(sha256, Xet hash, size) of the files that a Xet shard describes."""
     at = 48  # after the header
     while at < len(shard) and shard[at : at + 32] != b"\xff" * 32:
-        file, flags, count = shard[at : at + 32], *(int.from_bytes(shard[i : i + 4], "little") for i in (at + 32, at + 36))
+        file, flags, count = (
+            shard[at : at + 32],
+            *(int.from_bytes(shard[i : i + 4], "little") for i in (at + 32, at + 36)),
+        )
         at += 48
         size = sum(int.from_bytes(shard[i + 36 : i + 40], "little") for i in range(at, at + 48 * count, 48))
         at += 48 * count * (2 if flags >> 31 else 1)  # the segments, and as many verification entries

@@ -30,7 +30,12 @@ ROUTES = [(name, method, re.compile(pattern)) for name, method, pattern in (
     ("status_change", "POST", _PULL + "/status"), ("title_change", "POST", _PULL + "/title"), ("merge", "POST", _PULL + "/merge"),
     ("resolve", "GET", _GIT + "/resolve/(?P<rev>[^/]+)/(?P<path>.+)"), ("dataset_viewer", "GET", "/(?:info|parquet)"),
 )]  # fmt: skip
-NO_TOKEN = {"lfs_put", "lfs_part", "lfs_complete", "paths_info"}  # signed addresses, and a POST that only reads
+NO_TOKEN = {
+    "lfs_put",
+    "lfs_part",
+    "lfs_complete",
+    "paths_info",
+}  # signed addresses, and a POST that only reads
 
 
 @dataclass
@@ -71,5 +76,12 @@ def answer(data: object, status: int = 200, headers: dict[str, str] | None = Non
 
 
 def refusal(refused: Refused) -> Answer:
-    headers = {"x-error-message": refused.message.replace("\n", " ").encode("ascii", "replace").decode(), **refused.headers}
-    return answer({"error": refused.message}, refused.status, headers | ({"x-error-code": refused.code} if refused.code else {}))
+    headers = {
+        "x-error-message": refused.message.replace("\n", " ").encode("ascii", "replace").decode(),
+        **refused.headers,
+    }
+    return answer(
+        {"error": refused.message},
+        refused.status,
+        headers | ({"x-error-code": refused.code} if refused.code else {}),
+    )
