@@ -14,7 +14,7 @@ test: $(VENV)/.ready chromium
 
 # What takes long: real photos without verification, more kills, every hostile input, every kill of a publish, a shard of 2 GB, ten times the examples.
 test-slow: $(VENV)/.ready
-	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_real.py tests/test_hostile.py tests/test_kill.py tests/test_hub.py tests/test_properties.py
+	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_real.py tests/test_hostile.py tests/test_kill.py tests/test_hub.py tests/test_properties.py tests/test_columns.py
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
 chromium:

@@ -1,9 +1,11 @@
 """Runs the questions in `queries/` over captions -> stats.json.
 
-    {query: {"sha256": of its SQL, "rows": [...]}}       or, instead of rows, "absent": why there is no answer here
+    {query: {"sha256": of its SQL, "rows": [...]}}     or, instead of rows, "absent": why there is no answer
 
-A query says what it reads by naming views (`views.py`), one of the tables that are made in Python, on a stated sample: `languages`,
-`tokens`, `near_duplicates`, `nouns`, `selections`; or one that the user may give: `visual_words`, `concreteness`.
+The first line of a query declares what it reads, `-- reads: captions, nouns`: views and tables of `views.py`;
+tables that are made in Python, on a stated sample, where a query reads them: `languages`, `tokens`,
+`near_duplicates`, `nouns`, `selections` (which comes with `pool`); or what the user may give: `visual_words`,
+`concreteness`. Without `ledger` or `scores` there is no answer for those who read them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +23,10 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from analysis import select, tokens
-from analysis.views import Parts, connect
-from builder.core import finite, read_lines
+from analysis import select, tokens, views
+from analysis.views import Parts
 from builder.errors import InputError
+from builder.files import finite, read_lines
 
 QUERIES = Path(__file__).parent / "queries"
 VISUAL_WORDS = Path(__file__).parent / "visual_words.txt"
@@ -34,33 +36,33 @@ FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.75, 0.9)
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may give: words a line, `word<TAB>score` a line, and a `tokenizer.json` (of the library tokenizers) instead of CLIP's."""
+    """What a user may give.
+
+    Words a line, `word<TAB>score` a line, and a `tokenizer.json` (of library tokenizers) instead of CLIP's.
+    """
 
     vocabulary: Path | None = None
     concreteness: Path | None = None
     tokenizer: Path | None = None
 
 
-def stats(
-    place: str | Path | Parts, captions: Sequence[str] = (), options: Options | None = None
-) -> dict[str, Any]:
+def stats(parts: Parts, options: Options | None = None) -> dict[str, Any]:
     """Every query's rows, each with the hash of its SQL."""
     options = options or Options()
     report: dict[str, Any] = {}
+    # What a user gives is read first: a mistake in it is told at once.
     given = {"visual_words": _visual_words(options), "concreteness": _concreteness(options)}
-    counter = tokens.counter(
-        options.tokenizer
-    )  # what a user gives is read first: a mistake in it is told at once
-    with connect(place, captions) as con:
+    counter = tokens.counter(options.tokenizer)
+    known = {*views.NAMES, *given, *_MADE, "tokens", "pool"}
+    queries = {path: views.declared(path, "reads", known) for path in sorted(QUERIES.glob("*.sql"))}
+    with views.connect(parts) as con:
         for name, table in given.items():
             con.register(name, table)
         made = _MADE | {"tokens": partial(_tokens, counter=counter)}
         ours = "ledger" in _views(con)
         prepare(con)
-        for path in sorted(QUERIES.glob("*.sql")):
-            sql = path.read_text(encoding="utf-8")
+        for path, (sql, reads) in queries.items():
             answer: dict[str, Any] = {"sha256": hashlib.sha256(sql.encode()).hexdigest()}
-            reads = set(re.findall(r"\b(?:from|join)\s+(\w+)", re.sub(r"--.*", "", sql)))
             absent = next(
                 (
                     f"no {name} here"
@@ -69,24 +71,23 @@ def stats(
                 ),
                 None,
             )
-            for name in reads & set(made):
+            for name in sorted(reads & set(made)):
                 if name not in _views(con):
                     try:
                         con.register(name, made[name](con))
                     except _Absent as reason:
                         absent = str(reason)
             try:
-                answer |= (
-                    {"absent": absent}
-                    if absent
-                    else {"rows": finite(con.sql(sql).to_arrow_table().to_pylist())}
-                )
+                if absent:
+                    answer["absent"] = absent
+                else:
+                    with views.telling_what_is_undeclared(path, "reads"):
+                        answer["rows"] = finite(con.sql(sql).to_arrow_table().to_pylist())
             except duckdb.BinderException as error:
                 if ours:
                     raise
-                column = re.search(
-                    r'Referenced column "(\w+)" not found', str(error)
-                )  # in somebody else's table
+                # In somebody else's table.
+                column = re.search(r'Referenced column "(\w+)" not found', str(error))
                 answer["absent"] = (
                     f"no column {column[1]} here"
                     if column
@@ -100,13 +101,17 @@ def prepare(con: duckdb.DuckDBPyConnection) -> None:
     """The tables `counted` and `words`, which several queries read."""
     con.execute(
         """create temp table counted as
-           select caption, count_words(text)::integer as words, length(text)::integer as characters, count(*) as times from captions group by all"""
+           select caption, count_words(text)::integer as words, length(text)::integer as characters,
+               count(*) as times
+           from captions group by all"""
     )
     # Parts between spaces first: there are few distinct ones.
     con.execute(
         r"""create temp table words as select caption, word, sum(times)::bigint as times from (
                 select caption, unnest(regexp_extract_all(lower(part), '[\pL\pN]+')) as word, times from (
-                    select caption, part, count(*) as times from (select caption, unnest(string_split(text, ' ')) as part from captions) group by all
+                    select caption, part, count(*) as times
+                    from (select caption, unnest(string_split(text, ' ')) as part from captions)
+                    group by all
                 )) group by all"""
     )
 
@@ -125,7 +130,7 @@ def _views(con: duckdb.DuckDBPyConnection) -> set[str]:
     return {name for (name,) in con.sql("show tables").fetchall()}
 
 
-# --- tables made in Python --------------------------------------------------------------------------------------------
+# --- tables made in Python ----------------------------------------------------------------------------------
 
 
 class _Absent(Exception):
@@ -156,7 +161,10 @@ def _tokens(con: duckdb.DuckDBPyConnection, counter: tuple[str, tokens.Counter])
 
 
 def _near_duplicates(con: duckdb.DuckDBPyConnection) -> pa.Table:
-    """(caption, near_captions, near_percent): captions of the first rows that are near another row's, by MinHash over word trigrams."""
+    """(caption, near_captions, near_percent): captions of the first rows that are near another row's.
+
+    By MinHash over word trigrams.
+    """
     from datasketch import MinHash, MinHashLSH
 
     found = _texts(con, NEAR_ROWS)
@@ -168,8 +176,11 @@ def _near_duplicates(con: duckdb.DuckDBPyConnection) -> pa.Table:
             if name == caption
         ]
         index, near = MinHashLSH(threshold=0.8, num_perm=64), set()
-        hashes = MinHash.bulk([[" ".join(words[k : k + 3]).encode() for k in range(max(1, len(words) - 2))]
-                               for words in (re.findall(r"\w+", text[:20_000].lower()) for text in texts)], num_perm=64)  # fmt: skip
+        trigrams = [
+            [" ".join(words[k : k + 3]).encode() for k in range(max(1, len(words) - 2))]
+            for words in (re.findall(r"\w+", text[:20_000].lower()) for text in texts)
+        ]
+        hashes = MinHash.bulk(trigrams, num_perm=64)
         for number, each in enumerate(hashes):
             others = [other for other in index.query(each) if each.jaccard(hashes[other]) >= 0.8]
             near |= {number, *others} if others else set()
@@ -210,20 +221,22 @@ def _nouns(con: duckdb.DuckDBPyConnection) -> pa.Table:
 
 
 def _selections(con: duckdb.DuckDBPyConnection) -> pa.Table:
-    """(strategy, fraction, position, caption) that each strategy on cosines alone selects from the first rows."""
+    """(strategy, fraction, position, caption) that strategies on cosines alone select from the first rows."""
     if not {"org_cosine", "re_cosine"} <= select.define_pool(con, SELECTION_ROWS):
         raise _Absent("no cosines of both captions here")
     parts = []
     for strategy in select.names():
-        sql = (select.STRATEGIES / f"{strategy}.sql").read_text(encoding="utf-8")
-        if not re.search(r"english|near_targets|wordlist", sql):
-            for fraction in FRACTIONS if "fraction" in sql else (1.0,):
+        path, sql, needs = select.strategy_of(strategy)
+        if needs <= {"fraction", "fraction or threshold"}:
+            for fraction in FRACTIONS if needs else (1.0,):
                 con.execute(f"set variable fraction = {fraction}; set variable threshold = null")
-                parts.append(
-                    con.sql(
-                        f"select '{strategy}' as strategy, {fraction}::double as fraction, uid as position, caption from ({sql})"
-                    ).to_arrow_table()
-                )
+                with views.telling_what_is_undeclared(path, "needs"):
+                    parts.append(
+                        con.sql(
+                            f"select '{strategy}' as strategy, {fraction}::double as fraction, "
+                            f"uid as position, caption from ({sql})"
+                        ).to_arrow_table()
+                    )
     return pa.concat_tables(parts)
 
 
@@ -262,17 +275,22 @@ _MADE: dict[str, Callable[[duckdb.DuckDBPyConnection], pa.Table]] = {
 }  # fmt: skip
 
 
-# --- for the terminal and the card ------------------------------------------------------------------------------------
+# --- for the terminal and the card --------------------------------------------------------------------------
 
 _LINES = (
-    ("lengths", "captions", "captions"), ("lengths", "words_mean", "words, mean"), ("lengths", "words_median", "words, median"),
-    ("lengths", "characters_mean", "characters, mean"), ("tokens", "tokens_mean", "tokens, mean"),
-    ("tokens", "cut_at_77_percent", "cut at 77 tokens, %"), ("vocabulary", "distinct_words", "distinct words"),
+    ("lengths", "captions", "captions"), ("lengths", "words_mean", "words, mean"),
+    ("lengths", "words_median", "words, median"), ("lengths", "characters_mean", "characters, mean"),
+    ("tokens", "tokens_mean", "tokens, mean"), ("tokens", "cut_at_77_percent", "cut at 77 tokens, %"),
+    ("vocabulary", "distinct_words", "distinct words"),
     ("vocabulary", "joint_vocabulary_percent", "share of the joint vocabulary, %"),
-    ("repetition", "distinct_3", "distinct trigrams / trigrams"), ("repetition", "opener_percent", "open with 'the image shows' etc., %"),
-    ("repetition", "top_100_prefixes_percent", "begin with one of 100 prefixes, %"), ("grounding", "grounding_ratio_mean", "visual words, share"),
-    ("duplicates", "repeated_percent", "said of another row too, %"), ("duplicates", "near_duplicate_percent", "near duplicates in a sample, %"),
-    ("cosines", "cosine_mean", "cosine with the image, mean"), ("cosines", "cosine_median", "cosine with the image, median"),
+    ("repetition", "distinct_3", "distinct trigrams / trigrams"),
+    ("repetition", "opener_percent", "open with 'the image shows' etc., %"),
+    ("repetition", "top_100_prefixes_percent", "begin with one of 100 prefixes, %"),
+    ("grounding", "grounding_ratio_mean", "visual words, share"),
+    ("duplicates", "repeated_percent", "said of another row too, %"),
+    ("duplicates", "near_duplicate_percent", "near duplicates in a sample, %"),
+    ("cosines", "cosine_mean", "cosine with the image, mean"),
+    ("cosines", "cosine_median", "cosine with the image, median"),
 )  # fmt: skip
 
 

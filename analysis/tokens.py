@@ -1,7 +1,8 @@
 """Counting tokens: CLIP's, or those of a given tokenizer.
 
-CLIP's byte-pair encoding runs in the library tokenizers over open_clip's own vocabulary, cleaned as open_clip's SimpleTokenizer
-cleans: the same tokens (tests/test_stats.py), without the seconds that importing open_clip takes.
+CLIP's byte-pair encoding runs in the library tokenizers over open_clip's own vocabulary, cleaned as
+open_clip's SimpleTokenizer cleans: the same tokens (tests/test_stats.py), without the seconds that importing
+open_clip takes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Counter = Callable[[Iterable[str]], list[int]]
 
 
 def counter(tokenizer_json: Path | None = None) -> tuple[str, Counter]:
-    """Name of the tokenizer, and what counts with it: the tokens of each text, with the special ones that it adds.
+    """Name of the tokenizer, and what counts with it: the tokens of each text and the special ones it adds.
 
     Raises:
         InputError: the file is no tokenizer.

@@ -1,9 +1,10 @@
 r"""DuckDB over any caption data set: a run, a version, or tables of somebody else's with caption columns.
 
-What the queries see:
+What the queries see, and declare in their first line that they read, `-- reads: captions, scores`:
 
-    captions(position, nth, caption, text)  every caption column under another, `caption` naming it; no row where there is none.
-                                            `position` counts the rows, `nth` the captions of a column
+    captions(position, nth, caption, text)  every caption column under another, `caption` naming it; no row
+                                            where there is none. `position` counts the rows, `nth` the
+                                            captions of a column
     first_captions(number)                  the first so many of each column
     counted(caption, words, characters, times)     how many captions have that length
     words(caption, word, times)             their words, lower case
@@ -19,25 +20,29 @@ In a shell of your own (V is a version's folder):
         from (unpivot (select row_number() over () as position, org_caption, re_caption from published)
               on org_caption, re_caption into name caption value text);
     create macro first_captions(number) as table from captions where nth <= number;
-    create table caption_columns as from (values ('org_caption', 1), ('re_caption', 2)) as columns(caption, place);
-    create view scores as unpivot (select org_clip_score as org_caption, re_clip_score as re_caption from published)
+    create table caption_columns as
+        from (values ('org_caption', 1), ('re_caption', 2)) as columns(caption, place);
+    create view scores as
+        unpivot (select org_clip_score as org_caption, re_clip_score as re_caption from published)
         on org_caption, re_caption into name caption value cosine;
     create table words as select caption, word, sum(times)::bigint as times from (
         select caption, unnest(regexp_extract_all(lower(part), '[\pL\pN]+')) as word, times from (
-            select caption, part, count(*) as times from (select caption, unnest(string_split(text, ' ')) as part from captions) group by all
+            select caption, part, count(*) as times
+            from (select caption, unnest(string_split(text, ' ')) as part from captions) group by all
         )) group by all;
     create macro count_words(text) as if(regexp_matches(text, '[^\x20-\x7E]|^ | $|  |^$'),
         len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), len(string_split(text, ' ')));
-    create table counted as select caption, count_words(text) as words, length(text) as characters, count(*) as times from captions group by all;
+    create table counted as
+        select caption, count_words(text) as words, length(text) as characters, count(*) as times
+        from captions group by all;
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -46,16 +51,16 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from builder import run as runs
 from builder import sql
-from builder.core import matching
-from builder.errors import InputError, command
-from builder.stages.select import schemas
-from builder.versions.targets import check_named, split, version_files
-from builder.versions.version import Version, is_inside, opened
+from builder.errors import InputError
 
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
-# Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the regular expression.
+# What the queries see, but for tables that report.py makes.
+NAMES = frozenset(
+    ("captions", "first_captions", "counted", "words", "caption_columns", "scores", "published", "ledger")
+)
+# Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the
+# regular expression.
 COUNT_WORDS = r"""create macro count_words(text) as if(regexp_matches(text, '[^\x20-\x7E]|^ | $|  |^$'),
     len(regexp_extract_all(text, '[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+')), len(string_split(text, ' ')))"""
 KNOWN = (
@@ -64,11 +69,47 @@ KNOWN = (
 SCORES = {"org_clip_score": "org_caption", "re_clip_score": "re_caption"}
 
 
+def declared(path: Path, word: str, known: Collection[str]) -> tuple[str, frozenset[str]]:
+    """The SQL of a file, and the names in its first line, `-- <word>: name, name` or `-- <word>: nothing`.
+
+    Raises:
+        InputError: it begins with another line, or with a name that is not known.
+    """
+    query = path.read_text(encoding="utf-8")
+    before, _, said = query.partition("\n")[0].partition(f"-- {word}: ")
+    names = [name.strip() for name in said.split(",")] if said != "nothing" else []
+    unknown = [name for name in names if name not in known]
+    if before or unknown:
+        raise InputError(
+            f"{path} does not begin with what it {word}"
+            if before or not said
+            else f"{path} {word} what there is not: {', '.join(unknown)}",
+            f"begin it with a line as: -- {word}: {', '.join(sorted(known)[:2])}; "
+            f"there are: {', '.join(sorted(known))}, or nothing",
+        )
+    return query, frozenset(names)
+
+
+@contextmanager
+def telling_what_is_undeclared(path: Path, word: str) -> Iterator[None]:
+    """Around a query of that file.
+
+    Raises:
+        InputError: the query names what is not there, as nothing declared it.
+    """
+    try:
+        yield
+    except duckdb.CatalogException as error:
+        said = str(error).splitlines()[0]
+        raise InputError(f"{path}: {said}", f"name it in the first line, -- {word}: ...") from error
+
+
 @dataclass(frozen=True)
 class Parts:
-    """Files of the published rows and of the ledger, the file system that they are in, and the caption columns.
+    """Files of the published rows and of the ledger, the file system they are in, and the caption columns.
 
-    `spill` is where a query puts what its memory does not hold, in a folder that goes with it; None: the system's place.
+    `name` is what an error calls them; `spill` is where a query puts what its memory does not hold, in a
+    folder that goes with it; None: the system's place.
     """
 
     published: list[str]
@@ -76,100 +117,16 @@ class Parts:
     filesystem: AbstractFileSystem | None = None
     captions: tuple[str, ...] = ()  # found by their names where none are given
     spill: Path | None = None
-
-
-def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
-    """What `RUN`, `TARGET`, `TARGET@v1.2.0`, a file, a glob or a folder of tables holds.
-
-    Raises:
-        InputError: none of these.
-    """
-    check_named(str(place))
-    run, chosen = Path(place), tuple(captions)
-    if (run / "recipe.json").exists() and (run / "select").is_dir():
-        select = runs.plan(runs.load_recipe(run), run)["select"]
-        found = Parts(
-            [str(path) for path in select.files(run)],
-            [str(path) for path in select.files(run, ".ledger.parquet")],
-            None,
-            chosen,
-        )
-        found = replace(found, spill=run if os.access(run, os.W_OK) else None)
-    elif tables := _tables(str(place)):
-        return Parts(tables, [], None, chosen)
-    else:
-        try:
-            fs, root = version_files(str(place))
-        except InputError:
-            if "://" in str(place) or split(str(place))[1]:
-                raise
-            found = Parts([], [])
-        else:
-            found = version_parts(opened(fs, root), chosen)
-    if not found.published or not found.ledger:
-        raise InputError(
-            f"{place} holds neither a run with finished shards nor a published version nor tables ({', '.join(sql.READERS)})",
-            "build one: recap build demo --run runs/demo",
-        )
-    return found
-
-
-def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:
-    """The parquet files of a version that its manifest names.
-
-    Raises:
-        InputError: one is no regular file inside the version, or has other columns than the version's recipe makes.
-    """
-    fs, root, expected = version.fs, version.root, schemas(version.recipe)
-    found: dict[str, list[str]] = {kind: [] for kind in expected}
-    for name in sorted(name for name in version.manifest["files"] if re.match("(data|ledger)/train-", name)):
-        if version.is_local and not is_inside(root, name):
-            raise InputError(
-                f"{root}/{name} is missing, or no regular file of this folder",
-                "get it again from where it was published",
-            )
-        kind = name.partition("/")[0]
-        found[kind].append(f"{root}/{name}" if version.is_local else fs.unstrip_protocol(f"{root}/{name}"))
-    for kind, paths in found.items():
-        for path in paths[:1]:  # with which `create` compares the others
-            there = _schema(path, fs)
-            if not there.equals(expected[kind]):
-                differ = (
-                    ", ".join(sorted({*there.names} ^ {*expected[kind].names})[:5]) or "their types or order"
-                )
-                raise InputError(
-                    f"{path} has another schema than the recipe's: {differ}",
-                    f"see what differs: {command('recap', 'verify', root)}",
-                )
-    return Parts(found["data"], found["ledger"], None if version.is_local else fs, tuple(captions))
-
-
-def _tables(place: str) -> list[str]:
-    """Tables that a path, a glob or a folder names; of one kind, the first of `READERS` that is there."""
-    if "://" in place:
-        return []
-    if Path(place).is_dir():
-        names = sorted(
-            str(path) for path in Path(place).iterdir() if path.is_file() and not path.name.startswith(".")
-        )
-    else:
-        names = [place] if Path(place).is_file() else sorted(matching(LocalFileSystem(), place))
-    if any((Path(place) / name).exists() for name in ("manifest.json", "recipe.json")) or any(
-        Path(name, "manifest.json").exists() for name in names
-    ):
-        return []
-    by_kind = ([name for name in names if name.lower().endswith(kind)] for kind in sql.READERS)
-    return next((of_kind for of_kind in by_kind if of_kind), [])
+    name: str = ""
 
 
 @contextmanager
-def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator[duckdb.DuckDBPyConnection]:
+def connect(found: Parts) -> Iterator[duckdb.DuckDBPyConnection]:
     """DuckDB with the views of this module.
 
     Raises:
         InputError: the tables differ, are empty, are not UTF-8, or have no caption column.
     """
-    found = place if isinstance(place, Parts) else parts(place, captions)
     with sql.connect(
         found.spill, preserve_insertion_order=True, memory_limit=MEMORY, python_enable_replacements=False
     ) as con:
@@ -193,9 +150,8 @@ def connect(place: str | Path | Parts, captions: Sequence[str] = ()) -> Iterator
         try:
             yield con
         except (duckdb.Error, UnicodeDecodeError) as error:
-            if (
-                _is_text_error(error) or type(error) is duckdb.Error
-            ):  # the latter: damaged pages of a parquet file
+            # A bare duckdb.Error: damaged pages of a parquet file.
+            if _is_text_error(error) or type(error) is duckdb.Error:
                 raise _unreadable(found, error) from error
             raise
 
@@ -232,9 +188,9 @@ def _unreadable(found: Parts, error: Exception) -> InputError:
 def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
     """A view over tables of one schema."""
     if paths[0].lower().endswith(".parquet") and not paths[0].startswith("hf://"):
-        first = _schema(paths[0])
+        first = schema_of(paths[0])
         for path in paths[1:]:
-            schema = _schema(path)
+            schema = schema_of(path)
             if schema.names != first.names:
                 differ = sorted(set(schema.names) ^ set(first.names)) or ["their order"]
                 raise InputError(
@@ -252,7 +208,7 @@ def create(con: duckdb.DuckDBPyConnection, name: str, paths: list[str]) -> None:
     con.execute(f"create view {sql.identifier(name)} as from {sql.table(paths)}")
 
 
-def _schema(path: str, fs: AbstractFileSystem | None = None) -> pa.Schema:
+def schema_of(path: str, fs: AbstractFileSystem | None = None) -> pa.Schema:
     try:
         return pq.read_schema(sql.absolute(path), filesystem=None if isinstance(fs, LocalFileSystem) else fs)
     except (pa.ArrowException, OSError) as error:
@@ -267,7 +223,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> list[str]:
-    """Columns of `published` with captions in them, those asked for or those with names that captions have."""
+    """Columns of `published` with captions: those asked for, or those with names that captions have."""
     columns = {name: kind for name, kind, *_ in con.sql("describe published").fetchall()}
     texts = [name for name, kind in columns.items() if kind == "VARCHAR"]
     missing = [name for name in wanted if name not in texts]
@@ -282,7 +238,8 @@ def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> li
             f"there is no caption column {missing[0]}"
             if missing
             else "none of the columns has a name that captions are known by",
-            f"text columns: {', '.join(texts) or 'none'}; name them: --captions {','.join(texts[:2]) or 'COLUMN'}",
+            f"text columns: {', '.join(texts) or 'none'}; "
+            f"name them: --captions {','.join(texts[:2]) or 'COLUMN'}",
         )
     counts = con.sql(
         f"select {', '.join(f'count({sql.identifier(name)})' for name in names)}, count(*) from published"
@@ -306,14 +263,14 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
     )
     columns = [  # a union of columns, unlike UNPIVOT, groups by `caption` at no cost
         f"select position, row_number() over () as nth, {sql.literal(name)} as caption, text "
-        f"from (select row_number() over () as position, {sql.identifier(name)} as text from published) where text is not null"
+        f"from (select row_number() over () as position, {sql.identifier(name)} as text from published) "
+        "where text is not null"
         for name in names
     ]
     con.execute(f"create view captions as {' union all '.join(columns)}")
     # Unlike a condition on `nth`, a limit ends the reading.
-    con.execute(
-        f"create macro first_captions(number) as table {' union all '.join(f'from ({column} limit number)' for column in columns)}"
-    )
+    firsts = " union all ".join(f"from ({column} limit number)" for column in columns)
+    con.execute(f"create macro first_captions(number) as table {firsts}")
     con.execute("create temp table caption_columns (caption varchar, place integer)")
     con.executemany(
         "insert into caption_columns values (?, ?)",
@@ -332,7 +289,8 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
             if score in there and caption in names
         )
         con.execute(
-            f"create view scores as unpivot (select {', '.join(scored)} from published) on {of} into name caption value cosine"
+            f"create view scores as unpivot (select {', '.join(scored)} from published) "
+            f"on {of} into name caption value cosine"
         )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/download.py
 
-Both are timed whole, from the metadata to the closed tars, starting their processes included. The web is a process of
-its own that answers from memory; both sides share the cores with it.
+Both are timed whole, from the metadata to the closed tars, starting their processes included. The web is a
+process of its own that answers from memory; both sides share the cores with it.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ def img2dataset(metadata: Path, out: Path, processes: int) -> int:
     from img2dataset import download
 
     download(
-        url_list=str(metadata), output_folder=str(out), input_format="parquet", url_col="url", caption_col="text",
-        save_additional_columns=["uid"], output_format="webdataset", image_size=256, resize_mode="keep_ratio_largest",
-        resize_only_if_bigger=True, processes_count=processes, thread_count=THREADS, number_sample_per_shard=1000, retries=2,
-        compute_hash="sha256", verify_hash=["sha256", "sha256"], disallowed_header_directives=["noai"], timeout=20,
+        url_list=str(metadata), output_folder=str(out), input_format="parquet", url_col="url",
+        caption_col="text", save_additional_columns=["uid"], output_format="webdataset", image_size=256,
+        resize_mode="keep_ratio_largest", resize_only_if_bigger=True, processes_count=processes,
+        thread_count=THREADS, number_sample_per_shard=1000, retries=2, compute_hash="sha256",
+        verify_hash=["sha256", "sha256"], disallowed_header_directives=["noai"], timeout=20,
     )  # fmt: skip
     return sum(
         pq.read_table(path, columns=["status"]).column("status").to_pylist().count("success")

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py             # half an hour on 2 cores
 
-Every stage runs for real; captions are cut at 4 tokens so that the largest build ends today. Sampled five times a second
-over the whole process tree: the peak of the parent, and of the largest worker of each stage.
+Every stage runs for real; captions are cut at 4 tokens so that the largest build ends today. Sampled five
+times a second over the whole process tree: the peak of the parent, and of the largest worker of each stage.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from recipes.demo import web
 PORT = 8655
 RECIPE = """
 from dataclasses import replace
-from builder.stages.caption import Caption, CaptionSpec
+from builder.stages.caption import Caption
 from builder.core import Recipe
 from recipes import datasets
 
 def short(*, web: str) -> Recipe:
     recipe = datasets.demo(web=web, rows_per_shard=100)
-    stages = [replace(s, specs=(CaptionSpec(max_tokens=4),)) if isinstance(s, Caption) else s for s in recipe.stages]
+    stages = [replace(s, max_tokens=4) if isinstance(s, Caption) else s for s in recipe.stages]
     return replace(recipe, stages=tuple(stages))
 """
 
@@ -40,7 +40,8 @@ def peak(folder: Path, shards: int) -> dict[str, float]:
     start = time.monotonic()
     with web.serve(site, PORT):
         process = subprocess.Popen(
-            [sys.executable, "-m", "builder.cli", "build", f"{folder}/short.py:short", f"web={site}", "--run", str(run), "download.timeout_s=0.5"],
+            [sys.executable, "-m", "builder.cli", "build", f"{folder}/short.py:short", f"web={site}",
+             "--run", str(run), "download.timeout_s=0.5"],
             cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         tree, parent, worker = psutil.Process(process.pid), 0, 0

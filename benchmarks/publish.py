@@ -2,9 +2,9 @@
 
     python benchmarks/publish.py
 
-400,000 rows in 20 shards, random words of realistic frequency, through the client's own Xet into the store of a Hub on
-loopback (`tests/hub`). What was sent is what the store grew by, and what reached the server itself. Each publish is a
-process of its own with empty local caches, as on another machine.
+400,000 rows in 20 shards, random words of realistic frequency, through the client's own Xet into the store of
+a Hub on loopback (`tests/hub`). What was sent is what the store grew by, and what reached the server itself.
+Each publish is a process of its own with empty local caches, as on another machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from common import ROOT, keep
 sys.path.insert(0, str(ROOT / "tests"))
 from hub.server import Hub as Server
 
-from builder.core import sha256_file, write_parquet
+from builder.files import sha256_file, write_parquet
 from builder.stages.select import ROW_GROUP_ROWS, SCHEMA
 from builder.versions.version import Staged
 
@@ -47,11 +47,13 @@ def rows_of(number: int) -> pa.Table:
     rng = np.random.default_rng(number)
     hexes = [rng.bytes(32).hex() for _ in range(ROWS)]
     columns: dict[str, Any] = {
-        "uid": [h[:32] for h in hexes], "url": [f"https://images.example.org/{h[8:48]}.jpg" for h in hexes], "sha256": hexes,
-        "re_caption": texts(rng, ROWS, 50), "org_caption": texts(rng, ROWS, 8), "key": [f"{number:05d}{k:04d}" for k in range(ROWS)],
-        "re_clip_score": rng.normal(0.33, 0.04, ROWS), "org_clip_score": rng.normal(0.27, 0.05, ROWS), "re_length": [50] * ROWS,
-        "org_length": [8] * ROWS, "re_finish_reason": ["stop"] * ROWS, "re_num_tokens": rng.integers(50, 90, ROWS).astype(np.int32),
-        "re_clip_cut": [False] * ROWS, "org_clip_cut": [False] * ROWS, "width": rng.integers(200, 512, ROWS).astype(np.int32),
+        "uid": [h[:32] for h in hexes], "url": [f"https://images.example.org/{h[8:48]}.jpg" for h in hexes],
+        "sha256": hexes, "re_caption": texts(rng, ROWS, 50), "org_caption": texts(rng, ROWS, 8),
+        "key": [f"{number:05d}{k:04d}" for k in range(ROWS)], "re_clip_score": rng.normal(0.33, 0.04, ROWS),
+        "org_clip_score": rng.normal(0.27, 0.05, ROWS), "re_length": [50] * ROWS, "org_length": [8] * ROWS,
+        "re_finish_reason": ["stop"] * ROWS, "re_num_tokens": rng.integers(50, 90, ROWS).astype(np.int32),
+        "re_clip_cut": [False] * ROWS, "org_clip_cut": [False] * ROWS,
+        "width": rng.integers(200, 512, ROWS).astype(np.int32),
         "height": rng.integers(200, 512, ROWS).astype(np.int32),
     }  # fmt: skip
     return pa.table(
@@ -132,8 +134,10 @@ def main() -> None:
             write_parquet(more, wider[-1], row_group_size=ROW_GROUP_ROWS)
         column = sum(
             group.column(group.num_columns - 1).total_compressed_size
-            for path in wider for meta in (pq.read_metadata(path),) for group in map(meta.row_group, range(meta.num_row_groups))
-        )  # fmt: skip
+            for path in wider
+            for meta in (pq.read_metadata(path),)
+            for group in map(meta.row_group, range(meta.num_row_groups))
+        )
         captions = pq.read_table(wider[3])["re_caption"].to_pylist()
         captions[10_000:10_010] = [f"{caption} changed" for caption in captions[10_000:10_010]]
         at = pq.read_schema(wider[3]).get_field_index("re_caption")
@@ -144,8 +148,10 @@ def main() -> None:
             row_group_size=ROW_GROUP_ROWS,
         )
         versions = {
-            "first": stage(folder / "v1", plain[:SHARDS], "0.1.0"), "5_percent_appended": stage(folder / "v2", plain, "0.2.0"),
-            "one_more_caption_column": stage(folder / "v3", wider, "0.3.0"), "10_rows_of_one_shard_changed": stage(folder / "v4", changed, "0.4.0"),
+            "first": stage(folder / "v1", plain[:SHARDS], "0.1.0"),
+            "5_percent_appended": stage(folder / "v2", plain, "0.2.0"),
+            "one_more_caption_column": stage(folder / "v3", wider, "0.3.0"),
+            "10_rows_of_one_shard_changed": stage(folder / "v4", changed, "0.4.0"),
             "same_rows_under_a_new_version": stage(folder / "v5", changed, "0.5.0"),
         }  # fmt: skip
         result: dict[str, Any] = {

@@ -1,9 +1,10 @@
-"""The whole report over 1M, 10M and 50M pairs of captions; and its ratio to plain Python and to pandas on 1M pairs.
+"""The whole report over 1M, 10M and 50M pairs of captions; its ratio to plain Python and to pandas on 1M.
 
-    python benchmarks/stats_scale.py [1 10 50]        # millions; 50 takes some 10 GB of disk; sizes that are not named keep their last result
+    python benchmarks/stats_scale.py [1 10 50]        # millions; 50 takes some 10 GB of disk
 
-Pairs are 50 and 10 words drawn by Zipf's law from 200,000, in the published layout. Time is that of a process of its own
-from its start; memory is its peak, sampled five times a second.
+Sizes that are not named keep their last result. Pairs are 50 and 10 words drawn by Zipf's law from 200,000,
+in the published layout. Time is that of a process of its own from its start; memory is its peak, sampled five
+times a second.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 from common import ROOT, keep
 
 from analysis import report, views
+from builder.places import parts
 
 WORDS, ROWS = 200_000, 500_000  # vocabulary; rows of a file
 COMPARED = ("lengths", "length_histogram", "vocabulary", "top_words")
@@ -74,10 +76,11 @@ def make(folder: Path, millions: int) -> None:
         }
         published = {
             "uid": ids, "url": urls, "sha256": ids, "re_caption": texts(rng, vocabulary, table, ROWS, 50),
-            "org_caption": texts(rng, vocabulary, table, ROWS, 10), **scores, "re_gpt4v_score": pa.nulls(ROWS, pa.int64()),
-            "org_gpt4v_score": pa.nulls(ROWS, pa.int64()), "re_finish_reason": pa.array(["stop"] * ROWS),
-            "re_clip_cut": pa.array(np.zeros(ROWS, bool)), "org_clip_cut": pa.array(np.zeros(ROWS, bool)),
-            "width": pa.array(rng.integers(100, 512, ROWS)), "height": pa.array(rng.integers(100, 512, ROWS)),
+            "org_caption": texts(rng, vocabulary, table, ROWS, 10), **scores,
+            "re_gpt4v_score": pa.nulls(ROWS, pa.int64()), "org_gpt4v_score": pa.nulls(ROWS, pa.int64()),
+            "re_finish_reason": pa.array(["stop"] * ROWS), "re_clip_cut": pa.array(np.zeros(ROWS, bool)),
+            "org_clip_cut": pa.array(np.zeros(ROWS, bool)), "width": pa.array(rng.integers(100, 512, ROWS)),
+            "height": pa.array(rng.integers(100, 512, ROWS)),
         }  # fmt: skip
         for kind, columns in (
             ("data", published),
@@ -121,17 +124,18 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def whole(folder: Path) -> None:
-    result = report.stats(folder)
+    result = report.stats(parts(folder))
     assert [name for name, answer in result.items() if "absent" in answer] in ([], ["nouns"])
 
 
 def ours(folder: Path) -> None:
     """The questions that the two others answer, from the same SQL files."""
-    with views.connect(folder) as con:
+    with views.connect(parts(folder)) as con:
         report.prepare(con)
         answers = [con.sql((report.QUERIES / f"{name}.sql").read_text()).fetchall() for name in COMPARED]
         repeated = con.sql(
-            """select caption, sum(n) from (select caption, count(*) as n from captions group by caption, hash(text), length(text))
+            """select caption, sum(n) from (
+                   select caption, count(*) as n from captions group by caption, hash(text), length(text))
                where n > 1 group by caption"""
         ).fetchall()
     print(json.dumps({"distinct_words": answers[2][-1][1], "repeated": len(repeated)}))

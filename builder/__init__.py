@@ -1,1 +1,1 @@
-"""URL parquet -> publishable shards -> versions. Read `core.py` first, then `run.py`, then the stages in order."""
+"""URL parquet -> publishable shards -> versions. Read `core.py`, then `run.py`, then the stages in order."""

@@ -1,6 +1,7 @@
 """The command line: every command is one library call. stdout carries data, stderr progress.
 
-Exit status: 0 done; 1 some shards failed, each named with its reason; 2 the user must change something; 130 interrupted.
+Exit status: 0 done; 1 some shards failed, each named with its reason; 2 the user must change something; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import click
 from tqdm import tqdm
 
 from builder import run as runs
-from builder.core import Recipe, finite
+from builder.core import TRANSPORT, Recipe
 from builder.errors import RecipeError, UserError, command
-from builder.executors.local import Outcome
+from builder.files import finite
 from builder.resolve import pairs_of, resolve
+from builder.schedule import Outcome
 
 
 class _Commands(click.Group):
@@ -53,15 +55,14 @@ class _Commands(click.Group):
 
 @contextlib.contextmanager
 def _signals(come: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGHUP end like Ctrl-C, unless they are ignored, as under nohup. `come` gets those that come."""
+    """SIGTERM and SIGHUP end like Ctrl-C, unless ignored, as under nohup. `come` gets those that come."""
 
     def end(number: int, _: FrameType | None) -> None:
         come.append(number)
         raise KeyboardInterrupt
 
-    numbers = [
-        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
-    ]
+    both = (signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
@@ -81,7 +82,10 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey: captions, URLs and names come from anybody. In JSON it stands for the same character."""
+    """Without what a terminal would obey: captions, URLs and names come from anybody.
+
+    In JSON it stands for the same character.
+    """
     return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
@@ -107,13 +111,13 @@ def main(verbose: bool) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+_path = click.Path(path_type=Path)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _recipe = click.argument("recipe")
 _settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 _limit = click.option("--limit", type=click.IntRange(min=1), help="Only the first N source rows.")
 _run_option = click.option(
     "--run",
-    "run",
     type=click.Path(path_type=Path, file_okay=False),
     help="Run directory; runs/<recipe> unless given.",
 )
@@ -136,7 +140,18 @@ def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
 @_run_option
 @_limit
 @click.option(
-    "--accept-failures", is_flag=True, help="Take shards as they are though this machine seems to be offline."
+    "--accept-failures",
+    is_flag=True,
+    help="Take shards and blocks as they are though this machine, or the web, seems to have a bad day.",
+)
+@click.option(
+    "--redo",
+    multiple=True,
+    metavar="STAGE",
+    help="Finished shards of this stage may be done again with other settings.",
+)
+@click.option(
+    "--drop-images", is_flag=True, help="Delete a block's images once its captions and scores are there."
 )
 @_as_json
 def build(
@@ -145,28 +160,69 @@ def build(
     run: Path | None,
     limit: int | None,
     accept_failures: bool,
+    redo: tuple[str, ...],
+    drop_images: bool,
     as_json: bool,
 ) -> None:
-    """Build RECIPE: a name, my_file.py:function or a recipe.json. The same command again goes on where it stopped.
+    """Build RECIPE: a name, my_file.py:function or a recipe.json. The same command again goes on where it
+    stopped.
 
     KEY=VALUE sets a parameter of the recipe, or of a stage: download.timeout_s=5.
     """
-    resolved = _resolve(
-        recipe, [*settings, "download.accept_failures=true"] if accept_failures else settings, limit
-    )
+    more = ["download.accept_failures=true"] if accept_failures else []
+    resolved = _resolve(recipe, [*settings, *more], limit)
     run = run or Path("runs", resolved.name)
     with shown_progress() as progress:
-        result = runs.build(resolved, run, progress=progress)
-    _print(
-        {"run": str(run), "done": len(result.done), "failed": result.failed},
-        as_json,
-        f"{run}: {len(result.done)} shards done, {len(result.failed)} failed",
-    )
+        result = runs.build(resolved, run, progress=progress, redo=redo, drop_images=drop_images)
+    _say_built(run, result, as_json)
+
+
+def _say_built(run: Path, result: runs.Result, as_json: bool) -> None:
+    """What a build did. Exits with 1 where something was not done."""
+    about = {"run": str(run), "done": len(result.done), "failed": result.failed, "held": result.held}
+    _print(about, as_json, f"{run}: {len(result.done)} shards done, {len(result.failed)} failed")
     for name, reason in result.failed.items():
         _echo(f"failed: {name}: {reason}", err=True)
+    for reason in result.held.values():
+        _echo(f"held back: {reason}", err=True)
     if result.failed:
         _echo("the same command tries them again", err=True)
+    if result.held:
+        again = command("recap", "retry", run, "--status", ",".join(TRANSPORT))
+        _echo(f"download those rows again: {again}; or take them as they are: --accept-failures", err=True)
+    if result.failed or result.held:
         sys.exit(1)
+
+
+@main.command()
+@_run
+@click.option(
+    "--status", "statuses", required=True, help="Statuses of the rows to download again, comma separated."
+)
+@_as_json
+def retry(run: Path, statuses: str, as_json: bool) -> None:
+    """Download failed rows of finished shards again; the rows that are good stay as they are."""
+    with shown_progress() as progress:
+        result = runs.retry(run, _names(statuses), progress=progress)
+    _say_built(run, result, as_json)
+    if not as_json:
+        _echo(f"what follows from it: {command('recap', 'build', run / runs.RECIPE, '--run', run)}", err=True)
+
+
+@main.command()
+@_run
+@click.option(
+    "--delete", is_flag=True, help="Delete them. Earlier captions among them would be asked for again."
+)
+@_as_json
+def gc(run: Path, delete: bool, as_json: bool) -> None:
+    """List what no record of a run names: outputs that other settings made, or that a crash left behind."""
+    found = runs.garbage(run, delete=delete)
+    lines = [f"{size:>15,} {name}" for name, size in found.items()]
+    said = "deleted" if delete else f"delete them: {command('recap', 'gc', run, '--delete')}"
+    total = f"{len(found):,} files, {sum(found.values()):,} bytes; {said}"
+    lines.append(total if found else "there is nothing to delete")
+    _print(found, as_json, "\n".join(lines))
 
 
 @main.command()
@@ -184,6 +240,9 @@ def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | 
     run = run or Path("runs", resolved.name)
     table = runs.estimate(resolved, run)
     _print(table, as_json, _columns(table))
+    for row in (row for row in table if row["images_dropped"]):
+        lost = f"{row['images_dropped']} shards of {row['stage']} need images that were dropped"
+        _echo(f"{lost}: --redo download downloads them again", err=True)
 
 
 @main.command()
@@ -191,7 +250,7 @@ def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | 
 @_as_json
 def status(run: Path, as_json: bool) -> None:
     """Per stage: shards done, rows by status, rate, time left, failures with their reasons."""
-    table = runs.status(run)
+    table = runs.status(runs.Run.open(run))
     lines = []
     for row in table:
         rows, failed = row["rows"], row["failed"]
@@ -199,11 +258,13 @@ def status(run: Path, as_json: bool) -> None:
         assert isinstance(failed, dict)
         eta = f", about {row['eta_s']} s left" if row["shards_left"] and row["eta_s"] is not None else ""
         rate = f", {row['rows_per_s']} rows/s" if row["rows_per_s"] else ""
-        lines.append(
-            f"{row['stage']:<10} {row['shards_done']} shards done, {row['shards_left']} left{rate}{eta}"
-        )
+        shards = f"{row['shards_done']} shards done, {row['shards_left']} left"
+        lines.append(f"{row['stage']:<10} {shards}{rate}{eta}")
         lines += [f"{'':<10} {number:>9,} {name}" for name, number in rows.items()]
         lines += [f"{'':<10} failed {name}: {reason}" for name, reason in failed.items()]
+        if row.get("captions_wasted"):
+            what = "captions of images that turned out to be placeholders"
+            lines.append(f"{'':<10} {row['captions_wasted']:>9,} {what}")
     _print(table, as_json, "\n".join(lines))
 
 
@@ -215,11 +276,9 @@ _captions = click.option(
 @main.command()
 @_place
 @_captions
-@click.option(
-    "--vocabulary", type=click.Path(path_type=Path), help="Visual words, one a line, for the grounding ratio."
-)
-@click.option("--concreteness", type=click.Path(path_type=Path), help="word, tab, score a line.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json, instead of CLIP's.")
+@click.option("--vocabulary", type=_path, help="Visual words, one a line, for the grounding ratio.")
+@click.option("--concreteness", type=_path, help="word, tab, score a line.")
+@click.option("--tokenizer", type=_path, help="A tokenizer.json, instead of CLIP's.")
 @_as_json
 def stats(
     place: str,
@@ -229,12 +288,16 @@ def stats(
     tokenizer: Path | None,
     as_json: bool,
 ) -> None:
-    """Statistics of a run, a published version, or any tables with captions; a run keeps them as stats.json."""
+    """Statistics of a run, a published version, or any tables with captions; a run keeps them as
+    stats.json.
+    """
     from analysis import report
-    from builder.commit import write_atomically
+    from builder.files import write_atomically
+    from builder.places import look
 
-    result = report.stats(place, _names(captions), report.Options(vocabulary, concreteness, tokenizer))
-    if Path(place, "select").is_dir() and os.access(place, os.W_OK):
+    found = look(place, _names(captions))
+    result = report.stats(found.parts, report.Options(vocabulary, concreteness, tokenizer))
+    if found.run and os.access(place, os.W_OK):
         write_atomically(Path(place, "stats.json"), report.to_json(result))
     absent = [f"{name}: {answer['absent']}" for name, answer in result.items() if "absent" in answer]
     _print(result, as_json, "\n".join([stats_table(result), *absent]))
@@ -250,23 +313,23 @@ def _names(text: str) -> list[str]:
 @_captions
 @_as_json
 def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
-    """Run QUERY, or standard input, in DuckDB with the views `published`, `ledger`, `captions` and `scores`."""
+    """Run QUERY, or standard input, in DuckDB with the views `published`, `ledger`, `captions` and
+    `scores`.
+    """
     import duckdb
 
     from analysis import views
+    from builder.places import parts
 
-    with views.connect(place, _names(captions)) as con:
+    describe = command("recap", "sql", place, "describe published")
+    with views.connect(parts(place, _names(captions))) as con:
         try:
             statements = con.extract_statements(query or (sys.stdin.read() if sys.stdin else ""))
             if not statements:
-                raise UserError(
-                    "there is no query",
-                    f"for example: {command('recap', 'sql', place, 'describe published')}",
-                )
+                raise UserError("there is no query", f"for example: {describe}")
             if any(statement.type == duckdb.StatementType.LOAD for statement in statements):
-                raise UserError(
-                    "extensions are neither installed nor loaded here", "use a DuckDB shell of your own"
-                )
+                reason = "extensions are neither installed nor loaded here"
+                raise UserError(reason, "use a DuckDB shell of your own")
             found = None
             for statement in statements:
                 found = con.sql(statement)
@@ -279,9 +342,7 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
                     found.show(max_width=200)
                 _echo(shown.getvalue().rstrip("\n"))
         except duckdb.Error as error:
-            hint = (
-                f"the views are published and ledger: {command('recap', 'sql', place, 'describe published')}"
-            )
+            hint = f"the views are published and ledger: {describe}"
             raise UserError(str(error).strip().replace("\n\n", " "), hint) from error
 
 
@@ -290,25 +351,23 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
 @click.argument("strategy")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder for subset.npy (DataComp's format) and subset.parquet.",
+    "--out", required=True, type=_path, help="Folder for subset.npy (DataComp's format) and subset.parquet."
 )
 @_as_json
 def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Select rows and captions by STRATEGY, or by several joined by '+', which must all agree.
 
-    Settings: fraction=0.3 or threshold=0.28; words=FILE; embeddings=FILE.npz centroids=FILE.npy targets=FILE.npy.
+    Settings: fraction=0.3 or threshold=0.28; words=FILE; embeddings=FILE.npz centroids=FILE.npy
+    targets=FILE.npy.
     """
     from analysis import select as selection
-    from builder.core import parse
+    from builder.places import parts
+    from builder.typed import parse
 
     given = parse(selection.Given, pairs_of(settings), what="recap select")
-    with selection.selecting(place, strategy.split("+"), given) as con:
-        counts = dict(
-            con.sql("select caption, count(*) from selected group by caption order by caption").fetchall()
-        )
+    with selection.selecting(parts(place), strategy.split("+"), given) as con:
+        query = "select caption, count(*) from selected group by caption order by caption"
+        counts = dict(con.sql(query).fetchall())
         subset, table = selection.write(con, out)
     lines = [f"{number:>12,} {name}" for name, number in counts.items()] + [f"{subset}  {table}"]
     _print({"rows": counts, "subset": str(subset), "table": str(table)}, as_json, "\n".join(lines))
@@ -319,42 +378,41 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
 @click.option(
     "--check",
     is_flag=True,
-    help="Compute a version's statistics and card again; exit status 1 where they no longer agree with the data.",
+    help="Compute a version's statistics and card again; "
+    "exit status 1 where they no longer agree with the data.",
 )
 def card(place: str, check: bool) -> None:
-    """Write the card and its plots of a run into RUN/card, as `publish` would; or check those of a version."""
+    """Write the card and its plots of a run into RUN/card, as `publish` would; or check those of a
+    version.
+    """
     from builder.versions.publish import preview_card
     from builder.versions.verify import check_card
 
     if not check:
         if "://" in place:
-            raise UserError(
-                f"{place} is no run", f"check a version's card: {command('recap', 'card', '--check', place)}"
-            )
-        _echo(str(preview_card(Path(place))))
+            hint = f"check a version's card: {command('recap', 'card', '--check', place)}"
+            raise UserError(f"{place} is no run", hint)
+        _echo(str(preview_card(place)))
         return
     problems = check_card(place)
-    _echo(
-        "\n".join(
-            [f"{place}: {len(problems)} numbers, counts or columns do not agree with the data", *problems]
-        )
-    )
+    said = f"{place}: {len(problems)} numbers, counts or columns do not agree with the data"
+    _echo("\n".join([said, *problems]))
     sys.exit(1 if problems else 0)
 
 
 @main.command()
 @_place
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the page.")
+@click.option("--out", required=True, type=_path, help="Folder for the page.")
 @click.option("--rows", type=click.IntRange(min=1), help="At most so many rows; 100,000 unless given.")
 @_captions
 def explore(place: str, out: Path, rows: int | None, captions: str) -> None:
     """Write a static page to look at captions: search, sort and filter in the browser, no server needed."""
+    from builder.places import look
     from cards.explore import explore as write_page
 
-    page = write_page(place, out, rows=rows, captions=_names(captions))
-    _echo(
-        f"{page}\nlook at it: {command('python', '-m', 'http.server', '--bind', '127.0.0.1', '--directory', out)}"
-    )
+    page = write_page(look(place, _names(captions)), out, rows=rows)
+    serve = command("python", "-m", "http.server", "--bind", "127.0.0.1", "--directory", out)
+    _echo(f"{page}\nlook at it: {serve}")
 
 
 _version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
@@ -382,29 +440,19 @@ def publish(run: Path, target: str, version: str, dry_run: bool, rebase: bool, a
     """
     from builder.versions.publish import publish as publish_run
 
-    _say_published(
-        publish_run(run, target, version, dry_run=dry_run, rebase=rebase), target, version, as_json
-    )
+    result = publish_run(run, target, version, dry_run=dry_run, rebase=rebase)
+    _say_published(result, target, version, as_json)
 
 
 def _say_published(result: Any, target: str, version: str, as_json: bool, removal: Any = None) -> None:
-    said = (
-        "would be published"
-        if result.plan
-        else "published"
-        if result.new
-        else "is there already, byte for byte; nothing to do"
-    )
-    lines = [
-        f"{result.place}: {result.rows} rows, {said}",
-        *(f"  {name:<16} {value}" for name, value in result.plan.items()),
-    ]
+    said = "published" if result.new else "is there already, byte for byte; nothing to do"
+    said = "would be published" if result.plan else said
+    lines = [f"{result.place}: {result.rows} rows, {said}"]
+    lines += [f"  {name:<16} {value}" for name, value in result.plan.items()]
     if not result.plan:
-        load = (
-            f'"{target.removeprefix("hf://datasets/")}", revision="v{version}"'
-            if target.startswith("hf://")
-            else json.dumps(result.place)
-        )
+        load = json.dumps(result.place)
+        if target.startswith("hf://"):
+            load = f'"{target.removeprefix("hf://datasets/")}", revision="v{version}"'
         lines += [f"  at {result.commit}"] if result.commit else []
         lines += [
             "load it:",
@@ -419,14 +467,11 @@ def _say_published(result: Any, target: str, version: str, as_json: bool, remova
             "removed_of_ledger": removal.ledger_rows,
             "matched_nothing": removal.matched_nothing,
         }
-        went = [
-            f"  {removal.rows} rows {'would be ' if result.plan else ''}removed, and {removal.ledger_rows} that were in the ledger only"
-        ]
+        gone = "would be removed" if result.plan else "removed"
+        went = [f"  {removal.rows} rows {gone}, and {removal.ledger_rows} that were in the ledger only"]
+        later = "later versions will not have it either"
         for kind, values in removal.matched_nothing.items():
-            went += [
-                f"  no row has the {kind} {value[:200]}; later versions will not have it either"
-                for value in values[:20]
-            ]
+            went += [f"  no row has the {kind} {value[:200]}; {later}" for value in values[:20]]
             went += [f"  and {len(values) - 20} more of {kind}"] if values[20:] else []
         lines[1:1] = went
     _print(vars(result) | about, as_json, "\n".join(lines))
@@ -436,16 +481,16 @@ def _say_published(result: Any, target: str, version: str, as_json: bool, remova
 @click.argument("place", metavar="TARGET@v1.2.0")
 @_as_json
 def verify(place: str, as_json: bool) -> None:
-    """Read a published version once, every byte, and hold it against its manifest. Exit status 1: it differs."""
+    """Read a published version once, every byte, and hold it against its manifest. Exit status 1: it
+    differs.
+    """
     from builder.versions.verify import verify as verify_version
 
     result = verify_version(place)
-    found = [
-        f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(result['problems'])} problems",
-        *result["problems"],
-    ]
-    _print(result, as_json, "\n".join(found))
-    sys.exit(1 if result["problems"] else 0)
+    problems = result["problems"]
+    said = f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(problems)} problems"
+    _print(result, as_json, "\n".join([said, *problems]))
+    sys.exit(1 if problems else 0)
 
 
 @main.command()
@@ -458,26 +503,26 @@ def verify(place: str, as_json: bool) -> None:
 )
 @_as_json
 def diff(a: str, b: str | None, columns: str, as_json: bool) -> None:
-    """What differs between two versions or runs: rows, columns, values, scores. Or between two caption columns of A."""
+    """What differs between two versions or runs: rows, columns, values, scores. Or between two caption
+    columns of A.
+    """
     from analysis.diff import diff as differences
     from analysis.diff import diff_columns
+    from builder.places import parts
 
     if bool(b) == bool(columns) or (columns and len(_names(columns)) != 2):
-        hint = f"{command('recap', 'diff', a)} OTHER, or: {command('recap', 'diff', a, '--columns', 'org_caption,re_caption')}"
+        of_one = command("recap", "diff", a, "--columns", "org_caption,re_caption")
+        hint = f"{command('recap', 'diff', a)} OTHER, or: {of_one}"
         raise UserError("two versions or two columns are compared", hint)
     if columns:
-        found = diff_columns(a, *_names(columns))
+        found = diff_columns(parts(a), *_names(columns))
         _print(found, as_json, "\n".join(f"{name:<21} {_listed(value)}" for name, value in found.items()))
         return
-    result = differences(a, str(b))
-    lines = [
-        f"rows      {result['rows'][0]:,} -> {result['rows'][1]:,}: {result['added']:,} added, {result['removed']:,} removed"
-    ]
-    lines += [
-        f"columns   {sign} {name}"
-        for sign, names in (("+", result["columns_added"]), ("-", result["columns_removed"]))
-        for name in names
-    ]
+    result = differences(parts(a), parts(str(b)))
+    rows = f"{result['rows'][0]:,} -> {result['rows'][1]:,}"
+    lines = [f"rows      {rows}: {result['added']:,} added, {result['removed']:,} removed"]
+    lines += [f"columns   + {name}" for name in result["columns_added"]]
+    lines += [f"columns   - {name}" for name in result["columns_removed"]]
     lines += [f"changed   {name}: {number:,} rows" for name, number in result["changed"].items()]
     lines += [
         f"mean      {name}: {_number(before)} -> {_number(after)}"
@@ -496,10 +541,10 @@ def _number(value: float | None) -> str:
 
 @main.command()
 @click.argument("target", metavar="TARGET[@v1.2.0]")
-@click.option("--uids", type=click.Path(path_type=Path), help="File of uids, one a line.")
-@click.option("--sha256", type=click.Path(path_type=Path), help="File of images' sha256.")
-@click.option("--urls", type=click.Path(path_type=Path), help="File of URLs.")
-@click.option("--domains", type=click.Path(path_type=Path), help="File of domains; subdomains go with them.")
+@click.option("--uids", type=_path, help="File of uids, one a line.")
+@click.option("--sha256", type=_path, help="File of images' sha256.")
+@click.option("--urls", type=_path, help="File of URLs.")
+@click.option("--domains", type=_path, help="File of domains; subdomains go with them.")
 @_version
 @_dry_run
 @_rebase
@@ -507,24 +552,22 @@ def _number(value: float | None) -> str:
 def remove(
     target: str, version: str, dry_run: bool, rebase: bool, as_json: bool, **files: Path | None
 ) -> None:
-    """Publish a new version of TARGET without the rows that the files name; later versions cannot bring them back."""
-    from builder.core import read_lines
+    """Publish a new version of TARGET without the rows that the files name; later versions cannot bring them
+    back.
+    """
+    from builder.files import read_lines
+    from builder.versions.remove import remove as remove_rows
     from builder.versions.targets import split, target_of
-    from builder.versions.verify import remove as remove_rows
     from builder.versions.version import by_number
 
     kinds = {"uids": "uid", "sha256": "sha256", "urls": "url", "domains": "domain"}
-    values = {
-        kinds[name]: [line.strip() for line in read_lines(path) if line.strip()]
-        for name, path in files.items()
-        if path
-    }
+    given = {kinds[name]: path for name, path in files.items() if path}
+    lines = {kind: map(str.strip, read_lines(path)) for kind, path in given.items()}
+    values = {kind: [line for line in of_kind if line] for kind, of_kind in lines.items()}
     if not any(values.values()):
-        named = " ".join(str(path) for path in files.values() if path)
-        raise UserError(
-            f"nothing to remove was named{f' in {named}' if named else ''}",
-            f"for example: {command('recap', 'remove', target, '--uids', 'FILE', '--version', version)}",
-        )
+        named = f" in {' '.join(map(str, given.values()))}" if given else ""
+        example = command("recap", "remove", target, "--uids", "FILE", "--version", version)
+        raise UserError(f"nothing to remove was named{named}", f"for example: {example}")
     removal = remove_rows(target, version, values, dry_run=dry_run, rebase=rebase)
     _say_published(removal.published, split(target)[0], version, as_json, removal)
     if not as_json and not dry_run:
@@ -551,13 +594,9 @@ def demo(rows: int, port: int, run: Path | None) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
     from recipes.demo.demo import demo as run_demo
 
+    run = run or Path("runs", "demo" if (rows, port) == (2000, 8642) else f"demo-{rows}-{port}")
     with shown_progress() as progress:
-        code = run_demo(
-            run or Path("runs", "demo" if (rows, port) == (2000, 8642) else f"demo-{rows}-{port}"),
-            rows=rows,
-            port=port,
-            progress=progress,
-        )
+        code = run_demo(run, rows=rows, port=port, progress=progress)
     sys.exit(code)
 
 
@@ -568,10 +607,8 @@ def _print(data: Any, as_json: bool, text: str) -> None:
 def _columns(table: list[dict[str, Any]]) -> str:
     lines = [list(table[0]), *([str(value) for value in row.values()] for row in table)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def stats_table(result: dict[str, Any]) -> str:
@@ -582,32 +619,28 @@ def stats_table(result: dict[str, Any]) -> str:
 
 
 class shown_progress:
-    """One bar on a terminal, one line per finished shard in a log."""
+    """A bar for every stage on a terminal, one line per finished shard in a log."""
 
     def __init__(self) -> None:
-        self.bar: tqdm[None] | None = None
-        self.stage = ""
+        self.bars: dict[str, tqdm[None]] = {}
 
     def __enter__(self) -> runs.Progress:
         return self.show
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        for bar in self.bars.values():
+            bar.close()
 
-    def show(self, plan: runs.StagePlan, outcome: Outcome) -> None:
-        name = plan.stage.name
+    def show(self, outcome: Outcome, done: int, number: int) -> None:
+        name = outcome.task.stage
         if sys.stderr.isatty():
-            if self.bar is None or self.stage != name:
-                self.__exit__()
-                total = len(plan.done) + len(plan.todo) + plan.waiting
-                self.bar, self.stage = (
-                    tqdm(total=total, initial=len(plan.done), desc=name, unit="shard"),
-                    name,
-                )
-            self.bar.update(1)
+            if name not in self.bars:
+                self.bars[name] = tqdm(desc=f"{name:<12}", unit="shard", position=len(self.bars))
+            bar = self.bars[name]
+            bar.total, bar.n = number, done
+            bar.refresh()
         elif outcome.record:
-            rows = ", ".join(f"{number} {status}" for status, number in outcome.record.rows.items())
+            rows = ", ".join(f"{rows} {status}" for status, rows in outcome.record.rows.items())
             _echo(f"{name} {outcome.task.name}: {rows} ({outcome.record.seconds:.1f} s)", err=True)
         else:
             _echo(f"{name} {outcome.task.name}: failed: {outcome.error}", err=True)

@@ -1,46 +1,138 @@
-"""A task's last step: its files get their names, then its record is written. Both are atomic and on disk before the next."""
+"""A task's last step: its files become objects, then its record is written. A crash in between leaves what no
+record names.
+
+Records of a block lie beside its outputs, `<stage>/<block>/<shard>.json`. Those of a finished block are
+compacted into `records.parquet` there; a record in a file of its own counts more than one in it, and one
+without a key says "not done".
+"""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
-from builder.core import Record, Stage, Task, sha256_file, versions
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder.core import RUN, Object, Record, Stage, Task, versions
 from builder.errors import InputError
+from builder.files import sha256_file, write_parquet
+from builder.store import Store
+
+COMPACTED = "records.parquet"
+WORTH_COMPACTING = 100  # records; fewer are read one by one as fast
 
 
-def commit(stage: Stage, task: Task, rows: Mapping[str, int], seconds: float) -> Record:
-    """Make what the task wrote its result.
+@contextmanager
+def working(store: Store, task: Task) -> Iterator[Task]:
+    """The task with its inputs at hand and a place for its outputs, which goes at the end.
 
-    A crash before the record leaves files that no record names; the next attempt replaces them.
+    Raises:
+        FileNotFoundError: an input is missing.
     """
+    scratch = store.scratch()
+    try:
+        files = {name: store.fetch(name, scratch) for name in (*task.inputs, *task.hints)}
+        for name in task.earlier:
+            with suppress(FileNotFoundError):  # it was garbage, and somebody collected it
+                files[name] = store.fetch(name, scratch)
+        yield replace(task, scratch=scratch, files=files, store=store)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def commit(store: Store, stage: Stage, task: Task, rows: Mapping[str, int], seconds: float) -> Record:
+    """Make what the task wrote its result."""
     outputs, sizes = {}, {}
-    prefix = f".{task.name}."
-    for part in sorted(task.folder.glob(f"{prefix}*.part")):
-        final = task.folder / part.name.removeprefix(".").removesuffix(".part")
-        sync(part)
-        name = str(final.relative_to(task.run))
-        outputs[name], sizes[name] = sha256_file(part), part.stat().st_size
-        os.replace(part, final)
+    for file in sorted(task.scratch.glob("out.*")):
+        name = task.object(file.name.removeprefix("out"))
+        outputs[name], sizes[name] = sha256_file(file), file.stat().st_size
+        store.put(file, name)
     record = Record(
         key=task.key, inputs=dict(task.inputs), outputs=outputs, bytes=sizes,
-        rows={str(status): n for status, n in sorted(rows.items())}, seconds=round(seconds, 3), versions=versions(stage.libraries), day=today(),
+        rows={str(status): n for status, n in sorted(rows.items())}, seconds=round(seconds, 3),
+        versions=versions(stage.libraries), day=today(), settings=dict(task.settings),
+        outside=dict(task.outside),
+        attempt=task.attempt,
     )  # fmt: skip
-    write_atomically(task.record, json.dumps(asdict(record), indent=1) + "\n")
+    put_record(store, task.folder, task.name, record)
     for leftover in (task.failure, task.journal):
-        leftover.unlink(missing_ok=True)
+        store.delete(leftover)
     return record
 
 
+def put_record(store: Store, folder: str, name: str, record: Record) -> None:
+    store.write(f"{folder}/{name}.json", record.to_json().encode())
+
+
+def forget(store: Store, folder: str, name: str) -> None:
+    """The task is not done any more."""
+    if COMPACTED in store.names(folder):
+        put_record(store, folder, name, Record(key=""))
+    else:
+        store.delete(f"{folder}/{name}.json")
+
+
+def records(store: Store, folder: str) -> dict[str, Record]:
+    """Task -> record of a block, or of what lies directly in a stage's folder."""
+    names = store.names(folder)
+    found = _compacted(store, folder) if COMPACTED in names else {}
+    for name in (name for name in names if name.endswith(".json")):
+        record = Record.from_json(store.read(f"{folder}/{name}") or b"")
+        if record and record.key:
+            found[name.removesuffix(".json")] = record
+        else:
+            found.pop(name.removesuffix(".json"), None)
+    return found
+
+
+def compact(store: Store, folder: str) -> None:
+    """Write a block's records into one object, then delete theirs; stopped at any moment it has lost none."""
+    alone = [name for name in store.names(folder) if name.endswith(".json")]
+    if len(alone) < WORTH_COMPACTING:
+        return
+    found = records(store, folder)
+    table = pa.table({"name": list(found), "record": [record.to_json() for record in found.values()]})
+    scratch = store.scratch()
+    try:
+        write_parquet(table, scratch / COMPACTED)
+        store.put(scratch / COMPACTED, f"{folder}/{COMPACTED}")
+    finally:
+        shutil.rmtree(scratch)
+    for name in alone:
+        store.delete(f"{folder}/{name}")
+
+
+def _compacted(store: Store, folder: str) -> dict[str, Record]:
+    data = store.read(f"{folder}/{COMPACTED}")
+    try:
+        table = pq.read_table(pa.BufferReader(data or b""))
+        pairs = zip(table["name"].to_pylist(), table["record"].to_pylist(), strict=True)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        place = f"{store.place}/{folder}/{COMPACTED}"
+        raise InputError(
+            f"{place} is damaged: {error}", "get it from a copy, or delete it: the block is done again"
+        ) from error
+    return {name: record for name, text in pairs if (record := Record.from_json(text))}
+
+
+def failures(store: Store, folder: str) -> dict[str, str]:
+    """Task -> the first line of why it could not be done."""
+    found = {}
+    for name in (name for name in store.names(folder) if name.endswith(".failed")):
+        text = (store.read(f"{folder}/{name}") or b"").decode("utf-8", "replace")
+        found[name.removesuffix(".failed")] = text.partition("\n")[0]
+    return found
+
+
 def today() -> str:
-    """UTC day; SOURCE_DATE_EPOCH sets it, as reproducible-builds.org has it, for a build that gives the same bytes on another day.
+    """UTC day; SOURCE_DATE_EPOCH sets it, as reproducible-builds.org has it, for the same bytes on another
+    day.
 
     Raises:
         InputError: SOURCE_DATE_EPOCH is no time.
@@ -49,49 +141,38 @@ def today() -> str:
     try:
         return datetime.fromtimestamp(float(given or time.time()), UTC).date().isoformat()
     except (ValueError, OverflowError, OSError) as error:
-        raise InputError(
-            f"SOURCE_DATE_EPOCH is {given!r}, which is no time",
-            "give seconds since 1970, or unset SOURCE_DATE_EPOCH",
-        ) from error
+        hint = "give seconds since 1970, or unset SOURCE_DATE_EPOCH"
+        raise InputError(f"SOURCE_DATE_EPOCH is {given!r}, which is no time", hint) from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing of it, and make it last."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
-    sync(path.parent)
+def damaged_input(store: Store, task: Task) -> str:
+    """Which input of a failed task no longer has the bytes of its record, if any.
 
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    Its record goes, so that the next pass makes it again.
+    """
+    scratch = store.scratch()
     try:
-        os.fsync(fd)
+        for name, sha256 in task.inputs.items():
+            try:
+                whole = sha256_file(store.fetch(name, scratch)) == sha256
+            except FileNotFoundError:
+                whole = False
+            if not whole:
+                folder, _, shard = name.rpartition("/")
+                if Object.parse(name).suffix.count(".") == 1 or not folder.endswith(f"/{RUN}"):
+                    forget(store, folder, shard.partition(".")[0])
+                else:  # of the index only the table that was converted: which rows are in which shard stays
+                    store.delete(name)
+                return f"{name} no longer has the bytes of its record; it will be made again"
     finally:
-        os.close(fd)
-
-
-def damaged_input(task: Task) -> str:
-    """Which input of a failed task no longer has the bytes of its record, if any; that record is removed, so a rerun repairs it."""
-    for name, sha256 in task.inputs.items():
-        path = task.run / name.partition("[")[0]  # of a slice: the file
-        if path.parent.parent == task.run and path.exists() and sha256_file(path) != sha256:
-            (path.parent / (path.name.partition(".")[0] + ".json")).unlink(missing_ok=True)
-            return f"{name} no longer has the bytes of its record; it will be made again"
+        shutil.rmtree(scratch, ignore_errors=True)
     return ""
 
 
-@contextmanager
-def lock(path: Path, busy: str, hint: str) -> Iterator[None]:
-    """Hold a file's lock; the kernel lets go when the process ends, however it ends.
-
-    Raises:
-        InputError: somebody else holds it; says `busy`.
-    """
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(busy, hint) from None
-        yield
+def drop(store: Store, folder: str, name: str, record: Record, suffix: str) -> Record:
+    """Delete an output on purpose; its record says so first."""
+    output = record.output(suffix)
+    record = replace(record, dropped=(*record.dropped, output))
+    put_record(store, folder, name, record)
+    store.delete(output)
+    return record

@@ -1,43 +1,45 @@
 """The nouns: Recipe, Stage, Task, Status, Record. Read this first.
 
-A recipe lists its stages. A stage *is* its settings, one frozen dataclass; a worker opens it once and then turns one
-shard after another into files. A task is one shard's work order. Its record, written last, is what makes it done.
+A recipe lists its stages. A stage *is* its settings, one frozen dataclass; a worker opens it once and then
+turns one shard after another into files. A task is one shard's work order. Its record, written last, is what
+makes it done. A thousand shards are a block; what only the whole run can answer is a `Question`, asked block
+by block.
 """
 
 from __future__ import annotations
 
-import glob
+import builtins
 import hashlib
 import importlib
 import json
-import math
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from functools import cache
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
-import charset_normalizer
-import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from builder.errors import InputError, RecipeError, UserError, command
+from builder.errors import RecipeError, UserError
+from builder.store import Store
+from builder.typed import first_error, parse
 
 Json = Any
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]
-T = TypeVar("T")
+Identifier = Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,62}$")]
 Work = Callable[["Task"], Mapping[str, int]]
 """Does one task: writes its outputs and returns the number of rows by status."""
+
+RUN = "run"  # stands for a block in the names of what is of the whole run
+DIGITS = 8  # of a key, in the names of the outputs
+_KEY_DIGITS = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 
 
 class Status(StrEnum):
@@ -58,23 +60,44 @@ class Status(StrEnum):
     CAPTION_FAILED = "caption_failed"
 
 
-def by_shard(name: str) -> tuple[int, str]:
-    """Sorts `00042` and `download/00042.tar` by the shard's number, beyond 99999 too."""
-    return len(name.rpartition("/")[2].partition(".")[0]), name
+TRANSPORT = (Status.TIMEOUT, Status.UNAVAILABLE)  # what another day, or a better line, may change
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of a stage takes: cores while it works, GPUs (or a share of one) and memory while it is
+    there.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_gib: float = 0.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard's work order: what to read, where to write, and the key that its record will carry.
+    """One work order: what to read, the key that its record will carry and, in a worker, where to write.
 
-    `inputs` maps paths relative to the run directory, or names of outside files, to their sha256.
+    Objects of the run have names, `<stage>/<block>/<shard>.<digits of the key><suffix>`; a worker finds them
+    in `files`.
     """
 
-    run: Path
     stage: str
-    name: str  # the shard's number, `00042`, or `survey`
+    block: str  # its number, `00003`, or `run`
+    name: str  # the shard's number, `00042`, or what else the task is for
     key: str
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)  # objects of the run -> sha256
+    outside: Mapping[str, str] = field(default_factory=dict)  # what else the outputs depend on -> sha256
+    settings: Mapping[str, Json] = field(default_factory=dict)  # for the record: what made the key what it is
+    attempt: int = 0  # how often rows of it were done again on purpose
+    again: tuple[
+        str, ...
+    ] = ()  # statuses of the rows that are done again; the others are taken from `earlier`
+    earlier: tuple[str, ...] = ()  # its outputs of before
+    hints: tuple[str, ...] = ()  # objects that may save work and do not change what is published
+    files: Mapping[str, Path] = field(default_factory=dict)  # object -> where it can be read
+    scratch: Path = Path()  # where outputs are written; it goes when the task is done
+    store: Store | None = None  # for what outlives a crash before the task is done: its journal
 
     def input(self, stage: str, suffix: str = ".parquet") -> Path:
         """The only input from `stage` that ends in `suffix`."""
@@ -82,81 +105,139 @@ class Task:
         return path
 
     def all_inputs(self, stage: str, suffix: str = ".parquet") -> list[Path]:
-        """Inputs from `stage` in the order of their shards; a stage's survey is not among them."""
-        names = sorted(
-            (p for p in self.inputs if p.startswith(f"{stage}/") and not p.startswith(f"{stage}/survey")),
-            key=by_shard,
-        )
-        return [self.run / name for name in names if name.partition(".")[2] == suffix.lstrip(".")]
+        """Inputs from `stage` in the order of their shards."""
+        found = (Object.parse(name) for name in self.inputs)
+        chosen = [one for one in found if one.stage == stage and one.suffix == suffix]
+        return [self.files[one.name] for one in sorted(chosen, key=Object.order)]
 
     def output(self, suffix: str = ".parquet") -> Path:
-        """Where to write; it gets its real name at the commit."""
-        return self.folder / f".{self.name}{suffix}.part"
+        """Where to write; it becomes an object at the commit."""
+        return self.scratch / f"out{suffix}"
+
+    def object(self, suffix: str) -> str:
+        """The name of an output."""
+        digits = (
+            hashlib.sha256(f"{self.key} {self.attempt}".encode()).hexdigest() if self.attempt else self.key
+        )
+        return f"{self.folder}/{self.name}.{digits[:DIGITS]}{suffix}"
 
     @property
-    def folder(self) -> Path:
-        return self.run / self.stage
+    def folder(self) -> str:
+        return f"{self.stage}/{self.block}"
 
     @property
-    def record(self) -> Path:
-        return self.folder / f"{self.name}.json"
+    def journal(self) -> str:
+        """What a stage writes down before it has finished; it goes when the record is there."""
+        return f"{self.folder}/{self.name}.journal"
 
     @property
-    def failure(self) -> Path:
-        return self.folder / f"{self.name}.failed"
+    def failure(self) -> str:
+        """Why it could not be done, until it can."""
+        return f"{self.folder}/{self.name}.failed"
 
-    @property
-    def journal(self) -> Path:
-        """What a stage may write down before it has finished; it goes when the record is there."""
-        return self.folder / f"{self.name}.journal"
+
+@dataclass(frozen=True)
+class Object:
+    """The parts of an object's name; those of the first version have neither block nor digits."""
+
+    name: str
+    stage: str
+    shard: str
+    suffix: str
+
+    @staticmethod
+    @lru_cache(maxsize=1 << 16)  # a block's names are asked about by every stage that reads them
+    def parse(name: str) -> Object:
+        stage, _, rest = name.partition("/")
+        shard, dot, suffix = rest.rpartition("/")[2].partition(".")
+        digits, more, after = suffix.partition(".")
+        if more and _KEY_DIGITS.fullmatch(digits):
+            suffix = after
+        return Object(name, stage, shard, dot + suffix)
+
+    def order(self) -> tuple[int, str]:
+        """By the shard's number, beyond 99999 too."""
+        return len(self.shard), self.shard
+
+    def plain(self) -> str:
+        """Without block and digits: what it is, whichever key made it."""
+        return f"{self.stage}/{self.shard}{self.suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Settings of one step of the line. Subclasses add fields and override what they need."""
+    """Settings of one step of the line. Subclasses add fields, give `name` its default and override what they
+    need.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # an unknown setting in a recipe.json is an error
 
-    name: ClassVar[str]
-    version: ClassVar[int] = 1  # raise it when the same settings give other bytes
-    reads: ClassVar[tuple[str, ...]] = ()  # stages whose outputs of the same shard are this one's inputs
-    surveys: ClassVar[tuple[str, ...]] = ()  # stages whose outputs of all shards the survey reads
-    libraries: ClassVar[tuple[str, ...]] = ("pyarrow",)  # whose versions the record keeps
-    paths: ClassVar[tuple[str, ...]] = ()  # settings that may name a place on this machine
+    version: ClassVar[int] = 1  # raise it when the same settings give other bytes, a changed default included
+    effort: ClassVar[tuple[str, ...]] = ()  # settings that say how hard to try, and change no output
     once: ClassVar[tuple[str, ...]] = ()  # settings of one command, which a recipe.json does not keep
+    paths: ClassVar[tuple[str, ...]] = ()  # settings that may name a place on this machine
+    libraries: ClassVar[tuple[str, ...]] = ("pyarrow",)  # whose versions the record keeps
+    costly: ClassVar[bool] = False  # finished shards are not done again without being asked for
+    groups: ClassVar[bool] = False  # a task covers `shards_per_task` shards
+    ahead: ClassVar[bool] = False  # its work takes the next task before it is done with one
+    remembers: ClassVar[bool] = False  # its tasks get their outputs of before, whatever key they had
+    hint: ClassVar[str] = ""  # a question whose answer from the blocks that are there already saves work
+
+    name: str
+
+    def reads(self) -> tuple[str, ...]:
+        """Stages whose outputs of the same shards are inputs: all of them, `download`, or one,
+        `download.parquet`.
+        """
+        return ()
+
+    def asks(self) -> tuple[Question, ...]:
+        """Questions over the whole run whose answers are inputs of every shard."""
+        return ()
 
     @property
     def shards_per_task(self) -> int:
-        """How many source shards one task covers."""
+        """How many source shards one task covers; a task never reaches over the end of a block."""
         return 1
 
     def settings(self) -> dict[str, Json]:
-        """What enters the key. Paths do not: a model folder, say, enters by its content."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", *self.once)}
+        """What enters the key: settings that shape the output, where they differ from their defaults.
+
+        Paths do not: a model folder, say, enters by its content.
+        """
+        left_out = {"name", *self.effort, *self.once}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in left_out and value != self.default(name)
+        }
+
+    @classmethod
+    def default(cls, setting: str) -> Json:
+        (found,) = (f for f in fields(cls) if f.name == setting)
+        if found.default_factory is not MISSING:
+            return found.default_factory()
+        return found.default
 
     def portable(self) -> Stage:
         """The same settings without this machine's directories, as they are published."""
+        values = {name: getattr(self, name) for name in self.paths}
         names = {
-            name: Path(value).name
-            for name in self.paths
-            if (value := getattr(self, name)) and Path(value).is_absolute()
+            name: Path(value).name for name, value in values.items() if value and Path(value).is_absolute()
         }
         return replace(self, **names)
 
     def num_workers(self) -> int:
-        """Worker processes on one machine."""
+        """Worker processes on one machine, at most."""
         return 1
 
-    def has_survey(self) -> bool:
-        return bool(self.surveys)
+    def resources(self) -> Resources:
+        """What one worker takes."""
+        return Resources()
 
-    def survey_inputs(self, run: Path) -> dict[str, str]:
-        """What the survey depends on besides the outputs of the stages in `surveys`: name -> sha256."""
-        return {}
-
-    def shard_inputs(self, run: Path, index: int) -> dict[str, str] | None:
-        """What a shard depends on where that is not outputs of earlier stages: name -> sha256."""
-        return None
+    def after(self, earlier: tuple[Stage, ...]) -> Stage:
+        """The stage in its place: what it learns from the stages before it, filled in."""
+        return self
 
     def makes_captions(self) -> tuple[str, ...]:
         """Caption columns that it adds."""
@@ -167,19 +248,39 @@ class Stage:
         return ()
 
     def check(self) -> None:
-        """Look for what would fail hours later: a file that is not there, a setting that its library does not know.
+        """Look for what would fail hours later: a missing file, a setting that its library does not know.
 
         Raises:
             UserError: says what to change.
         """
 
-    def survey(self, task: Task) -> Mapping[str, int]:
-        """One pass over the whole run before the shards, committed as a task of its own; its outputs are inputs of every shard."""
-        raise NotImplementedError
-
     def open(self) -> AbstractContextManager[Work]:
         """Load what the work needs, once per worker."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Stage):
+    """What only the whole run can answer: a part for every block of `of`'s outputs, and one answer from the
+    parts.
+
+    Rows that came later do not change the answer to earlier ones: there is an answer for every batch of
+    metadata, from the parts up to it.
+    """
+
+    of: str
+
+    def part(self, task: Task) -> Mapping[str, int]:
+        """One block: `task` has its shards' outputs of `of`."""
+        raise NotImplementedError
+
+    def answer(self, task: Task) -> Mapping[str, int]:
+        """`task` has the parts. Memory is bounded whatever their number."""
+        raise NotImplementedError
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        yield lambda task: self.answer(task) if task.block == RUN else self.part(task)
 
 
 @dataclass(frozen=True)
@@ -213,23 +314,26 @@ class Recipe:
                 f"recipe {self.name}: stages are a tuple of stages, not {self.stages!r:.80}",
                 "Recipe(name, (Source(...), ...))",
             )
-        # Through the types once, so that 5 and 5.0 for a float are one setting and have one key.
-        stages = tuple(parse(type(stage), asdict(stage), what=f"stage {stage.name}") for stage in self.stages)
+        stages: tuple[Stage, ...] = ()
+        made = ["org_caption"]
+        for given in self.stages:
+            # Through the types once, so that 5 and 5.0 for a float are one setting and have one key.
+            stage = parse(type(given), asdict(given), what=f"stage {given.name}").after(stages)
+            if stage.name in (earlier.name for earlier in stages):
+                raise RecipeError(
+                    f"recipe {self.name} has two stages '{stage.name}'", "leave one of them out"
+                )
+            for missing in (name for name in stage.names_captions() if name not in made):
+                reason = f"stage {stage.name} names the caption '{missing}', which no stage before it makes"
+                raise RecipeError(reason, f"there are: {', '.join(made)}")
+            made += stage.makes_captions()
+            stages += (stage,)
         object.__setattr__(self, "stages", stages)
         hints = get_type_hints(type(self), include_extras=True)
         for about in hints.keys() - {"stages"}:
             object.__setattr__(
                 self, about, parse(hints[about], getattr(self, about), what=f"recipe: {about}")
             )
-        names = [stage.name for stage in stages]
-        for name in (name for name in names if names.count(name) > 1):
-            raise RecipeError(f"recipe {self.name} has two stages '{name}'", "leave one of them out")
-        made = ["org_caption"]
-        for stage in stages:
-            for missing in (name for name in stage.names_captions() if name not in made):
-                reason = f"stage {stage.name} names the caption '{missing}', which no stage before it makes"
-                raise RecipeError(reason, f"there are: {', '.join(made)}")
-            made += stage.makes_captions()
 
     def check_order(self) -> None:
         """Raises:
@@ -237,11 +341,14 @@ class Recipe:
         """
         if not self.stages:
             raise RecipeError(f"recipe {self.name} has no stages", "Recipe(name, (Source(...), ...))")
-        for number, stage in enumerate(self.stages):
-            before = {earlier.name for earlier in self.stages[:number]}
-            for missing in (name for name in (*stage.reads, *stage.surveys) if name not in before):
-                reason = f"recipe {self.name}: stage {stage.name} reads stage '{missing}', which does not stand before it"
-                raise RecipeError(reason, "put it there")
+        before: set[str] = set()
+        for stage in self.stages:
+            asked = (question.of for question in stage.asks())
+            read = (name.partition(".")[0] for name in stage.reads())
+            for missing in (name for name in (*read, *asked) if name not in before):
+                reason = f"stage {stage.name} reads stage '{missing}', which does not stand before it"
+                raise RecipeError(f"recipe {self.name}: {reason}", "put it there")
+            before.add(stage.name)
 
     def stage(self, name: str) -> Stage:
         for stage in self.stages:
@@ -252,12 +359,16 @@ class Recipe:
             f"its stages: {', '.join(s.name for s in self.stages)}",
         )
 
+    def captions(self) -> tuple[str, ...]:
+        """The caption columns that its stages make, in order."""
+        return tuple(name for stage in self.stages for name in stage.makes_captions())
+
     def to_json(self) -> str:
         """The resolved recipe, one setting a line, so that two of them can be compared."""
-        stages = [
-            {"stage": type(s).__name__.lower(), **{k: v for k, v in asdict(s).items() if k not in s.once}}
-            for s in self.stages
-        ]
+        stages = []
+        for stage in self.stages:
+            settings = {name: value for name, value in asdict(stage).items() if name not in stage.once}
+            stages.append({"stage": type(stage).__name__.lower(), **settings})
         about = {
             "name": self.name,
             "title": self.title,
@@ -276,132 +387,109 @@ class Recipe:
     def from_json(cls, text: str | bytes, what: str = "recipe.json") -> Recipe:
         """The recipe that `to_json` wrote. `what` is what an error calls it.
 
-        Only stages of the package `builder` are loaded: a recipe.json may come from anybody.
+        A stage is found by the name of its type among those of builder/stages and those that the user has
+        loaded: a recipe.json may come from anybody, and imports nothing of theirs.
         """
         hint = "recap build writes one into its run"
         try:
-            data = _adapter(dict[str, Any]).validate_json(text)
+            data = TypeAdapter(dict[str, Any]).validate_json(text)
             written = parse(list[dict[str, Any]], data.pop("stages"), what="stages")
-            stages = tuple(_stage_from_json(dict(stage)) for stage in written)
+            stages = tuple(stage for one in written for stage in _stages_from_json(dict(one)))
             return cls(stages=stages, **data)
         except ValidationError as error:
-            raise RecipeError(f"{what}: not a recipe.json: {_first(error)}", hint) from error
+            raise RecipeError(f"{what}: not a recipe.json: {first_error(error)}", hint) from error
         except UserError as error:
             raise RecipeError(f"{what}: not a recipe.json: {error.message}", error.hint) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RecipeError(f"{what}: not a recipe.json: {type(error).__name__}: {error}", hint) from error
+            reason = f"{what}: not a recipe.json: {type(error).__name__}: {error}"
+            raise RecipeError(reason, hint) from error
 
 
-def _stage_from_json(data: dict[str, Json]) -> Stage:
-    """A stage by the name of its type; before 2026-11-26 a recipe.json named its type by an import path, `builder.source:Source`."""
+def _stages_from_json(data: dict[str, Json]) -> list[Stage]:
+    """The stage that `data` names; several for what the first version had in one."""
     given = str(data.pop("stage"))
-    named = given.rpartition(":")[2].lower()
+    named = given.rpartition(":")[2].lower()  # the first version named a type by its import path
     with suppress(ImportError):
         if named.isidentifier():
             importlib.import_module(f"builder.stages.{named}")
-    found = [kind for kind in _stage_types(Stage) if kind.__name__.lower() == named]
+    kinds = (kind for kind in _subclasses(Stage) if not issubclass(kind, Question))
+    found = [kind for kind in kinds if kind.__name__.lower() == named]
     if not found:
         raise RecipeError(
             f"recipe.json names a stage '{given:.200}', which is not part of recapkit",
             "give the recipe as my_file.py:function",
         )
-    return parse(found[-1], data, what=f"stage {found[-1].name}")
+    specs = parse(list[dict[str, Any]], data.pop("specs"), what="specs") if "specs" in data else [{}]
+    return [parse(found[-1], data | spec, what=f"stage {named}") for spec in specs]
 
 
-def _stage_types(kind: type[Stage]) -> Iterator[type[Stage]]:
+def _subclasses(kind: type[Stage]) -> Iterator[type[Stage]]:
     for one in kind.__subclasses__():
         yield one
-        yield from _stage_types(one)
+        yield from _subclasses(one)
 
 
-def parse(kind: type[T], value: Json, *, what: str) -> T:
-    """`value`, from JSON or from a command line's string, as a `kind`.
-
-    Raises:
-        RecipeError: with the field and what was expected there.
-    """
-    try:
-        checked: T = _adapter(kind).validate_python(value)
-        return checked
-    except ValidationError as error:
-        raise RecipeError(f"{what}: {_first(error)}") from error
-
-
-def from_json(kind: type[T], text: str | bytes, *, what: str) -> T:
-    """JSON that may come from anybody, as a `kind`.
-
-    Raises:
-        InputError: with what was expected, and where.
-    """
-    try:
-        checked: T = _adapter(kind).validate_json(text)
-        return checked
-    except ValidationError as error:
-        raise InputError(
-            f"{what} cannot be used: {_first(error)}", "get it again from where it was published"
-        ) from error
-
-
-_adapters: dict[Any, TypeAdapter[Any]] = {}
-
-
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    if kind not in _adapters:
-        _adapters[kind] = TypeAdapter(kind)
-    return _adapters[kind]
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part)[:80] for part in first["loc"][:5])
-    if first["type"] == "json_invalid":  # of a file that is no JSON nothing is told: it may be any file
-        return str(first["msg"])[:200]
-    got = repr(first["input"])
-    return f"{place + ': ' if place else ''}{first['msg'][:200]} (got {got if len(got) <= 80 else got[:77] + '...'})"
-
-
-_OUTPUT = re.compile(r"\w+/\w[\w.-]*")  # relative to the run
+_OUTPUT = re.compile(r"\w+/(\w+/)?\w[\w.-]*")  # relative to the run
 
 
 @dataclass(frozen=True)
 class Record:
-    """A task's commit record: `<stage>/<name>.json`, written last. No record, or another key: not done."""
+    """A task's commit record, written last. No record, or another key: not done. What older ones lack has a
+    default.
+    """
 
     key: str
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]  # path relative to the run -> sha256
-    bytes: Mapping[str, int]
-    rows: Mapping[str, int]  # status -> rows
-    seconds: float
-    versions: Mapping[str, str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)  # object -> sha256
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)  # status -> rows
+    seconds: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
     day: str = ""  # of the commit, UTC
+    settings: Mapping[str, Json] = field(default_factory=dict)  # that the key was made of
+    outside: Mapping[str, str] = field(default_factory=dict)  # inputs that are not objects of the run
+    attempt: int = 0  # how often rows were done again on purpose
+    dropped: tuple[str, ...] = ()  # outputs that were deleted on purpose
 
     @classmethod
-    def read(cls, path: Path) -> Record | None:
+    def from_json(cls, data: str | builtins.bytes) -> Record | None:
+        """None where it is none: cut off by a crash of the machine, or a name that leads elsewhere."""
         try:
-            record: Record = _adapter(cls).validate_json(read_file(path))
+            record = _RECORD.validate_json(data)
         except ValidationError:
-            return None  # cut off by a crash of the machine
-        except InputError:
-            if path.exists():
-                raise
             return None
         if record.outputs.keys() != record.bytes.keys() or not all(map(_OUTPUT.fullmatch, record.outputs)):
             return None
-        return replace(record, versions=_one_of_each(json.dumps(record.versions)))
+        return record
+
+    def to_json(self) -> str:
+        """Without what is empty."""
+        return json.dumps(
+            {name: value for name, value in asdict(self).items() if value or name == "key"}, indent=1
+        )
+
+    def output(self, suffix: str) -> str:
+        """The object whose name ends so."""
+        return next(name for name in self.outputs if Object.parse(name).suffix == suffix)
 
 
-@cache
-def _one_of_each(versions: str) -> Mapping[str, str]:
-    """Records of a stage name the same versions: one object for all of them."""
-    parsed: Mapping[str, str] = json.loads(versions)
-    return parsed
+_RECORD = TypeAdapter(Record)
 
 
-def task_key(stage: Stage, inputs: Mapping[str, str], name: str) -> str:
-    """sha256 of stage name, stage version, settings and input hashes: all that the outputs depend on."""
-    parts = [stage.name, stage.version, name, stage.settings(), dict(sorted(inputs.items()))]
+def task_key(
+    stage: Stage,
+    name: str,
+    inputs: Mapping[str, str],
+    outside: Mapping[str, str],
+    settings: Mapping[str, Json],
+) -> str:
+    """sha256 of stage, its version and settings, and input hashes: all that the outputs depend on.
+
+    Of an input counts what it is, not which key made it: where a stage is done again and its bytes are the
+    same, what follows is not.
+    """
+    plain = sorted((Object.parse(input_).plain(), sha256) for input_, sha256 in inputs.items())
+    parts = [stage.name, stage.version, name, settings, plain, sorted(outside.items())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -412,104 +500,3 @@ def versions(libraries: tuple[str, ...]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = installed_version(name)
     return found
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_known(path: Path) -> str:
-    """As `sha256_file`, of a file that is asked about for every shard: read again when its size or time has changed."""
-    stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _sha256_of(path: Path, _bytes: int, _mtime_ns: int) -> str:
-    return sha256_file(path)
-
-
-def write_parquet(table: pa.Table, path: Path, *, row_group_size: int = 10_000) -> None:
-    """The one way to write rows: zstd, page index, no clock, so that the same rows are the same bytes.
-
-    Pages end where the content says so: a changed row changes the bytes around it, not all that follow.
-    """
-    pq.write_table(
-        table,
-        path,
-        compression="zstd",
-        write_page_index=True,
-        row_group_size=row_group_size,
-        use_content_defined_chunking=True,
-    )
-
-
-def read_rows(path: Path, columns: list[str] | None = None, *, batch: int = 1024) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file as dicts, with bounded memory."""
-    with pq.ParquetFile(path) as file:
-        for part in file.iter_batches(batch, columns=columns):
-            yield from part.to_pylist()
-
-
-def read_lines(path: Path) -> list[str]:
-    """Of a text file that a user gives.
-
-    Raises:
-        InputError: it is not there, or not UTF-8.
-    """
-    data = read_file(path)
-    try:
-        return data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        encoding = encoding_of(data)
-        hint = f"convert it: {command('iconv', '-f', encoding, '-t', 'utf-8', path)} > FILE"
-        raise InputError(f"{path} is not UTF-8; it looks like {encoding}", hint) from None
-
-
-def read_file(path: Path) -> bytes:
-    """All of a file.
-
-    Raises:
-        InputError: it is not there, or is no regular file: a pipe would be waited for.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} is no regular file", "name a file")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "name a file that is there") from error
-
-
-def matching(fs: AbstractFileSystem, path: str) -> list[str]:
-    """Regular files that a file's name, a folder or a pattern names, hidden ones not. What is there is no pattern, nor is how a path begins."""
-    if fs.isdir(path):
-        found = fs.find(path)
-    elif fs.exists(path):
-        found = [path]
-    else:
-        there, rest = path, ""
-        while there and not fs.exists(there):
-            there, slash, last = there.rpartition("/")
-            rest = f"{slash}{last}{rest}"
-        found = fs.glob(glob.escape(there) + rest)
-    return [
-        name
-        for name in found
-        if fs.isfile(name) and (name == path or not name.rpartition("/")[2].startswith("."))
-    ]
-
-
-def finite(data: Any) -> Any:
-    """JSON data without what JSON has no number for: a mean over nothing, or over somebody's NaN."""
-    if isinstance(data, dict):
-        return {name: finite(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def encoding_of(data: bytes) -> str:
-    """Which encoding bytes that are not UTF-8 look like."""
-    best = charset_normalizer.from_bytes(data[:100_000]).best()
-    return best.encoding if best else "an unknown one"

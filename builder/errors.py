@@ -1,7 +1,7 @@
 """What can go wrong, as types.
 
 RecapError
-├── ShardError        one shard cannot be done and trying again would not help: recorded, named, the others go on (exit 1)
+├── ShardError        one shard cannot be done, nor if tried again: recorded, named, the others go on (exit 1)
 └── UserError         the user must change something: one line, and the next command to type (exit 2)
     ├── RecipeError   an unknown recipe, parameter or setting, or a value of the wrong type
     ├── InputError    metadata, a model folder or a run directory that cannot be used as it is
@@ -9,7 +9,8 @@ RecapError
         ├── DamagedError  a file that no longer has the bytes that it was made with
         └── MovedError    a version came to the target while another one was put together for it
 
-A failed row is none of these: it is a `Status` in the data. Whatever else a shard raises is tried again, then recorded.
+A failed row is none of these: it is a `Status` in the data. Whatever else a shard raises is tried again, then
+recorded.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from typing_extensions import TypedDict
 
-from builder.core import from_json, read_file, sha256_file
 from builder.errors import InputError
+from builder.files import read_file, sha256_file
+from builder.typed import from_json
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -118,7 +119,8 @@ def check_files(folder: Path) -> None:
             raise InputError(f"{index} names {missing}, which is not in the folder", "copy it into it")
     elif not weights:
         pickles = ", ".join(path.name for path in folder.glob("*.bin"))
-        reason = f"model folder {folder} has no weights as *.safetensors{f'; {pickles} may run code' if pickles else ''}"
+        code = f"; {pickles} may run code" if pickles else ""
+        reason = f"model folder {folder} has no weights as *.safetensors{code}"
         raise InputError(reason, "copy model.safetensors, or open_clip_model.safetensors, into it")
     elif len(weights) > 1 and not (folder / "model.safetensors").exists():
         raise InputError(

@@ -1,4 +1,4 @@
-"""From what the user typed to a recipe: a name, `my_file.py:function` or a recipe.json, and key=value pairs."""
+"""From what a user typed to a recipe: a name, `my_file.py:function` or a recipe.json, and key=value pairs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from builder.core import Recipe, parse, read_file
+from builder.core import Recipe
 from builder.errors import RecipeError, UserError, command
+from builder.files import read_file
+from builder.typed import parse
 
 RecipeFunction = Callable[..., Recipe]
 
 
 def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
-    """The recipe that `text` names. `settings` are parameters of its function, `rows=500`, or of a stage, `download.timeout_s=5`.
+    """The recipe that `text` names.
+
+    `settings` are parameters of its function, `rows=500`, or of a stage, `download.timeout_s=5`.
 
     Raises:
         RecipeError: an unknown name, parameter or setting, or a value of the wrong type.
@@ -62,7 +66,8 @@ def _find(text: str) -> tuple[str, RecipeFunction]:
         where = f" in {path}" if path else ""
         raise RecipeError(
             f"there is no recipe '{name}'{where}",
-            f"there are: {', '.join(functions)}; or my_file.py:function (public, -> Recipe), or a recipe.json",
+            f"there are: {', '.join(functions)}; "
+            "or my_file.py:function (public, -> Recipe), or a recipe.json",
         )
     return name, functions[name]
 
@@ -153,15 +158,19 @@ def _call(text: str, name: str, function: RecipeFunction, pairs: Mapping[str, st
 
 
 def _with_stage_settings(recipe: Recipe, pairs: Mapping[str, str]) -> Recipe:
+    """`download.timeout_s=5` names a stage; `caption.dtype=float32` all of that kind."""
     stages = {stage.name: stage for stage in recipe.stages}
     for key, value in pairs.items():
         name, _, setting = key.partition(".")
-        stage = recipe.stage(name)
-        known = {field.name for field in fields(stage)}
-        if setting not in known:
-            raise _unknown(f"stage {name}", "setting", setting, known)
-        hint = get_type_hints(type(stage))[setting]
-        stages[name] = replace(stages[name], **{setting: _value(hint, value, key)})
+        of_kind = [other for other, stage in stages.items() if type(stage).__name__.lower() == name]
+        chosen = [name] if name in stages else of_kind or [recipe.stage(name).name]
+        for each in chosen:
+            stage = stages[each]
+            known = {field.name for field in fields(stage)} - {"name"}
+            if setting not in known:
+                raise _unknown(f"stage {name}", "setting", setting, known)
+            hint = get_type_hints(type(stage))[setting]
+            stages[each] = replace(stage, **{setting: _value(hint, value, key)})
     return replace(recipe, stages=tuple(stages.values()))
 
 

@@ -1,167 +1,288 @@
-"""A run directory: what is done in it, what is to do, and doing it.
+"""A run: what is done in it, what is to do, and doing it.
 
     runs/demo/
-      recipe.json                the resolved recipe
-      <stage>/<shard>.json       commit records: the only state there is
-      <stage>/<shard>.parquet    one row per source row, in the source's order
-      <stage>/<shard>.failed     why a shard failed, until it succeeds
+      recipe.json                              the resolved recipe
+      <stage>/<block>/<shard>.json             commit records: the only state there is
+      <stage>/<block>/<shard>.<key>.parquet    one row per source row, in the source's order
+      <stage>/<block>/<shard>.failed           why a shard failed, until it succeeds
+      <question>/<block>/part..., run/00000... what only the whole run can tell
 
-Planning compares each task's key with its record's. That one comparison is resuming, redoing after a changed setting,
-and the status.
+A run is opened once, `Run.open(place)`; build, status, publish, statistics and card take it from there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.commit import lock, today, write_atomically
-from builder.core import (
-    Recipe,
-    Record,
-    Stage,
-    Task,
-    by_shard,
-    from_json,
-    read_file,
-    read_lines,
-    sha256_file,
-    task_key,
-)
-from builder.errors import InputError, command, telling_of_a_full_disk
-from builder.executors.local import ATTEMPTS, Executor, Outcome, attempt, local
+from builder import first_version
+from builder.commit import failures, forget, records, today
+from builder.core import RUN, Object, Recipe, Record, Stage, Status, Task
+from builder.errors import InputError, RecipeError, command, telling_of_a_full_disk
+from builder.executors.local import ATTEMPTS, local
+from builder.index import Index, load
+from builder.plan import BlockPlan, Plan, StagePlan
+from builder.schedule import Left, Outcome, Schedule
+from builder.stages.download import Download
 from builder.stages.source import Source
-from builder.versions.version import MANIFEST
+from builder.store import SCRATCH, Folder, Store, store_of
+from builder.typed import from_json
+
+RECIPE = "recipe.json"
+Executor = Callable[[Schedule], Iterator[Outcome]]
+Progress = Callable[[Outcome, int, int], None]
+"""Called for every task that ended, with the tasks of its stage that are done, and all, of the blocks opened
+so far.
+"""
 
 
 @dataclass
-class StagePlan:
-    """One stage's tasks. `waiting` counts those whose inputs are not there yet."""
-
-    stage: Stage
-    done: dict[str, Record] = field(default_factory=dict)
-    todo: list[Task] = field(default_factory=list)
-    waiting: int = 0
-
-    def sort(self, task: Task) -> Record | None:
-        """Put the task where it belongs; its record if it is done."""
-        record = Record.read(task.record)
-        if record and record.key == task.key and _intact(task.run, record):
-            self.done[task.name] = replace(
-                record, inputs={}
-            )  # there may be a million of them, and the task knew its inputs
-            return record
-        self.todo.append(task)
-        return None
-
-    def shards(self) -> list[Record]:
-        """Records of the shards that are done, in order."""
-        return [
-            record
-            for name, record in sorted(self.done.items(), key=lambda item: by_shard(item[0]))
-            if name != "survey"
-        ]
-
-    def files(self, run: Path, suffix: str = ".parquet") -> list[Path]:
-        """Outputs of the shards that are done, in order, whose name after the shard's number is `suffix`."""
-        names = (name for record in self.shards() for name in record.outputs)
-        return [run / name for name in names if name.partition(".")[2] == suffix.lstrip(".")]
-
-
-Plans = dict[str, StagePlan]
-Progress = Callable[[StagePlan, Outcome], None]
-
-
-@dataclass(frozen=True)
 class Result:
-    """What a build did. `failed` holds the last reason of each shard that could not be done."""
+    """What a build did. `failed` and `held` hold the reason for each shard, and each block, that was not
+    done.
+    """
 
-    done: list[str]
-    failed: dict[str, str]
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
+
+
+class Run:
+    """A run's store and its recipe."""
+
+    def __init__(self, store: Store, recipe: Recipe) -> None:
+        self.store, self.recipe = store, recipe
+        self.place = store.place
+
+    @classmethod
+    def open(cls, place: str | Path) -> Run:
+        """The run that lies at a path or URL.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not str(place).strip():
+            raise InputError("the run has no name", "name its folder: runs/demo")
+        store = store_of(place)
+        written = store.read(RECIPE)
+        if written is None:
+            raise InputError(
+                f"{place} holds no run (no {RECIPE})", "build one: recap build demo --run runs/demo"
+            )
+        if store.read("manifest.json") is not None:
+            hint = f"look at it: {command('recap', 'verify', Path(place))}"
+            raise InputError(f"{place} is a published version, not a run", hint)
+        return cls(store, Recipe.from_json(written, f"{place}/{RECIPE}"))
+
+    @cached_property
+    def is_first_version(self) -> bool:
+        """Was it built by recapkit of before blocks? It can be read and published, not continued."""
+        return first_version.is_one(self.store)
+
+    @property
+    def source(self) -> Source:
+        source = self.recipe.stage("source")
+        if not isinstance(source, Source):
+            raise RecipeError(
+                f"recipe {self.recipe.name}: its stage source is another", "use builder.stages.source.Source"
+            )
+        return source
+
+    @cached_property
+    def index(self) -> Index:
+        """The batches of metadata that the run has; empty before the first build."""
+        return load(self.store, "source", self.source.limit)
+
+    def extend(self, redo: Sequence[str] = ()) -> None:
+        """Look at the metadata, and take in what is new.
+
+        Raises:
+            InputError: it is not what it was, downloads of it are there, and `redo` does not name the source.
+        """
+        self.index = self.source.extend(self.store, restart=lambda reason: _may_restart(self, reason, redo))
+
+    def plan(self) -> Plan:
+        """What is done and to do, as it is now."""
+        return Plan(self.recipe, self.store, self.index)
+
+    def stage_names(self) -> list[str]:
+        """Its stages in the order of the line."""
+        if self.is_first_version:
+            return first_version.stages(self.store)
+        return [stage.name for stage in self.recipe.stages]
+
+    def shards(self, stage: str) -> Iterator[tuple[str, Record]]:
+        """(task, record) of what is done at a stage, in order, by the records alone."""
+        if self.is_first_version:
+            yield from first_version.shards(self.store, stage)
+            return
+        found = self.recipe.stage(stage)
+        for block in self.index.blocks:
+            there = records(self.store, f"{stage}/{block.name}")
+            size = found.shards_per_task
+            for shards in block.groups(size):
+                if record := there.get(f"{shards[0]:05d}"):
+                    yield f"{stage}/{block.name}/{shards[0]:05d}", record
+
+    def done(self, stage: str) -> Iterator[Record]:
+        """Records of what is done at a stage by the recipe and the inputs of now, in order."""
+        if self.is_first_version:
+            yield from (record for _, record in self.shards(stage))
+            return
+        for block in self.plan().blocks():
+            yield from (record for _, record in sorted(block.stages[stage].done.items()))
+
+    def files(self, stage: str, suffix: str = ".parquet") -> list[str]:
+        """Objects of a stage, in order, that end so."""
+        done = self.done(stage)
+        found = (name for record in done for name in record.outputs if name not in record.dropped)
+        return [name for name in found if Object.parse(name).suffix == suffix]
+
+    def local(self, name: str) -> Path:
+        """The file of an object of a run on this machine."""
+        if not isinstance(self.store, Folder):
+            hint = "copy it to this machine first, or mount it"
+            raise InputError(f"{self.place} is not on this machine: its files cannot be read here", hint)
+        return self.store.root / name
+
+    def unfinished(self) -> dict[str, int]:
+        """Stage -> tasks that are left; of a run that has none it is empty."""
+        if self.is_first_version:
+            return first_version.unfinished(self.store)
+        plan, left = self.plan(), Counter[str]()
+        for block in plan.blocks():
+            left.update({name: found.left() for name, found in block.stages.items() if found.left()})
+        return dict(left)
+
+    def check_finished(self) -> None:
+        """Raises:
+        InputError: something is left to do.
+        """
+        left = self.unfinished()
+        if left or not any(True for _ in self.shards("select")):
+            names = ", ".join(f"{number} {name} shards" for name, number in left.items())
+            again = command("recap", "build", Path(self.place, RECIPE), "--run", Path(self.place))
+            raise InputError(f"{self.place} is not complete: {names} left", f"finish it: {again}")
+
+
+# --- building -----------------------------------------------------------------------------------------------
 
 
 def build(
-    recipe: Recipe, run: Path, *, executor: Executor = local, progress: Progress | None = None
+    recipe: Recipe,
+    place: str | Path,
+    *,
+    executor: Executor = local,
+    progress: Progress | None = None,
+    redo: Sequence[str] = (),
+    drop_images: bool = False,
 ) -> Result:
-    """Do all that is not done yet.
+    """Do all that is not done yet. `redo` names stages whose finished shards may be done again.
+
+    `drop_images` deletes a shard's images when its captions and scores are there.
 
     Raises:
-        InputError: the directory holds the run of another recipe, another build is at work in it, or the input cannot be used.
+        InputError: it holds the run of another recipe, another build is at work in it, the input cannot be
+        used, or
+            finished downloads or captions would be done again and `redo` does not say so.
     """
-    with telling_of_a_full_disk(run):
-        adopt(recipe, run)
-        with lock(
-            run / ".lock",
-            f"another build is at work in {run}",
-            f"see how far it is: {command('recap', 'status', run)}",
-        ):
+    store = store_of(place)
+    for name in redo:
+        recipe.stage(name)
+    with telling_of_a_full_disk(place):
+        adopt(recipe, store)
+        with store.lease():
             check(recipe)
-            write_atomically(run / "recipe.json", recipe.to_json())
-            result = Result([], {})
-            for _ in range(ATTEMPTS):  # again, for what turned out to be damaged
-                if not _one_pass(recipe, run, executor, progress, result):
-                    break
-            return result
+            if store.read(RECIPE) is None:
+                store.write(RECIPE, recipe.to_json().encode())  # whatever follows, this is a run now
+            run = Run(store, recipe)
+            run.extend(redo)
+            left = _may_redo(run, redo)
+            store.write(RECIPE, recipe.to_json().encode())
+            return _build(run, left, executor, progress, redo, drop_images)
 
 
-def _one_pass(
-    recipe: Recipe, run: Path, executor: Executor, progress: Progress | None, result: Result
-) -> bool:
-    """Every stage once. Returns whether a damaged file was found whose record is now gone."""
-    damaged = False
-    plans: Plans = {}
-    for stage in recipe.stages:
-        (run / stage.name).mkdir(exist_ok=True)
-        plans[stage.name] = plan_stage(stage, run, plans)
-        while (todo := plans[stage.name]).todo:
-            survey = todo.todo[0].name == "survey"
-            for outcome in (
-                [attempt(stage, todo.todo[0], stage.survey)] if survey else executor(stage, todo.todo)
-            ):
-                name = f"{stage.name}/{outcome.task.name}"
-                damaged |= outcome.damaged
-                if outcome.record:
-                    result.done.append(name)
-                    result.failed.pop(name, None)
-                else:
-                    result.failed[name] = outcome.error
-                    write_atomically(outcome.task.failure, outcome.error + "\n")
-                if progress:
-                    progress(todo, outcome)
-            plans[stage.name] = plan_stage(stage, run, plans)
-            if not survey or f"{stage.name}/survey" in result.failed:
-                break  # only a survey is followed by more tasks of its stage
-    return damaged
+def _build(
+    run: Run,
+    left: Left,
+    executor: Executor,
+    progress: Progress | None,
+    redo: Sequence[str],
+    drop_images: bool,
+) -> Result:
+    result, hold_above = Result(), _hold_above(run.recipe)
+    for attempt in range(ATTEMPTS):  # again, for what turned out to be damaged
+        known = left if attempt == 0 else None
+        schedule = Schedule(run.plan(), left=known, hold_above=hold_above, drop_images=drop_images)
+        for outcome in executor(schedule):
+            name = _name_of(outcome.task)
+            if outcome.record:
+                result.done.append(name)
+                result.failed.pop(name, None)
+            else:
+                result.failed[name] = outcome.error
+                run.store.write(outcome.task.failure, (outcome.error + "\n").encode())
+            if progress:
+                progress(outcome, *schedule.totals[outcome.task.stage])
+        result.held = schedule.held
+        if not schedule.damaged:
+            break
+        run.extend(redo)
+    return result
 
 
-def adopt(recipe: Recipe, run: Path) -> None:
-    """Check that the directory is new or holds a run of a recipe of this name.
+def _name_of(task: Task) -> str:
+    """As a user reads it: shards are numbered over the whole run."""
+    return (
+        f"{task.stage}/{task.name}"
+        if task.name.isdecimal() and task.block != RUN
+        else f"{task.stage}/{task.block}"
+    )
+
+
+def _hold_above(recipe: Recipe) -> float:
+    found = [stage for stage in recipe.stages if isinstance(stage, Download)]
+    return found[0].hold_above if found and not found[0].accept_failures else 1.0
+
+
+def adopt(recipe: Recipe, store: Store) -> None:
+    """Check that the place is new or holds a run of a recipe of this name.
 
     Raises:
         InputError: it is something else's.
     """
-    _may_be_a_run(run)
-    if not (run / "recipe.json").exists():
-        if run.exists() and {path.name for path in run.iterdir()} - {".lock", ".recipe.json.part"}:
-            raise InputError(f"{run} is not empty and holds no run", "name another directory with --run")
-        run.mkdir(parents=True, exist_ok=True)
+    may_be_a_run(store)
+    written = store.read(RECIPE)
+    if written is None:
+        if set(store.names("")) | set(store.folders("")):
+            raise InputError(
+                f"{store.place} is not empty and holds no run", "name another directory with --run"
+            )
         return
-    written = from_json(
-        dict[str, Any], read_file(run / "recipe.json"), what=f"{run}/recipe.json"
+    found = from_json(
+        dict[str, Any], written, what=f"{store.place}/{RECIPE}"
     )  # its stages may be of another version
-    if (old := written.get("name")) != recipe.name:
+    if (old := found.get("name")) != recipe.name:
+        hint = f"name another directory: --run runs/{recipe.name}"
+        reason = f"{store.place}/{RECIPE} is of a run of recipe '{old}', not of '{recipe.name}'"
+        raise InputError(reason, hint)
+    if first_version.is_one(store):
+        hint = "publish it as it is, or build into another directory: --run"
         raise InputError(
-            f"{run}/recipe.json is of a run of recipe '{old}', not of '{recipe.name}'",
-            f"name another directory: --run runs/{recipe.name}",
+            f"{store.place} was built by a first version of recapkit and cannot be continued", hint
         )
 
 
-def _may_be_a_run(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise InputError(f"{run} is no directory", "name another with --run")
+def may_be_a_run(store: Store) -> None:
+    """Raises:
+    InputError: a file is there instead.
+    """
+    if isinstance(store, Folder) and store.root.exists() and not store.root.is_dir():
+        raise InputError(f"{store.place} is no directory", "name another with --run")
 
 
 def check(recipe: Recipe) -> None:
@@ -176,193 +297,318 @@ def check(recipe: Recipe) -> None:
         stage.check()
 
 
-def load_recipe(run: Path) -> Recipe:
-    """The recipe of a run directory."""
-    if not (run / "recipe.json").exists():
+# --- what a build would throw away --------------------------------------------------------------------------
+
+
+@dataclass
+class Stake:
+    """Finished shards of a stage that would be done again: how many, their rows, and the seconds that they
+    took.
+    """
+
+    shards: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+    def add(self, record: Record) -> None:
+        self.shards += 1
+        self.rows += sum(record.rows.values())
+        self.seconds += record.seconds
+
+    def __str__(self) -> str:
+        return f"{self.shards:,} shards, {self.rows:,} rows, {self.seconds / 3600:.2f} hours"
+
+
+def _may_restart(run: Run, reason: str, redo: Sequence[str]) -> None:
+    """Raises:
+    InputError: the rows are others now, and downloads or captions of them are there.
+    """
+    run.index = load(run.store, "source", None)
+    stakes = {stage.name: Stake() for stage in run.recipe.stages if stage.costly}
+    for name, stake in stakes.items():
+        for _, record in run.shards(name):
+            stake.add(record)
+    _refuse(run, {name: stake for name, stake in stakes.items() if stake.shards}, "source", reason, redo)
+
+
+def _may_redo(run: Run, redo: Sequence[str]) -> Left:
+    """What is left to do in each block.
+
+    Raises:
+        InputError: a changed setting would do finished downloads or captions again, or images are needed that
+        were dropped.
+    """
+    plan, line = run.plan(), run.recipe.stages
+    stakes: dict[str, Stake] = {}
+    causes: dict[str, str] = {}
+    dropped, left = Stake(), Left()
+    for block in plan.blocks():
+        left[block.block.name] = {name for name, found in block.stages.items() if found.left()}
+        changed: dict[
+            str, tuple[str, str]
+        ] = {}  # shard -> the first stage whose settings are others, and which
+        for stage in line:
+            if stage.groups:
+                continue
+            found = block.stages[stage.name]
+            for name, record in block.records[stage.name].items():
+                if not record.key or name in found.done:
+                    continue
+                # What is cheap may change: where its output stays as it is nothing follows; replies are kept.
+                counts = stage.costly or isinstance(stage, Source)
+                if counts and name not in changed and (which := _changed(plan, stage, record)):
+                    changed[name] = (stage.name, which)
+                if name in changed and stage.costly:
+                    stakes.setdefault(stage.name, Stake()).add(record)
+                    causes.setdefault(*changed[name])
+        for shard in {shard for stage in line for shard in block.stages[stage.name].dropped}:
+            dropped.add(block.records["download"][shard])
+            if "download" in redo:
+                forget(run.store, f"download/{block.block.name}", shard)
+                left[block.block.name] = set(block.stages)
+    if stakes:
+        cause, which = next(iter(causes.items()))
+        _refuse(run, stakes, cause, which, redo)
+    if dropped.shards and "download" not in redo:
         raise InputError(
-            f"{run} holds no run (no recipe.json)", "build one: recap build demo --run runs/demo"
+            f"images are needed that were dropped; downloading them again takes about: {dropped}",
+            "the same command with --redo download downloads them again",
         )
-    if (run / MANIFEST).exists():
+    return left
+
+
+def _changed(plan: Plan, stage: Stage, record: Record) -> str:
+    """Which settings of a record's stage are others now; empty where none is."""
+    now = {**plan.settings_of(stage)}
+    before = dict(record.settings)
+    differ = []
+    for name in sorted(now.keys() | before.keys()):
+        was, is_ = before.get(name), now.get(name)
+        if _plain(was) != _plain(is_):
+            default = "its default"
+            differ.append(f"{stage.name}.{name} was {_shown(was, default)} and is {_shown(is_, default)}")
+    return "; ".join(differ)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(value: Any, default: str) -> str:
+    return default if value is None else f"{value!r:.60}"
+
+
+def _refuse(run: Run, stakes: dict[str, Stake], cause: str, which: str, redo: Sequence[str]) -> None:
+    if not stakes or cause in redo or set(stakes) <= set(redo):
+        return
+    lost = "; ".join(f"{name}: {stake}" for name, stake in stakes.items())
+    hint = f"--redo {cause} does it; or take the setting back, or build into another directory"
+    raise InputError(f"{which}: that would do finished shards again ({lost})", hint)
+
+
+# --- doing rows again ---------------------------------------------------------------------------------------
+
+
+def retry(
+    place: str | Path,
+    statuses: Sequence[str],
+    *,
+    executor: Executor = local,
+    progress: Progress | None = None,
+) -> Result:
+    """Download rows of finished shards again that have one of these statuses; the others stay as they are.
+
+    What follows, captions of new images above all, is the next build's.
+
+    Raises:
+        InputError: there is no such status, or no such row.
+    """
+    for status in statuses:
+        if status not in set(Status) - {Status.OK}:
+            there = ", ".join(s for s in Status if s is not Status.OK)
+            raise InputError(f"'{status}' is no status of a failed row", f"there are: {there}")
+    run = Run.open(place)
+    if run.is_first_version:
+        adopt(run.recipe, run.store)
+    with telling_of_a_full_disk(place), run.store.lease():
+        check(run.recipe)
+        result, tasks = Result(), list(_tasks_again(run, statuses))
+        if not tasks:
+            rows = f"no row of a finished shard is {' or '.join(statuses)}"
+            raise InputError(
+                f"{place}: {rows}", f"see what there is: {command('recap', 'status', Path(place))}"
+            )
+        schedule = Schedule(run.plan(), only=tasks)
+        for outcome in executor(schedule):
+            name = _name_of(outcome.task)
+            if outcome.record:
+                result.done.append(name)
+            else:
+                result.failed[name] = outcome.error
+            if progress:
+                progress(outcome, *schedule.totals[outcome.task.stage])
+        return result
+
+
+def _tasks_again(run: Run, statuses: Sequence[str]) -> Iterator[Task]:
+    for block in run.plan().blocks():
+        for name, record in block.stages["download"].done.items():
+            if any(record.rows.get(status) for status in statuses):
+                if record.dropped:
+                    reason = (
+                        f"the images of download/{name} were dropped: rows cannot be done again beside them"
+                    )
+                    raise InputError(reason, "download all of it again: recap build ... --redo download")
+                task = block.task(run.recipe.stage("download"), name)
+                assert task is not None  # it is done
+                yield replace(
+                    task, attempt=record.attempt + 1, again=tuple(statuses), earlier=tuple(record.outputs)
+                )
+
+
+def garbage(place: str | Path, *, delete: bool = False) -> dict[str, int]:
+    """Object -> bytes of outputs that no record names: what other settings made, or a crash left behind.
+
+    Earlier captions are among them: as long as they are there no reply that they hold is asked for again.
+    """
+    run = Run.open(place)
+    if run.is_first_version:
         raise InputError(
-            f"{run} is a published version, not a run", f"look at it: {command('recap', 'verify', run)}"
+            f"{place} was built by a first version of recapkit", "publish it, or delete it as a whole"
         )
-    return Recipe.from_json(read_file(run / "recipe.json"), f"{run}/recipe.json")
+    with run.store.lease():
+        found = dict(_garbage(run))
+        for name in found if delete else ():
+            run.store.delete(name)
+    return found
 
 
-def plan(recipe: Recipe, run: Path) -> Plans:
-    """Every stage's plan, as far as it can be known before the earlier stages are done."""
-    plans: Plans = {}
-    for stage in recipe.stages:
-        plans[stage.name] = plan_stage(stage, run, plans)
-    return plans
+def _garbage(run: Run) -> Iterator[tuple[str, int]]:
+    for stage in (
+        folder for folder in run.store.folders("") if folder not in (SCRATCH, "logs", "versions", "card")
+    ):
+        for block in run.store.folders(stage):
+            folder = f"{stage}/{block}"
+            named = {name for record in records(run.store, folder).values() for name in record.outputs}
+            for name, size in run.store.sizes(folder).items():
+                if (
+                    name.endswith((".parquet", ".tar"))
+                    and name != "records.parquet"
+                    and f"{folder}/{name}" not in named
+                ):
+                    yield f"{folder}/{name}", size
 
 
-def plan_stage(stage: Stage, run: Path, plans: Plans) -> StagePlan:
-    """Compare each task of a stage with its record, given the plans of the stages before it."""
-    plan = StagePlan(stage)
-    survey: dict[str, str] = {}
-    if stage.has_survey():
-        inputs = stage.survey_inputs(run)
-        for name in stage.surveys:
-            for record in plans[name].shards():
-                inputs |= {
-                    path: sha256 for path, sha256 in record.outputs.items() if path.endswith(".parquet")
-                }
-        if not inputs:
-            plan.waiting = _num_tasks(stage, plans)
-            return plan
-        found = plan.sort(Task(run, stage.name, "survey", task_key(stage, inputs, "survey"), inputs))
-        if not found:
-            plan.waiting = _num_tasks(stage, plans)
-            return plan
-        survey = dict(found.outputs)
-    for index in range(_num_tasks(stage, plans | {stage.name: plan})):
-        own, read = stage.shard_inputs(run, index), _outputs_read(stage, index, plans)
-        inputs = own or survey | read
-        if not inputs or (stage.reads and not read):
-            plan.waiting += 1
-            continue
-        name = f"{index:05d}"
-        plan.sort(Task(run, stage.name, name, task_key(stage, inputs, name), inputs))
-    return plan
+# --- telling ------------------------------------------------------------------------------------------------
 
 
-def num_shards(plans: Plans) -> int:
-    """Source shards of a run; 0 until its source has been surveyed."""
-    survey = plans["source"].done.get("survey") if "source" in plans else None
-    return survey.rows["shards"] if survey else 0
+@dataclass
+class _Sums:
+    """Of a stage, over the blocks: nothing is kept of a shard."""
+
+    stage: Stage
+    done: int = 0
+    left: int = 0
+    rows: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+    seconds: float = 0.0
+    rows_left: int = 0  # of shards that are not done
+    dropped: int = 0  # shards that need images that were dropped
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def add(self, found: StagePlan, block: BlockPlan, index: Index) -> None:
+        for record in found.done.values():
+            self.rows.update(record.rows)
+            self.bytes += sum(record.bytes.values())
+            self.seconds += record.seconds
+        self.done += len(found.done)
+        self.left += found.left()
+        self.dropped += len(found.dropped)
+        size = self.stage.shards_per_task
+        source = block.stages["source"].done
+        for name in (name for name in block.names(self.stage) if name not in found.done):
+            first = int(name)
+            for shard in range(first, min(first + size, block.block.last)):
+                kept = source.get(f"{shard:05d}")
+                self.rows_left += sum(kept.rows.values()) if kept else index.rows(shard)
 
 
-def _num_tasks(stage: Stage, plans: Plans) -> int:
-    return -(-num_shards(plans) // stage.shards_per_task)
+def _sums(run: Run) -> dict[str, _Sums]:
+    plan = run.plan()
+    sums = {stage.name: _Sums(stage) for stage in run.recipe.stages}
+    for block in plan.blocks():
+        for name, sum_ in sums.items():
+            found = block.stages[name]
+            sum_.add(found, block, run.index)
+            if found.left():
+                why = failures(run.store, f"{name}/{block.block.name}")
+                sum_.failed |= {shard: reason for shard, reason in why.items() if shard not in found.done}
+    return sums
 
 
-def _outputs_read(stage: Stage, index: int, plans: Plans) -> dict[str, str]:
-    """Outputs of earlier stages that a task reads; empty while one of them is missing."""
-    inputs: dict[str, str] = {}
-    first, last = index * stage.shards_per_task, min((index + 1) * stage.shards_per_task, num_shards(plans))
-    for name in stage.reads:
-        for shard in range(first, last):
-            record = plans[name].done.get(f"{shard:05d}")
-            if record is None:
-                return {}
-            inputs |= record.outputs
-    return inputs
+def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
+    """Per stage: shards done and left, and rows, bytes on disk and hours that are left, as measured on
+    finished shards.
 
-
-def _intact(run: Path, record: Record) -> bool:
-    """Do the outputs exist with the sizes of the record? Hashes are compared when a stage cannot read them."""
-    try:
-        return all((run / name).stat().st_size == size for name, size in record.bytes.items()) and all(
-            sha256_file(run / name) == sha256
-            for name, sha256 in record.outputs.items()
-            if name.endswith("/survey.parquet")
-        )  # a survey is small, and planning reads it
-    except FileNotFoundError:
-        return False
-
-
-def estimate(recipe: Recipe, run: Path) -> list[dict[str, object]]:
-    """Per stage: shards done and left, and rows, bytes on disk and hours that are left, as measured on the shards that are done.
-
-    Nothing is guessed: where no shard of a stage is done, bytes and hours are None. Of a subset, rows that the source has not
-    looked at yet count as if all of them were in it.
+    Nothing is guessed: where no shard of a stage is done, bytes and hours are None. Of a subset, rows that
+    the source has not looked at yet count as if all of them were in it. `images_dropped` is how many shards
+    need images that were dropped and would have to be downloaded again.
 
     Raises:
         UserError: what `check` finds.
     """
     check(recipe)
-    _may_be_a_run(run)
-    plans = plan(recipe, run)
-    source = plans["source"].stage if "source" in plans else None
-    surveyed = num_shards(plans) > 0
-    total = None if surveyed or not isinstance(source, Source) else source.num_rows()
-    of_shard = _rows_of_shards(run, plans) if surveyed else []
+    store = store_of(place)
+    may_be_a_run(store)
+    run = Run(store, recipe)
+    known = len(run.index) > 0
+    total = None if known else run.source.num_rows()
     table: list[dict[str, object]] = []
-    for name, stage_plan in plans.items():
-        records, size = stage_plan.shards(), stage_plan.stage.shards_per_task
-        done = sum(sum(record.rows.values()) for record in records)
-        undone = (
-            index
-            for index in range(_num_tasks(stage_plan.stage, plans))
-            if f"{index:05d}" not in stage_plan.done
-        )
-        left = (
-            sum(sum(of_shard[index * size : (index + 1) * size]) for index in undone) if surveyed else total
-        )
-        per_row = None if left is None or not done else left / done
+    for name, sums in _sums(run).items():
+        done = sums.rows.total()
+        left = sums.rows_left if known else total
+        share = None if left is None or not done else left / done
+        hours = None if share is None else round(share * sums.seconds / sums.stage.num_workers() / 3600, 3)
         table.append(
             {
                 "stage": name,
-                "shards_done": len(records),
-                "shards_left": sum(task.name != "survey" for task in stage_plan.todo) + stage_plan.waiting
-                if surveyed
-                else None,
+                "shards_done": sums.done,
+                "shards_left": sums.left if known else None,
                 "rows_done": done,
                 "rows_left": left,
-                "bytes_left": None
-                if per_row is None
-                else round(per_row * sum(sum(record.bytes.values()) for record in records)),
-                "hours_left": None
-                if per_row is None
-                else round(
-                    per_row
-                    * sum(record.seconds for record in records)
-                    / stage_plan.stage.num_workers()
-                    / 3600,
-                    3,
-                ),
+                "bytes_left": None if share is None else round(share * sums.bytes),
+                "hours_left": hours,
+                "images_dropped": sums.dropped,
             }
         )
     return table
 
 
-def _rows_of_shards(run: Path, plans: Plans) -> list[int]:
-    """Rows of each source shard: those that the source kept, or, of a shard that is not done, those of the metadata."""
-    source = plans["source"]
-    assert isinstance(source.stage, Source)
-    done = {name: sum(record.rows.values()) for name, record in source.done.items()}
-    return [done.get(f"{index:05d}", rows) for index, rows in enumerate(source.stage.rows_of_shards(run))]
+def status(run: Run) -> list[dict[str, object]]:
+    """Per stage: shards done and left, rows by status, rows per second of all workers, seconds left,
+    failures.
 
-
-def status(run: Path) -> list[dict[str, object]]:
-    """Per stage: shards done, to do, waiting and failed; rows by status; rows per second of all workers; seconds left at that rate."""
+    `captions_wasted`: rows that were captioned, and then found to be placeholders by images that came later.
+    """
+    if run.is_first_version:
+        return first_version.status(run.store)
     table: list[dict[str, object]] = []
-    for name, plan_ in plan(load_recipe(run), run).items():
-        records = plan_.shards()
-        rows = sum((Counter(record.rows) for record in records), Counter[str]())
-        seconds, workers = sum(record.seconds for record in records), plan_.stage.num_workers()
-        at_once = seconds / max(1, min(workers, len(records)))  # they worked at the same time
-        left = len(plan_.todo) + plan_.waiting
+    everything = _sums(run)
+    for name, sums in everything.items():
+        workers = sums.stage.num_workers()
+        at_once = sums.seconds / max(1, min(workers, sums.done))  # they worked at the same time
+        eta = round(-(-sums.left // workers) * sums.seconds / sums.done) if sums.done else None
         table.append(
             {
                 "stage": name,
-                "shards_done": len(records),
-                "shards_left": left,
-                "rows": dict(rows),
-                "rows_per_s": round(rows.total() / at_once, 1) if at_once else None,
-                "eta_s": round(-(-left // workers) * seconds / len(records)) if records else None,
-                "failed": {
-                    path.stem: "".join(read_lines(path)[:1])
-                    for path in sorted((run / name).glob("*.failed"))
-                    if path.stem not in plan_.done
-                },
+                "shards_done": sums.done,
+                "shards_left": sums.left,
+                "rows": dict(sums.rows),
+                "rows_per_s": round(sums.rows.total() / at_once, 1) if at_once else None,
+                "eta_s": eta,
+                "failed": sums.failed,
             }
         )
+    if {"score", "select"} <= everything.keys() and not everything["select"].left:
+        table[-1]["captions_wasted"] = everything["score"].rows["ok"] - everything["select"].rows["ok"]
     return table
-
-
-def finished(run: Path) -> Plans:
-    """The plans of a run in which everything is done.
-
-    Raises:
-        InputError: something is left to do.
-    """
-    plans = plan(load_recipe(run), run)
-    left = {name: len(p.todo) + p.waiting for name, p in plans.items() if p.todo or p.waiting}
-    if left or not num_shards(plans):
-        raise InputError(
-            f"{run} is not complete: {', '.join(f'{n} {name} shards' for name, n in left.items())} left",
-            f"finish it: {command('recap', 'build', run / 'recipe.json', '--run', run)}",
-        )
-    return plans

@@ -1,4 +1,4 @@
-"""DuckDB, opened and quoted in one place: nothing that a name or a path holds is taken for SQL or for a pattern.
+"""DuckDB, opened and quoted in one place: nothing in a name or a path is taken for SQL or for a pattern.
 
 Every connection spills into a private folder that goes with it, and neither installs nor loads extensions.
 """
@@ -31,11 +31,15 @@ READERS = {
 
 @contextmanager
 def connect(spill: Path | None = None, **config: Any) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB with `config`. What does not fit its memory goes into a folder in `spill`, or the system's for temporary files."""
+    """DuckDB with `config`.
+
+    What does not fit its memory goes into a folder in `spill`, or the system's for temporary files.
+    """
     with _private_folder(spill) as folder:
         closed: dict[str, Any] = {
-            "autoinstall_known_extensions": False, "autoload_known_extensions": False, "allow_community_extensions": False,
-            "custom_extension_repository": folder, "extension_directory": folder,
+            "autoinstall_known_extensions": False, "autoload_known_extensions": False,
+            "allow_community_extensions": False, "custom_extension_repository": folder,
+            "extension_directory": folder,
         }  # fmt: skip
         try:
             with duckdb.connect(config={"temp_directory": folder, **closed, **config}) as con:
@@ -51,7 +55,7 @@ def connect(spill: Path | None = None, **config: Any) -> Iterator[duckdb.DuckDBP
 
 @contextmanager
 def _private_folder(place: Path | None) -> Iterator[str]:
-    """A folder that goes with its process. Those of processes that were killed are nobody's: their locks are free."""
+    """A folder that goes with its process. Those of killed processes are nobody's: their locks are free."""
     place = place or Path(tempfile.gettempdir())
     for leftover in place.glob(".duckdb-recap-*"):
         if (free := _locked(leftover)) is not None:
@@ -87,7 +91,7 @@ def identifier(name: str) -> str:
 
 
 def absolute(path: str | PathLike[str]) -> str:
-    """A local path that DuckDB takes as it is: `~` and `file:` at the beginning of a relative one mean something to it."""
+    """A local path that DuckDB takes as it is: `~` and `file:` at the start of a relative one mean more."""
     return str(path) if "://" in str(path) else os.path.abspath(path)
 
 
@@ -96,7 +100,10 @@ def literal(text: str | PathLike[str]) -> str:
 
 
 def table(paths: str | PathLike[str] | Iterable[str | PathLike[str]], **options: str) -> str:
-    """SQL of the rows of files of one kind, in their order. Names are taken as they are: neither globs nor `key=value` folders."""
+    """SQL of the rows of files of one kind, in their order.
+
+    Names are taken as they are: neither globs nor `key=value` folders.
+    """
     names = [str(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
     reader = next(reader for kind, reader in READERS.items() if names[0].lower().endswith(kind))
     for name in (

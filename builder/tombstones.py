@@ -1,7 +1,7 @@
 """What was taken down stays down: hashes of uids, images, URLs and domains that no later version may hold.
 
-A version carries them in `tombstones.parquet`, columns `kind` and `mark`, the sha256 of `kind:value`; what was removed
-cannot be read from it. A domain covers its subdomains.
+A version carries them in `tombstones.parquet`, columns `kind` and `mark`, the sha256 of `kind:value`; what
+was removed cannot be read from it. A domain covers its subdomains.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder.core import write_parquet
 from builder.errors import InputError
+from builder.files import write_parquet
 from builder.urls import as_fetched, domain
 
 FILE = "tombstones.parquet"
@@ -25,7 +25,8 @@ SCHEMA = pa.schema([("kind", pa.string()), ("mark", pa.string())])
 
 MARKS = r"""
 with hosts as (
-    select *, string_split(rtrim(lower(regexp_extract(coalesce(url, ''), '^[a-zA-Z]+://(?:[^/?#]*@)?(\[[^\]]*\]|[^/:?#]+)', 1)), '.'), '.') as host
+    select *, string_split(rtrim(lower(regexp_extract(
+        coalesce(url, ''), '^[a-zA-Z]+://(?:[^/?#]*@)?(\[[^\]]*\]|[^/:?#]+)', 1)), '.'), '.') as host
     from {rows}
 ), marked as (
     select row, unnest(
@@ -36,9 +37,10 @@ with hosts as (
 )
 select row, mark from marked where mark in (select mark from {tombstones})
 """
-"""(row, mark) of a table of row, uid, image (sha256) and url, where a table of tombstones has the mark. Also for a bare DuckDB shell.
+"""(row, mark) of a table of row, uid, image (sha256) and url, where a table of tombstones has the mark.
 
-The host that it sees is the one that is connected to, for URLs are published as they are fetched (`urls.as_fetched`).
+Also for a bare DuckDB shell. The host that it sees is the one that is connected to, for URLs are published as
+they are fetched (`urls.as_fetched`).
 """
 
 
@@ -55,7 +57,7 @@ def table(values: Mapping[str, Iterable[str]]) -> pa.Table:
 
 
 def marks(kind: str, value: str) -> set[str]:
-    """What stands for a value: uids and hashes in lower case, domains as they are fetched, URLs so and as they are given.
+    """What stands for a value: uids and hashes in lower case, domains as fetched, URLs so and as given.
 
     The latter for versions of before 2026-11-24, whose URLs are as they were found.
     """

@@ -1,4 +1,4 @@
-"""URLs in the form in which they are fetched, made once, at the source: what a tombstone names is what is connected to."""
+"""URLs in the form in which they are fetched, made once, at the source: tombstones name what is asked for."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]{2,}")
 
 
 def as_fetched(found: str) -> tuple[str, str | None]:
-    """The URL that is asked for, as yarl writes it, with its host in lower case ASCII (IDNA), and why it cannot be asked for.
+    """The URL to ask for, as yarl writes it, with its host in lower case ASCII (IDNA), and why it cannot be.
 
-    A second time changes nothing more. Where it cannot be asked for, the text comes back without control characters.
+    A second time changes nothing more. Where it cannot be asked for, the text comes back without control
+    characters.
     """
     text = found.strip(_EDGES)
     try:
@@ -35,7 +36,7 @@ def as_fetched(found: str) -> tuple[str, str | None]:
 
 
 def domain(named: str) -> str:
-    """The host, or its end, that somebody names, in the form that it has in a fetched URL; empty where it is none."""
+    """The host, or its end, that somebody names, in the form of a fetched URL; empty where it is none."""
     text = named.strip(_EDGES).removeprefix("*.")
     address = f"[{text}]" if text.count(":") > 1 and "[" not in text and "://" not in text else text
     url, error = as_fetched(address if "://" in address else f"http://{address}")

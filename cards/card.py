@@ -20,8 +20,10 @@ from analysis.plots import PLOTS
 from builder.core import Recipe, SourceSet
 from builder.stages.select import LEDGER, Select, columns
 
-_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
-          (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))  # fmt: skip
+_SIZES = (
+    (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"),
+)  # fmt: skip
 
 SHOWN_CHARACTERS = 2_000  # of a string in the row or in a setting: a caption of 1 MB is no card of 1 MB
 ADDRESS = "an IP address"  # the only name with white space in the answer of links.sql: its own
@@ -33,7 +35,8 @@ def card(
 ) -> str:
     """README.md of a version, or of a run that is none yet: then the manifest has no version.
 
-    The manifest's `content`, a hash of the data, is in it for `datasets`, which tells two local folders of one name apart by their cards.
+    The manifest's `content`, a hash of the data, is in it for `datasets`, which tells two local folders of
+    one name apart by their cards.
     """
     select = recipe.stage("select")
     assert isinstance(select, Select)
@@ -49,8 +52,9 @@ def card(
         "## Original against recaption",
         _table(*reports.table(report)),
         "\n".join(f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in PLOTS if of(report, name)),
-        f"Words of a length are runs without white space; tokens are {tokenizer}, with the special tokens it adds; the vocabulary is lower case, "
-        "letters and digits, exact. Numbers on a sample say so in their query. Each number's SQL is named in `stats.json` with its hash.",
+        f"Words of a length are runs without white space; tokens are {tokenizer}, with the special tokens it "
+        "adds; the vocabulary is lower case, letters and digits, exact. Numbers on a sample say so in their "
+        "query. Each number's SQL is named in `stats.json` with its hash.",
         "## Every source row",
         _table(
             ("status", "rows", "%"),
@@ -73,19 +77,28 @@ def card(
         ),
         "`preview` repeats the first rows of `train`.",
         "## Known limits",
-        f"{ends['stopped_at_limit']:,} recaptions stopped at the token limit and {ends['without_full_stop']:,} end without a full stop "
-        f"(`re_finish_reason`). Scoring cut {ends['recaptions_cut_in_scoring']:,} recaptions and {ends['originals_cut_in_scoring']:,} originals "
-        "(`re_clip_cut`, `org_clip_cut`). Captions are a model's: they can name what is not there. Links die: verify `sha256` after a download.",
+        f"{ends['stopped_at_limit']:,} recaptions stopped at the token limit and "
+        f"{ends['without_full_stop']:,} end without a full stop (`re_finish_reason`). "
+        f"Scoring cut {ends['recaptions_cut_in_scoring']:,} recaptions and "
+        f"{ends['originals_cut_in_scoring']:,} originals (`re_clip_cut`, `org_clip_cut`). "
+        "Captions are a model's: they can name what is not there. "
+        "Links die: verify `sha256` after a download.",
         "Residue in the captions, percent:",
         _residue(of(report, "residue")),
         "## Loading",
         "```python\nimport datasets\n\n"
-        'datasets.load_dataset("PATH_OR_REPO", split="train")  # or "preview"; or name="ledger"; on the Hub: revision="vX.Y.Z"\n```',
-        "```sql\nselect uid, re_caption from 'data/train-*.parquet' where re_clip_score > org_clip_score; -- DuckDB\n```",
+        'datasets.load_dataset("PATH_OR_REPO", split="train")'
+        '  # or "preview"; or name="ledger"; on the Hub: revision="vX.Y.Z"\n```',
+        "```sql\n"
+        "select uid, re_caption from 'data/train-*.parquet' where re_clip_score > org_clip_score; -- DuckDB\n"
+        "```",
         "The images, downloaded again from their URLs; one that is another now is left out:",
         "```sql\ncopy (from 'data/train-*.parquet') to 'rows.parquet';\n```",
-        "```sh\nimg2dataset --url_list rows.parquet --input_format parquet --url_col url --caption_col re_caption \\\n"
-        '  --save_additional_columns \'["uid"]\' --verify_hash \'["sha256","sha256"]\' --output_format webdataset --output_folder images\n```',
+        "```sh\n"
+        "img2dataset --url_list rows.parquet --input_format parquet"
+        " --url_col url --caption_col re_caption \\\n"
+        '  --save_additional_columns \'["uid"]\' --verify_hash \'["sha256","sha256"]\''
+        " --output_format webdataset --output_folder images\n```",
         "```python\nimport webdataset\n\n"
         'for sample in webdataset.WebDataset("images/00000.tar", shardshuffle=False).decode("pil"):\n'
         '    print(sample["json"]["uid"], sample["jpg"].size, sample["txt"])\n```',
@@ -93,11 +106,13 @@ def card(
         f"{_licence(recipe)} The images belong to their owners and are not part of this data set.",
         _source(recipe.source),
         "## Citing",
-        f"Name {_one_line(recipe.title)}, {f'version {version}, ' if version else ''}and: What If We Recaption Billions of Web Images with "
-        f"LLaMA-3? (arXiv 2406.08478).{_citation(recipe.source)}",
+        f"Name {_one_line(recipe.title)}, {f'version {version}, ' if version else ''}and: "
+        "What If We Recaption Billions of Web Images with LLaMA-3? (arXiv 2406.08478)."
+        f"{_citation(recipe.source)}",
         "## Removal",
-        "To have a row removed, open a discussion here with its uid, its URL or the sha256 of the image. A new version goes without it, and none "
-        "that follows brings it back (`tombstones.parquet` holds hashes only).",
+        "To have a row removed, open a discussion here with its uid, its URL or the sha256 of the image. "
+        "A new version goes without it, and none that follows brings it back "
+        "(`tombstones.parquet` holds hashes only).",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -213,7 +228,8 @@ def _stage(stage: Any, days: Sequence[str]) -> str:
         for field in fields(stage)
         if field.name not in ("workers", "concurrency")
     }
-    return f"**{', '.join([stage.name, *filter(None, [' to '.join(dict.fromkeys(days))])])}**\n\n{_code(settings)}"
+    title = ", ".join([stage.name, *filter(None, [" to ".join(dict.fromkeys(days))])])
+    return f"**{title}**\n\n{_code(settings)}"
 
 
 def _code(value: Any) -> str:

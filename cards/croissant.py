@@ -1,4 +1,4 @@
-"""croissant.json of a version: what is in it, for machines (MLCommons Croissant 1.0). A pure function, as the card is."""
+"""croissant.json of a version: what is in it, for machines (MLCommons Croissant 1.0). Pure, as the card."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _TYPES = {
     pa.float64(): "sc:Float",
 }
 _TERMS = (
-    "citeAs", "column", "equivalentProperty", "extract", "field", "fileProperty", "fileObject", "fileSet", "format", "includes", "isLiveDataset",
-    "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex", "repeated", "replace", "samplingRate", "separator", "source",
-    "subField", "transform",
+    "citeAs", "column", "equivalentProperty", "extract", "field", "fileProperty", "fileObject", "fileSet",
+    "format", "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet",
+    "references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField",
+    "transform",
 )  # fmt: skip
 CONTEXT = {
-    "@language": "en", "@vocab": "https://schema.org/", "sc": "https://schema.org/", "cr": "http://mlcommons.org/croissant/",
-    "rai": "http://mlcommons.org/croissant/RAI/", "dct": "http://purl.org/dc/terms/", "conformsTo": "dct:conformsTo",
+    "@language": "en", "@vocab": "https://schema.org/", "sc": "https://schema.org/",
+    "cr": "http://mlcommons.org/croissant/", "rai": "http://mlcommons.org/croissant/RAI/",
+    "dct": "http://purl.org/dc/terms/", "conformsTo": "dct:conformsTo",
     "data": {"@id": "cr:data", "@type": "@json"}, "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "examples": {"@id": "cr:examples", "@type": "@json"}, **{term: f"cr:{term}" for term in _TERMS},
 }  # fmt: skip
@@ -64,12 +66,15 @@ def croissant(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         "citeAs": f"{recipe.title}, version {manifest['version']}, made with recapkit",
         **({"isBasedOn": _source(recipe.source)} if recipe.source else {}),
         "distribution": [
-            {"@type": "cr:FileSet", "@id": f"{name}-files", "name": f"{name}-files", "encodingFormat": "application/x-parquet", "includes": pattern}
+            {"@type": "cr:FileSet", "@id": f"{name}-files", "name": f"{name}-files",
+             "encodingFormat": "application/x-parquet", "includes": pattern}
             for name, (pattern, _) in sets.items()
         ],
         "recordSet": [
-            {"@type": "cr:RecordSet", "@id": name, "name": name, "description": f"{manifest['rows'][name]:,} rows", "field": [
-                {"@type": "cr:Field", "@id": f"{name}/{column}", "name": column, "description": what, "dataType": _TYPES[kind],
+            {"@type": "cr:RecordSet", "@id": name, "name": name,
+             "description": f"{manifest['rows'][name]:,} rows", "field": [
+                {"@type": "cr:Field", "@id": f"{name}/{column}", "name": column, "description": what,
+                 "dataType": _TYPES[kind],
                  "source": {"fileSet": {"@id": f"{name}-files"}, "extract": {"column": column}}}
                 for column, kind, what in fields
             ]}

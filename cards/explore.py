@@ -1,18 +1,27 @@
-"""A static page to look at a run or a version: samples with image, captions, scores and status; searched, sorted, filtered.
+"""A static page to look at a run or a version: samples with image, captions, scores and status.
 
     OUT/index.html, explorer.js, explorer.css   the page, the same for every data set
-    OUT/data.json                               what the data set is, its columns, rows by status, number of chunks
+    OUT/data.json                               what it is, its columns, rows by status, number of chunks
     OUT/rows/00000.json.gz                      a chunk of rows, by column
-    OUT/thumbs/00000/000000001.jpg              of a run: its images, at most 256 px; a version has none, its `url` is shown
+    OUT/thumbs/00000/000000001.jpg              a run's images, at most 256 px; of a version `url` is shown
 
-The rows are a prepared sample: all rows of up to `ROWS`, beyond that a fixed selection. The page filters them with the
-conditions and the order of SQL (`re_clip_score > 0.5 and re_caption ilike '%cat%' order by re_length desc`), written as for
-`recap sql PLACE "from published where ..."`, which is there for all of the data. DuckDB-Wasm was measured (Chromium 150, no
-network, 2026-11-21) and left out: 1.32.0 has a wasm of 34 MB (7.7 MB gzipped), takes 1.2 s to start, and gets its parquet reader from
-extensions.duckdb.org on the first query: offline every query fails. 1.28.0, of 2023, is the last with parquet inside (18 MB, starts in
-0.4 s, reads 100,000 rows in 0.5 s, searches one column in 0.13 s). Both need node on the machine that makes the page.
-This page with 100,000 rows of 60 words (19 MB): first rows after 1.0 s, all after 2.5 s, a search of all text 40-60 ms, a condition
-12-95 ms, an order 60-180 ms, on the same 2 busy cores.
+The rows are a prepared sample: all rows of up to `ROWS`, beyond that a fixed selection. The page searches all
+of their text, sorts them by one column, and filters them by columns. It has no language of conditions:
+that is `recap sql PLACE "from published where ..."`, which reads all of the data. A filter is one of
+
+    text            contains, does not contain (whatever the case), is (exactly)
+    number, date    = ≠ < ≤ > ≥, of a date with a time by its day in UTC
+    bool            is true, is false
+    any             is empty (null or an empty text), is not empty
+
+and of a value that is empty only "is empty" holds.
+
+DuckDB in a browser was measured (DuckDB-Wasm, Chromium 150, no network, 2026-11-21) and left out: 1.32.0 has
+a wasm of 34 MB (7.7 MB gzipped), takes 1.2 s to start, and gets its parquet reader from extensions.duckdb.org
+on the first query: offline every query fails. 1.28.0, of 2023, is the last with parquet inside (18 MB, starts
+in 0.4 s, reads 100,000 rows in 0.5 s, searches one column in 0.13 s). Both need node where the page is made.
+This page with 100,000 rows of 60 words (33 MB): first rows after 0.7 s, all after 2.0-2.9 s, a search of all
+text 45-70 ms, a filter 10-60 ms, an order 60-130 ms, on 2 busy cores (Chromium 156, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -26,7 +35,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -36,13 +45,13 @@ import duckdb
 import pyarrow as pa
 from PIL import Image
 
-from analysis.views import Parts, connect, parts
-from builder import run as runs
+from analysis.views import connect
 from builder import sql
 from builder.errors import InputError, telling_of_a_full_disk
+from builder.places import Place
+from builder.run import Run
 from builder.stages.imagetar import images
 from builder.stages.select import columns
-from builder.versions.targets import open_version
 
 PAGE = Path(__file__).parent / "explorer"
 FILES = ("index.html", "explorer.js", "explorer.css")
@@ -52,8 +61,10 @@ THUMB_PIXELS = 256
 NO_CAPTION = ("uid", "url", "sha256", "key", "status", "error")
 
 
-def explore(place: str | Path, out: Path, *, rows: int | None = None, captions: Sequence[str] = ()) -> Path:
-    """Write the page for RUN, TARGET, TARGET@v1.2.0 or tables with captions into `out`, whole or not at all. Returns its index.html.
+def explore(place: Place, out: Path, *, rows: int | None = None) -> Path:
+    """Write the page for RUN, TARGET, TARGET@v1.2.0 or tables with captions into `out`, whole or not at all.
+
+    Returns its index.html.
 
     Raises:
         InputError: there is nothing to show in `place`, or `out` holds something else than such a page.
@@ -73,7 +84,7 @@ def explore(place: str | Path, out: Path, *, rows: int | None = None, captions: 
         telling_of_a_full_disk(out),
     ):
         page, before = Path(folder, "page"), Path(folder, "before")
-        _write(parts(place, captions), place, page, rows or ROWS)
+        _write(place, page, rows or ROWS)
         _only_a_page(out)  # still
         if out.exists():
             os.replace(out, before)
@@ -103,14 +114,12 @@ def _only_a_page(out: Path) -> None:
             )
 
 
-def _write(found: Parts, place: str | Path, folder: Path, room: int) -> None:
+def _write(place: Place, folder: Path, room: int) -> None:
+    found = place.parts
     (folder / "rows").mkdir(parents=True)
     for name in FILES:
         shutil.copyfile(PAGE / name, folder / name)
-    about, tars = (
-        _about(place) if found.ledger else {"title": Path(place).name, "version": "", "license": ""},
-        _tars(Path(place)),
-    )
+    about, tars = _about(place), _tars(place.run)
     digest, keys, shown, chunks = hashlib.sha256(), set[str](), 0, 0
     with connect(found) as con:
         view = "published" if found.ledger else _table_view(con)
@@ -142,26 +151,22 @@ def _write(found: Parts, place: str | Path, folder: Path, room: int) -> None:
     )
 
 
-def _about(place: str | Path) -> dict[str, Any]:
+def _about(place: Place) -> dict[str, Any]:
     """Name, version and licence, for the head and the foot of the page."""
-    if (Path(place) / "recipe.json").exists() and (Path(place) / "select").is_dir():
-        recipe = runs.load_recipe(Path(place))
+    if place.run:
+        recipe = place.run.recipe
         return {"title": recipe.title or recipe.name, "version": "not published", "license": recipe.license}
-    version = open_version(str(place))
-    title = version.recipe.title or version.manifest["name"]
-    return {
-        "title": title,
-        "version": f"version {version.manifest['version']}",
-        "license": version.recipe.license,
-    }
+    if place.version:
+        recipe, manifest = place.version.recipe, place.version.manifest
+        title, version = recipe.title or manifest["name"], f"version {manifest['version']}"
+        return {"title": title, "version": version, "license": recipe.license}
+    return {"title": Path(place.parts.name).name, "version": "", "license": ""}
 
 
-def _tars(run: Path) -> list[Path]:
+def _tars(run: Run | None) -> list[Path]:
     """A run's images, as far as they are still there."""
-    if not (run / "select").is_dir() or not (run / "recipe.json").exists():
-        return []
-    download = runs.plan(runs.load_recipe(run), run).get("download")
-    return [path for path in download.files(run, ".tar") if path.exists()] if download else []
+    found = map(run.local, run.files("download", ".tar")) if run else ()
+    return [path for path in found if path.exists()]
 
 
 def _table_view(con: duckdb.DuckDBPyConnection) -> str:
@@ -185,7 +190,7 @@ def _table_view(con: duckdb.DuckDBPyConnection) -> str:
 
 
 def _columns(con: duckdb.DuckDBPyConnection, view: str) -> list[dict[str, str]]:
-    """Name, kind (text, number, bool), what it is, and how the page shows it: as a caption, a score, or only among the others."""
+    """Name, kind (text, number, date, bool), what it is, and its role: caption, score or none."""
     schema = con.sql(f"from {view} limit 0").to_arrow_table().schema
     schema = schema.append(pa.field("status", pa.string())).append(pa.field("error", pa.string()))
     what = {name: text for name, _, text in columns()} | {
@@ -194,7 +199,7 @@ def _columns(con: duckdb.DuckDBPyConnection, view: str) -> list[dict[str, str]]:
     }
     described = []
     for field in schema:
-        kind = "bool" if pa.types.is_boolean(field.type) else "number" if _is_number(field.type) else "text"
+        kind = _kind(field.type)
         caption = (
             kind == "text" and field.name not in NO_CAPTION and not field.name.endswith("_finish_reason")
         )
@@ -203,12 +208,19 @@ def _columns(con: duckdb.DuckDBPyConnection, view: str) -> list[dict[str, str]]:
     return sorted(described, key=lambda column: column["name"] != "org_caption")  # the original first
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+def _kind(of: pa.DataType) -> str:
+    if pa.types.is_boolean(of):
+        return "bool"
+    if pa.types.is_integer(of) or pa.types.is_floating(of) or pa.types.is_decimal(of):
+        return "number"
+    return "date" if pa.types.is_date(of) or pa.types.is_timestamp(of) else "text"
 
 
 def _sample(con: duckdb.DuckDBPyConnection, view: str, failed: int, room: int) -> Iterator[pa.Table]:
-    """Published rows, then failed ones. Where there are too many, those with the smallest hashes; failed ones get a tenth of the room at least."""
+    """Published rows, then failed ones. Where there are too many, those with the smallest hashes.
+
+    Failed ones get a tenth of the room at least.
+    """
     ((published,),) = con.sql(f"select count(*) from {view}").fetchall()
     failed_room = failed if published + failed <= room else min(failed, max(room - published, room // 10))
     for rows, number, most in (
@@ -257,14 +269,22 @@ def _chunk(table: pa.Table) -> bytes:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
+    """As JSON has them, and as DuckDB compares them: 0.3 of 32 bits is 0.3, not 0.30000001192092896."""
+    of = column.type
+    if pa.types.is_timestamp(of):
+        column = column.cast(pa.timestamp(of.unit)).cast(pa.string())  # in UTC, wherever the page is made
+    elif pa.types.is_date(of):
+        column = column.cast(pa.string())
+    elif pa.types.is_float32(of):
+        column = column.cast(pa.string()).cast(pa.float64())
+    elif pa.types.is_decimal(of):
+        column = column.cast(pa.float64())
     values: list[Any] = column.to_pylist()
-    if pa.types.is_nested(column.type):
+    if pa.types.is_nested(of):
         return [None if value is None else str(value) for value in values]
-    return (
-        [None if v is None or not math.isfinite(v) else v for v in values]
-        if pa.types.is_floating(column.type)
-        else values
-    )
+    if pa.types.is_floating(column.type):
+        return [value if value is not None and math.isfinite(value) else None for value in values]
+    return values
 
 
 def _thumbs(tars: Iterable[Path], keys: set[str], folder: Path) -> None:

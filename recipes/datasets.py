@@ -1,10 +1,12 @@
-"""Build recipes, one function an artifact. `recap build NAME key=value` calls the function NAME with these parameters."""
+"""Build recipes, one function an artifact. `recap build NAME key=value` calls NAME with these parameters."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from builder.core import Recipe, SourceSet
 from builder.errors import RecipeError
-from builder.stages.caption import RECAPTION_V1, Caption, CaptionSpec
+from builder.stages.caption import Caption
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
 from builder.stages.score import Score
@@ -42,30 +44,27 @@ SOURCE_SETS = {
 
 
 def demo(*, web: str = "runs/demo-web", rows_per_shard: int = 200, short: bool = False) -> Recipe:
-    """The embedded default: 2,000 rows of a procedural world behind a small faulty web, and two tiny models trained on it.
+    """The embedded default: a procedural world behind a small faulty web, and two tiny models trained on it.
 
-    `short` adds a second caption column, cut at 24 tokens.
+    It has 2,000 rows. `short` adds a second caption column, cut at 24 tokens.
     """
-    second = (CaptionSpec(name="short_caption", max_tokens=24),) if short else ()
+    first = Caption(model=DEMO_CAPTIONER, dtype="float32", max_model_len=512, kv_cache_gib=1)
+    second = (replace(first, name="short_caption", max_tokens=24),) if short else ()
     return Recipe(
         name="demo",
         title="recapkit demo",
         license="cc0-1.0",
-        description="Pictures of a procedural world, recaptioned by a LLaVA-LLaMA3 of 1.9M parameters trained from scratch.",
+        description="Pictures of a procedural world, "
+        "recaptioned by a LLaVA-LLaMA3 of 1.9M parameters trained from scratch.",
         source=SourceSet("recapkit's procedural world (recipes/demo)", "", "cc0-1.0"),
         stages=(
             Source(files=f"{web}/metadata", rows_per_shard=rows_per_shard),
             Download(image_px=128, timeout_s=5, allow_private=("127.0.0.1/32",)),
             Dedup(),
-            Caption(
-                model=DEMO_CAPTIONER,
-                specs=(RECAPTION_V1, *second),
-                dtype="float32",
-                max_model_len=512,
-                kv_cache_gib=1,
-            ),
+            first,
+            *second,
             Score(model=DEMO_CLIP),
-            Select(captions=tuple(spec.name for spec in second)),
+            Select(),
         ),
     )
 
@@ -83,11 +82,12 @@ def recap_datacomp_1b(
     source_set: str = "",
     license: str = "",
 ) -> Recipe:
-    """Recap-DataComp-1B's line (arXiv 2406.08478) over any DataComp-like metadata: download as DataComp does, recaption v1, CLIP scores.
+    """Recap-DataComp-1B's line (arXiv 2406.08478) over any DataComp-like metadata.
 
-    `captioner` is a LLaVA-LLaMA3 checkpoint and `clip` an open_clip one: folders, or Hub ids with a pinned revision.
-    `source_set` names the data set that the metadata belong to, one of `SOURCE_SETS`; `license` is that of
-    the captions, the source set's where none is given. The card states both.
+    That is: download as DataComp does, recaption v1, CLIP scores. `captioner` is a LLaVA-LLaMA3 checkpoint
+    and `clip` an open_clip one: folders, or Hub ids with a pinned revision. `source_set` names the data set
+    that the metadata belong to, one of `SOURCE_SETS`; `license` is that of the captions, the source set's
+    where none is given. The card states both.
 
     Raises:
         RecipeError: there is no such source set.

@@ -96,7 +96,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_run() -> Path:
-    """`recap demo` with 240 rows, once for all workers: a finished run, and next to it the published version."""
+    """`recap demo` with 240 rows, once for all workers: a finished run, and next to it its version."""
     if os.environ.get("RECAP_TEST_RUN"):
         return Path(os.environ["RECAP_TEST_RUN"])
     run = SESSION / "demo" / "demo"
@@ -107,12 +107,27 @@ def demo_run() -> Path:
     return run
 
 
+def output_of(run: Path, stage: str, suffix: str = ".parquet", number: int = 0) -> Path:
+    """A file of a run: its stage's output `number`."""
+    from builder.run import Run
+
+    return run / Run.open(run).files(stage, suffix)[number]
+
+
+def record_of(run: Path, stage: str, number: int = 0) -> Path:
+    """The record of a task in the first block of a run."""
+    return run / stage / "00000" / f"{number:05d}.json"
+
+
 def a_version(
     folder: Path, data: pa.Table, ledger: pa.Table, captions: tuple[str, ...] = (), **about: str
 ) -> Path:
-    """A published version as far as it is read: its rows, with null in the columns that `data` lacks, its ledger, recipe and manifest."""
-    from builder.core import Recipe, write_parquet
-    from builder.stages.caption import Caption, CaptionSpec
+    """A published version as far as it is read: its rows, with null in the columns that `data` lacks, its
+    ledger, recipe and manifest.
+    """
+    from builder.core import Recipe
+    from builder.files import write_parquet
+    from builder.stages.caption import Caption
     from builder.stages.select import LEDGER, Select, schema
 
     whole = schema(captions)
@@ -133,8 +148,8 @@ def a_version(
             "bytes": path.stat().st_size,
             "rows": table.num_rows,
         }
-    specs = tuple(CaptionSpec(name=name) for name in ("re_caption", *captions))
-    stages = (Caption(model="no/model@0", specs=specs), Select(captions=captions))
+    made = tuple(Caption(model="no/model@0", name=name) for name in ("re_caption", *captions))
+    stages = (*made, Select())
     (folder / "recipe.json").write_text(Recipe("tiny", stages, **about).to_json())
     none = {"train": 0, "preview": 0, "ledger": 0}
     manifest = {"name": "tiny", "version": "1.2.3", "rows": none, "bytes": none, "files": files}
@@ -145,13 +160,10 @@ def a_version(
 @contextmanager
 def web_of(run: Path) -> Iterator[Path]:
     """The small web that a demo run was built from, up again at its port; one test has it at a time."""
-    from builder import run as runs
-    from builder.stages.source import Source
+    from builder.run import Run
     from recipes.demo import web
 
-    source = runs.load_recipe(run).stage("source")
-    assert isinstance(source, Source)
-    site = Path(source.files).parent
+    site = Path(Run.open(run).source.files).parent
     port = yarl.URL(pq.read_table(next((site / "metadata").glob("*.parquet")))["url"][0].as_py()).port
     assert port is not None
     with FileLock(SESSION / "web.lock"), web.serve(site, port):

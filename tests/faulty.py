@@ -1,4 +1,4 @@
-"""A web server on loopback that answers byte for byte what a test wants, however wrong, and remembers who came."""
+"""A web server on loopback: it answers byte for byte what a test wants, however wrong, and notes who came."""
 
 from __future__ import annotations
 

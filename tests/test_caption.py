@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CAPTIONER
@@ -17,12 +24,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
-from builder.commit import commit
-from builder.core import Recipe, Task
+from builder.captions.replies import Replies, Reply
+from builder.captions.vllm import Engine, begins
+from builder.commit import commit, working
+from builder.core import Recipe, Record, Task
 from builder.errors import InputError, RecipeError
+from builder.files import write_parquet
 from builder.model import identity
-from builder.stages.caption import RECAPTION_V1, Caption, CaptionSpec, Engine, begins
+from builder.run import Run
+from builder.stages import download, source
+from builder.stages.caption import RECAPTION_V1_PROMPT, Caption, Captioning
+from builder.stages.questions import IMAGES
 from builder.stages.select import Select
+from builder.store import Folder
 from recipes.demo import world
 
 SETTINGS = Caption(model=str(CAPTIONER), dtype="float32", max_model_len=512, kv_cache_gib=1)
@@ -46,11 +60,13 @@ def requests(scenes: list[world.Scene]) -> Iterator[tuple[str, bytes, dict[str, 
 def test_recaption_v1_is_the_published_prompt_and_decoding(engine: Engine) -> None:
     """Prompt and decoding of arXiv 2406.08478, in the chat format of Llama 3."""
     assert (
-        RECAPTION_V1.prompt
+        SETTINGS.prompt
+        == RECAPTION_V1_PROMPT
         == "Please generate a detailed caption of this image. Please be as descriptive as possible."
     )
-    assert (RECAPTION_V1.temperature, RECAPTION_V1.max_tokens) == (0.0, 128)
-    assert engine.prompts["re_caption"] == (
+    assert (SETTINGS.name, SETTINGS.temperature, SETTINGS.max_tokens) == ("re_caption", 0.0, 128)
+    assert (engine.sampling.temperature, engine.sampling.max_tokens) == (0.0, 128)
+    assert engine.rendered == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\n"
         "Please generate a detailed caption of this image. Please be as descriptive as possible.<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -60,7 +76,7 @@ def test_recaption_v1_is_the_published_prompt_and_decoding(engine: Engine) -> No
 def test_the_prompt_that_is_served_is_the_prompt_that_was_trained() -> None:
     from recipes.demo.train import PROMPT_V1
 
-    content = [{"type": "image"}, {"type": "text", "text": RECAPTION_V1.prompt}]
+    content = [{"type": "image"}, {"type": "text", "text": RECAPTION_V1_PROMPT}]
     processor = AutoProcessor.from_pretrained(str(CAPTIONER))
     assert (
         processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -69,37 +85,36 @@ def test_the_prompt_that_is_served_is_the_prompt_that_was_trained() -> None:
 
 
 def test_captions_name_what_is_there(engine: Engine) -> None:
-    """Held-out scenes; the quality that the README states is measured on 500 by `python -m recipes.demo.eval`."""
+    """Held-out scenes; the quality that the README states is measured on 500 by `recipes.demo.eval`."""
     scenes = held_out(64)
-    found = dict(engine.captions(requests(scenes)))
+    found = engine.replies(requests(scenes))
     right = named = there = 0
     for n, scene in enumerate(scenes):
-        caption = found[str(n)]["re_caption"]
-        pairs = world.named_pairs(caption["text"])
+        reply = found[str(n)]
+        pairs = world.named_pairs(reply.text)
         right, named, there = right + len(pairs & scene.pairs), named + len(pairs), there + len(scene.pairs)
-        assert caption["finish_reason"] == "stop"
-        assert caption["text"].endswith(".")
-        assert 0 < caption["num_tokens"] <= 128
+        assert reply.finish_reason == "stop"
+        assert reply.text.endswith(".")
+        assert reply.num_tokens is not None
+        assert 0 < reply.num_tokens <= 128
     assert right / there >= 0.95
     assert right / named >= 0.95
 
 
-def test_captions_do_not_depend_on_the_batch(engine: Engine) -> None:
+def test_captions_do_not_depend_on_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 on a CPU: alone, in small and in large batches, a picture gets the same caption."""
     scenes = held_out(24)
-    together = dict(engine.captions(requests(scenes)))
-    engine.in_flight = 3
-    few = dict(engine.captions(requests(scenes)))
-    engine.in_flight = SETTINGS.in_flight
-    assert together == few
+    together = engine.replies(requests(scenes))
+    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=3))
+    assert engine.replies(requests(scenes)) == together
 
 
 def test_no_row_is_left_when_all_in_flight_end_in_one_step(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One at a time they always do."""
-    monkeypatch.setattr(engine, "in_flight", 1)
-    found = dict(engine.captions(requests(held_out(4))))
+    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=1))
+    found = engine.replies(requests(held_out(4)))
     assert sorted(found) == ["0", "1", "2", "3"]
 
 
@@ -113,82 +128,60 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
     assert begins(tokenizer) == []
 
-    picture, template = Image.new("RGB", (8, 8)), engine.prompts["re_caption"]
-    whole = engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"]
+    picture, template = Image.new("RGB", (8, 8)), engine.rendered
+    whole = engine.prompt(picture, {})[0]["prompt_token_ids"]
     assert whole.count(first) == 1
-    monkeypatch.setitem(engine.prompts, "re_caption", template.removeprefix("<|begin_of_text|>"))
-    assert engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"] == whole
+    monkeypatch.setattr(engine, "rendered", template.removeprefix("<|begin_of_text|>"))
+    assert engine.prompt(picture, {})[0]["prompt_token_ids"] == whole
     monkeypatch.setattr(engine, "begins", [])
-    assert engine.prompt(RECAPTION_V1, picture, {})[0]["prompt_token_ids"] == whole[1:]
+    assert engine.prompt(picture, {})[0]["prompt_token_ids"] == whole[1:]
 
 
 def test_braces_of_a_chat_template_are_no_placeholders(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(engine.prompts, "re_caption", f"On {{date}}, {{url}}: {engine.prompts['re_caption']}")
-    ids = engine.prompt(RECAPTION_V1, Image.new("RGB", (8, 8)), {"url": "http://h/"})[0]["prompt_token_ids"]
+    monkeypatch.setattr(engine, "rendered", f"On {{date}}, {{url}}: {engine.rendered}")
+    ids = engine.prompt(Image.new("RGB", (8, 8)), {"url": "http://h/"})[0]["prompt_token_ids"]
     assert "{date}, {url}:" in engine.tokenizer.decode(ids)
 
 
 def test_a_picture_that_cannot_be_decoded_is_a_row_not_an_exception(engine: Engine) -> None:
-    bad = [(f"bad {k}", b"no picture", {}) for k in range(2 * engine.in_flight)]
-    found = dict(engine.captions(iter([*bad, *requests(held_out(1))])))
-    assert all("cannot be decoded" in found[uid]["re_caption"]["error"] for uid, _, _ in bad)
-    assert found["0"]["re_caption"]["text"]
+    bad = [(f"bad {k}", b"no picture", {}) for k in range(2 * SETTINGS.in_flight)]
+    found = engine.replies([*bad, *requests(held_out(1))])
+    assert all("cannot be decoded" in found[uid].error for uid, _, _ in bad)
+    assert found["0"].text
 
 
-def test_random_decoding_is_seeded_by_the_row(engine: Engine) -> None:
-    spec = CaptionSpec(temperature=0.75, top_k=50, max_tokens=40)
-    greedy, engine.specs = engine.specs, (spec,)
-    kept, engine.sampling = engine.sampling, {spec.name: engine.sampling[spec.name].clone()}
-    engine.sampling[spec.name].temperature = 0.75
-    once, again = (dict(engine.captions(requests(held_out(6)))) for _ in range(2))
-    engine.specs, engine.sampling = greedy, kept
-    assert once == again
-    assert engine.params(spec, "a").seed != engine.params(spec, "b").seed
-
-
-def test_a_caption_that_hits_the_limit_says_so(engine: Engine) -> None:
+def decodes(engine: Engine, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Caption:
+    """The engine with other sampling settings, as if it had been opened with them."""
     from vllm import SamplingParams
 
-    kept = engine.sampling["re_caption"]
-    engine.sampling["re_caption"] = SamplingParams(temperature=0, max_tokens=5)
-    ((_, caption),) = engine.captions(requests(held_out(1)))
-    engine.sampling["re_caption"] = kept
-    assert (caption["re_caption"]["finish_reason"], caption["re_caption"]["num_tokens"]) == ("length", 5)
+    stage = replace(SETTINGS, **settings)
+    names = ("temperature", "top_k", "max_tokens", "min_tokens")
+    sampling = SamplingParams(**{name: getattr(stage, name) for name in names})
+    monkeypatch.setattr(engine, "settings", stage)
+    monkeypatch.setattr(engine, "sampling", sampling)
+    return stage
 
 
-def test_a_journaled_caption_is_not_generated_again(engine: Engine, demo_run: Path, tmp_path: Path) -> None:
-    """A journal cut off by a crash in its last line: the whole lines count, the rest is generated."""
-    record = json.loads((demo_run / "caption" / "00000.json").read_text())
-    for name in record["inputs"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(demo_run / name, tmp_path / name)
-    task = Task(tmp_path, "caption", "00000", "some-key", record["inputs"])
-    task.folder.mkdir()
-    uids = [uid for uid, _, _ in SETTINGS._requests(task, {})]
-    known = {"re_caption": {"text": "Journaled.", "finish_reason": "stop", "num_tokens": 2}}
-    lines = [task.key, json.dumps([uids[0], known]), json.dumps([uids[1], known])[:-9]]
-    (task.folder / "00000.journal").write_text("\n".join(lines))
-    SETTINGS.caption(engine, task)
-    import pyarrow.parquet as pq
+def test_random_decoding_is_seeded_by_the_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes(engine, monkeypatch, temperature=0.75, top_k=50, max_tokens=40)
+    once, again = (engine.replies(requests(held_out(6))) for _ in range(2))
+    assert once == again
+    assert engine.params("a").seed != engine.params("b").seed
+    ((_, picture, row),) = requests(held_out(1))
+    same = engine.replies((str(n), picture, row) for n in range(8))
+    assert len({reply.text for reply in same.values()}) > 1
+    keys = {reply.key for reply in same.values()}
+    assert len(keys) == 8
+    decodes(engine, monkeypatch, temperature=0.75, top_k=49, max_tokens=40)
+    assert engine.replies([("0", picture, row)])["0"].key not in keys
 
-    texts = {row["uid"]: row["re_caption"] for row in pq.read_table(task.output()).to_pylist()}
-    before = {
-        row["uid"]: row["re_caption"]
-        for row in pq.read_table(demo_run / "caption" / "00000.parquet").to_pylist()
-    }
-    assert texts[uids[0]] == "Journaled."
-    assert texts == before | {uids[0]: "Journaled."}
-    assert (task.folder / "00000.journal").exists()  # until the record is there
-    commit(SETTINGS, task, {"ok": 1}, 0)
-    assert not (task.folder / "00000.journal").exists()
 
-    (task.folder / "00000.journal").write_text(
-        "\n".join(["another-key", *lines[1:]])
-    )  # other settings: not the same captions
-    SETTINGS.caption(engine, task)
-    assert "Journaled." not in pq.read_table(task.output())["re_caption"].to_pylist()
+def test_a_caption_that_hits_the_limit_says_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes(engine, monkeypatch, max_tokens=5)
+    (reply,) = engine.replies(requests(held_out(1))).values()
+    assert (reply.finish_reason, reply.num_tokens) == ("length", 5)
 
 
 def test_a_model_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
@@ -214,22 +207,20 @@ def test_a_hub_model_needs_a_pinned_revision(model: str) -> None:
     assert identity("user/name@0123456789abcdef") == "user/name@0123456789abcdef"
 
 
-# --- prompts that quote the row -----------------------------------------------------------------------------------------
+# --- prompts that quote the row -----------------------------------------------------------------------------
 
-QUOTING = CaptionSpec(name="quoting", prompt="Alt text: {org_caption} ({url}). Describe.", max_tokens=8)
+QUOTING = replace(SETTINGS, name="quoting", prompt="Alt text: {org_caption} ({url}). Describe.", max_tokens=8)
 
 
 @pytest.fixture(scope="module")
 def quoting() -> Iterator[Engine]:
-    engine = Engine(replace(SETTINGS, specs=(QUOTING,)))
+    engine = Engine(QUOTING)
     yield engine
     engine.close()
 
 
 def ids(engine: Engine, org_caption: str, url: str = "http://h/") -> list[int]:
-    prompt, _ = engine.prompt(
-        engine.specs[0], Image.new("RGB", (8, 8)), {"org_caption": org_caption, "url": url}
-    )
+    prompt, _ = engine.prompt(Image.new("RGB", (8, 8)), {"org_caption": org_caption, "url": url})
     tokens: list[int] = prompt["prompt_token_ids"]
     return tokens
 
@@ -254,17 +245,17 @@ def test_text_of_a_row_that_is_too_long_is_cut_and_counted(quoting: Engine) -> N
     rows = [
         {"org_caption": text, "url": "http://h/"} for text in ("a cat", "word " * 50_000, "<image> " * 300)
     ]
-    found = dict(quoting.captions(iter(zip("abc", pictures, rows, strict=True))))
-    assert all(found[uid]["quoting"]["text"] for uid in "abc")
-    assert [found[uid]["quoting"].get("prompt_cut", False) for uid in "abc"] == [False, True, True]
-    assert dict(QUOTING.columns())["quoting_prompt_cut"] == "bool"
+    found = quoting.replies(zip("abc", pictures, rows, strict=True))
+    assert all(found[uid].text for uid in "abc")
+    assert [found[uid].prompt_cut for uid in "abc"] == [False, True, True]
+    assert dict(QUOTING.columns())["quoting_prompt_cut"] == pa.bool_()
 
 
 @pytest.mark.parametrize("prompt", ["{foo}", "{org_caption} and {caption}", "{ORG_CAPTION}"])
 def test_a_placeholder_that_is_none_is_told_when_the_recipe_is_made(prompt: str) -> None:
     with pytest.raises(RecipeError, match=r"quotes \{.*\n.*org_caption, url"):
-        CaptionSpec(prompt=prompt)
-    assert CaptionSpec(prompt='as JSON: {"objects": [], "text": {}}').quotes() == []
+        replace(SETTINGS, prompt=prompt)
+    assert replace(SETTINGS, prompt='as JSON: {"objects": [], "text": {}}').quotes() == []
 
 
 def test_a_prompt_that_leaves_no_room_is_told_before_any_shard() -> None:
@@ -275,7 +266,370 @@ def test_a_prompt_that_leaves_no_room_is_told_before_any_shard() -> None:
         Engine(replace(SETTINGS, max_model_len=64))
 
 
-# --- what fails -----------------------------------------------------------------------------------------------------------
+# --- shards, and what is known of them ----------------------------------------------------------------------
+
+
+def a_shard(store: Folder, scenes: Sequence[world.Scene], name: str = "00000", **more: Any) -> Task:
+    """A task over downloads of these scenes, a row each."""
+    rows, tar = [], io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        for n, scene in enumerate(scenes):
+            image = world.jpeg(world.draw(scene, 128), 95)
+            key = f"{int(name):05d}{n:04d}"
+            about = tarfile.TarInfo(f"{key}.jpg")
+            about.size = len(image)
+            archive.addfile(about, io.BytesIO(image))
+            sha256 = hashlib.sha256(image).hexdigest()
+            row = {"uid": f"uid-{key}", "url": f"http://h/{scene.seed}", "org_caption": "alt"}
+            rows.append({**row, "status": "ok", "key": key, "image_sha256": sha256})
+    tables = {
+        "source": pa.Table.from_pylist(rows, source.SCHEMA),
+        "download": pa.Table.from_pylist(rows, download.SCHEMA),
+        "dedup": pa.Table.from_pylist(
+            rows, pa.schema(dict.fromkeys(("uid", "status", "error"), pa.string()))
+        ),
+    }
+    digits = hashlib.sha256(tar.getvalue()).hexdigest()
+    inputs = {}
+    for stage, table in tables.items():
+        inputs[f"{stage}/00000/{name}.{digits[:8]}.parquet"] = digits
+        (store.root / stage / "00000").mkdir(parents=True, exist_ok=True)
+        write_parquet(table, store.root / stage / "00000" / f"{name}.{digits[:8]}.parquet")
+    inputs[f"download/00000/{name}.{digits[:8]}.tar"] = digits
+    (store.root / "download" / "00000" / f"{name}.{digits[:8]}.tar").write_bytes(tar.getvalue())
+    return Task("re_caption", "00000", name, digits, inputs, **more)
+
+
+def do(store: Folder, engine: Engine, task: Task, work: Captioning | None = None) -> tuple[pa.Table, Record]:
+    """A task done and committed, as a worker does."""
+    with working(store, task) as here:
+        counts = (work or Captioning(SETTINGS, engine))(here)
+        record = commit(store, SETTINGS, here, counts, 0)
+    table = pq.read_table(store.root / record.output(".parquet"))
+    assert record.rows == Counter(table["status"].to_pylist())
+    return table, record
+
+
+@pytest.fixture
+def asked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that were put to the engine."""
+    add, names = engine.engine.add_request, []
+
+    def added(name: str, *given: Any) -> Any:
+        names.append(name)
+        return add(name, *given)
+
+    monkeypatch.setattr(engine.engine, "add_request", added)
+    return names
+
+
+def test_a_journaled_caption_is_not_generated_again(
+    engine: Engine, demo_run: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    """A journal cut off by a crash in its last line: the whole lines count, the rest is generated."""
+    run, store = Run.open(demo_run), Folder(tmp_path)
+    _, record = next(run.shards("re_caption"))
+    for name in record.inputs:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run.local(name), tmp_path / name)
+    task = Task("re_caption", "00000", "00000", "0" * 64, record.inputs)
+    before = pq.read_table(run.local(record.output(".parquet"))).to_pylist()
+    keys = [row["reply_key"] for row in before if row["reply_key"]]
+    first, second = (
+        json.dumps(asdict(Reply("Journaled.", "stop", 2, key=key))) for key in dict.fromkeys(keys[:2])
+    )
+    journal = tmp_path / "re_caption" / "00000" / "00000.journal"
+    journal.parent.mkdir(parents=True)
+
+    journal.write_text(f"{first}\n{second[:-9]}")
+    with working(store, task) as here:
+        Captioning(SETTINGS, engine)(here)
+        table = pq.read_table(here.output()).to_pylist()
+        assert journal.exists()  # until the record is there
+        commit(store, SETTINGS, here, {"ok": 1}, 0)
+    assert not journal.exists()
+    told = {"re_caption": "Journaled.", "re_caption_finish_reason": "stop", "re_caption_num_tokens": 2}
+    assert table == [row | told if row["reply_key"] == keys[0] else row for row in before]
+    assert len(asked) == len(keys) - keys.count(keys[0])
+
+    other = json.dumps(asdict(Reply("Journaled.", "stop", 2, key="0" * 32)))  # of other settings
+    journal.write_text(f"{other}\n")
+    table, _ = do(store, engine, task)
+    assert table.to_pylist() == before
+
+
+def test_what_an_earlier_output_or_a_journal_holds_is_not_asked_again(
+    engine: Engine, tmp_path: Path, asked: list[str]
+) -> None:
+    """Of 20 rows 3 are unknown, and stand among the others: 3 requests."""
+    old, new = held_out(20), held_out(3, 6_000_000)
+    mixed = [*old[2:9], new[0], *old[9:15], new[1], *old[15:19], new[2]]
+    assert len(mixed) == 20
+    alone, _ = do(Folder(tmp_path / "alone"), engine, a_shard(Folder(tmp_path / "alone"), mixed))
+    assert len(asked) == 20
+
+    store = Folder(tmp_path / "earlier")
+    before, record = do(store, engine, a_shard(store, old))
+    asked.clear()
+    after, _ = do(store, engine, a_shard(store, mixed, earlier=tuple(record.outputs)))
+    assert len(asked) == 3
+    assert after == alone
+
+    asked.clear()
+    store = Folder(tmp_path / "journal")
+    task = a_shard(store, mixed)
+    journal = store.journal(task.journal)
+    for row in before.to_pylist():
+        reply = Reply(
+            row["re_caption"], row["re_caption_finish_reason"], row["re_caption_num_tokens"],
+            key=row["reply_key"],
+        )  # fmt: skip
+        journal.add(json.dumps(asdict(reply)))
+    journal.close()
+    after, _ = do(store, engine, task)
+    assert len(asked) == 3
+    assert after == alone
+
+
+def test_a_build_that_was_stopped_goes_on_where_it_was(
+    engine: Engine, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever came is in the journal, however the shard ended."""
+    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=2))
+    store, scenes = Folder(tmp_path), held_out(12)
+    task = a_shard(store, scenes)
+    step, came = engine.engine.step, 0
+
+    def stopping() -> Any:
+        nonlocal came
+        if came > 4:
+            raise RuntimeError("stopped")
+        outputs = step()
+        came += sum(output.finished for output in outputs)
+        return outputs
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(engine.engine, "step", stopping)
+        with pytest.raises(RuntimeError, match="stopped"):
+            do(store, engine, task)
+    assert came >= 5
+    assert len(store.journaled(task.journal)) == came
+    asked.clear()
+    table, _ = do(store, engine, task)
+    assert len(asked) == 12 - came
+    assert table == do(Folder(tmp_path / "whole"), engine, a_shard(Folder(tmp_path / "whole"), scenes))[0]
+
+
+def test_a_damaged_or_collected_earlier_output_costs_its_replies_and_nothing_else(
+    engine: Engine, tmp_path: Path, asked: list[str]
+) -> None:
+    store, scenes = Folder(tmp_path), held_out(3)
+    before, record = do(store, engine, a_shard(store, scenes))
+    (name,) = record.outputs
+    whole = (tmp_path / name).read_bytes()
+    other = "re_caption/00000/00000.00000000.parquet"  # written by other code
+    write_parquet(pa.table({"uid": ["uid"], "re_caption": ["Nothing."]}), tmp_path / other)
+    (tmp_path / name).write_bytes(whole[:-100])
+    asked.clear()
+    after, _ = do(
+        store, engine, a_shard(store, scenes, earlier=(other, name, "re_caption/00000/gone.parquet"))
+    )
+    assert len(asked) == 3
+    assert after == before
+
+
+def _prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "rendered", engine.rendered.replace("detailed", "short"))
+
+
+def _max_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes(engine, monkeypatch, max_tokens=127)
+
+
+def _min_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes(engine, monkeypatch, min_tokens=2)
+
+
+def _top_k(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes(engine, monkeypatch, top_k=7)
+
+
+def _temperature(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes(engine, monkeypatch, temperature=0.5)
+
+
+def _model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.made_by == f"{identity(SETTINGS.model)} float32"
+    monkeypatch.setattr(engine, "made_by", f"{identity(SETTINGS.model)} bfloat16")
+
+
+def _in_flight(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=1, max_model_len=400))
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [
+        *((change, 3) for change in (_prompt, _max_tokens, _min_tokens, _temperature, _model)),
+        (_top_k, 0),  # greedy: it takes the first whatever their number
+        (_in_flight, 0),
+    ],
+)
+def test_a_reply_is_kept_by_what_made_it(
+    engine: Engine,
+    tmp_path: Path,
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Engine, pytest.MonkeyPatch], None],
+    number: int,
+) -> None:
+    store, scenes = Folder(tmp_path), held_out(3)
+    before, record = do(store, engine, a_shard(store, scenes))
+    asked.clear()
+    change(engine, monkeypatch)
+    after, _ = do(store, engine, replace(a_shard(store, scenes), key="0" * 64, earlier=tuple(record.outputs)))
+    assert len(asked) == number
+    same = [a == b for a, b in zip(before["reply_key"], after["reply_key"], strict=True)]
+    assert same == [number == 0] * 3
+
+
+def test_the_reply_of_a_picture_is_that_of_its_bytes(
+    engine: Engine, tmp_path: Path, asked: list[str]
+) -> None:
+    """Not of its row's uid, place or shard."""
+    store, scenes = Folder(tmp_path), held_out(3)
+    before, record = do(store, engine, a_shard(store, scenes))
+    asked.clear()
+    task = a_shard(store, scenes[::-1], "00007", earlier=tuple(record.outputs))
+    after, _ = do(store, engine, task)
+    assert asked == []
+    assert after["re_caption"].to_pylist() == before["re_caption"].to_pylist()[::-1]
+
+
+def test_a_reply_that_is_no_caption_as_it_came_is_kept_as_it_came(
+    engine: Engine, tmp_path: Path, asked: list[str]
+) -> None:
+    """White space around it, or nothing but that: the row fails, and asking again would give the same."""
+    store = Folder(tmp_path)
+    scenes = held_out(3)
+    before, record = do(store, engine, a_shard(store, scenes))
+    keys = before["reply_key"].to_pylist()
+    asked.clear()
+    task = a_shard(store, scenes, earlier=tuple(record.outputs))
+    journal = store.journal(task.journal)
+    came = (Reply("  A square.\n", "stop", 4, key=keys[0]), Reply(" \n", "length", 2, key=keys[1]))
+    for reply in came:
+        journal.add(json.dumps(asdict(reply)))
+    journal.close()
+    after, record = do(store, engine, task)
+    assert asked == []
+    found = after.to_pylist()
+    assert [row["status"] for row in found] == ["ok", "caption_failed", "ok"]
+    assert [row["error"] for row in found] == [None, "the model said nothing", None]
+    assert [row["re_caption"] for row in found] == ["A square.", None, before["re_caption"][2].as_py()]
+    assert [row["reply"] for row in found] == ["  A square.\n", " \n", None]
+    with working(store, replace(task, earlier=tuple(record.outputs))) as here:
+        replies = Replies(here, "re_caption")
+        replies.close()
+    assert [replies.known[key] for key in keys[:2]] == list(came)
+
+
+def test_a_reply_that_failed_is_asked_for_again(engine: Engine, tmp_path: Path, asked: list[str]) -> None:
+    store = Folder(tmp_path)
+    with working(store, a_shard(store, held_out(1))) as here:
+        replies = Replies(here, "re_caption")
+        replies.add(Reply(error="the model's logits are not finite", key="0" * 32))
+        replies.close()
+        assert replies.known == {}
+    assert store.journaled(here.journal) == []
+
+
+# --- the next shard, ahead ----------------------------------------------------------------------------------
+
+
+def test_a_shard_is_begun_before_the_one_before_it_is_finished(
+    engine: Engine, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine does not drain in between, and nobody's replies reach another shard."""
+    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=8))
+    scenes = held_out(40)
+    shards = {"00000": scenes[:20], "00001": scenes[20:]}
+    alone = {}
+    for name, part in shards.items():
+        store = Folder(tmp_path / f"alone-{name}")
+        alone[name], _ = do(store, engine, a_shard(store, part, name))
+    asked.clear()
+
+    store = Folder(tmp_path / "together")
+    first, second = (a_shard(store, part, name) for name, part in shards.items())
+    work = Captioning(SETTINGS, engine)
+    with working(store, second) as here:
+        left = [here]
+
+        def next_task() -> Task | None:
+            if not left:
+                return None
+            (job,) = engine.jobs
+            assert job.asked  # the engine has not drained
+            assert not job.more  # and the rows of the first come first
+            return left.pop()
+
+        work.next_task = next_task
+        table, _ = do(store, engine, first, work)
+        assert table == alone["00000"]
+        assert not left
+        begun = work.begun["00001"]
+        assert 20 < len(asked) <= 40
+        assert begun.job.asked + len(begun.given) == len(asked) - 20
+        assert len(store.journaled(second.journal)) == len(begun.given)
+        counts = work(here)
+        commit(store, SETTINGS, here, counts, 0)
+    assert len(asked) == 40
+    assert work.begun == {}
+    assert engine.jobs == []
+    assert pq.read_table(store.root / second.object(".parquet")) == alone["00001"]
+    assert not list(store.root.rglob("*.journal"))
+
+
+# --- placeholders that are known early ----------------------------------------------------------------------
+
+
+def test_an_image_that_is_known_for_a_placeholder_early_is_not_captioned(
+    engine: Engine, tmp_path: Path, asked: list[str]
+) -> None:
+    """By the blocks that are there. What they do not know of is asked for."""
+    store = Folder(tmp_path)
+    photo, placeholder, another = held_out(3)
+    plain = a_shard(store, [photo, placeholder, another])
+    alone, _ = do(store, engine, plain)
+    (downloaded,) = (store.root / name for name in plain.inputs if re.fullmatch("download/.*parquet", name))
+    sha256 = pq.read_table(downloaded)["image_sha256"][1].as_py()
+    elsewhere = {"high": 1, "low": 2, "urls": 99}
+    row = {"high": int(sha256[:16], 16), "low": int(sha256[16:32], 16), "urls": 7}
+    hint = "measured/run/early-0.0123abcd.parquet"
+    (store.root / hint).parent.mkdir(parents=True)
+    write_parquet(pa.Table.from_pylist([elsewhere, row], IMAGES), store.root / hint)
+
+    asked.clear()
+    task = a_shard(store, [placeholder, photo, placeholder, another], hints=(hint,))
+    table, _ = do(store, engine, task)
+    assert len(asked) == 2
+    gone, *_ = found = table.to_pylist()
+    assert [row["status"] for row in found] == ["duplicate_image", "ok", "duplicate_image", "ok"]
+    assert gone["error"] == "one image behind 7 URLs, or more"
+    assert gone["re_caption"] is gone["reply_key"] is gone["reply"] is None
+    assert [row["re_caption"] for row in found if row["status"] == "ok"] == [
+        alone["re_caption"][n].as_py() for n in (0, 2)
+    ]
+
+    asked.clear()
+    table, record = do(store, engine, a_shard(store, [placeholder] * 3, hints=(hint,)))
+    assert asked == []
+    assert record.rows == {"duplicate_image": 3}
+    assert table["re_caption"].null_count == 3
+
+
+# --- what fails ---------------------------------------------------------------------------------------------
 
 
 def test_an_exception_leaves_nothing_in_the_engine(engine: Engine) -> None:
@@ -286,9 +640,9 @@ def test_an_exception_leaves_nothing_in_the_engine(engine: Engine) -> None:
         raise ValueError("row 6 cannot be read")
 
     with pytest.raises(ValueError, match="row 6"):
-        list(engine.captions(broken()))
+        engine.replies(broken())
     assert engine.llm.llm_engine.get_num_unfinished_requests() == 0
-    after = dict(engine.captions((f"later {uid}", image, row) for uid, image, row in requests(held_out(2))))
+    after = engine.replies((f"later {uid}", image, row) for uid, image, row in requests(held_out(2)))
     assert sorted(after) == ["later 0", "later 1"]
 
 
@@ -306,26 +660,25 @@ def test_a_caption_with_logits_that_are_no_numbers_is_a_failure(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one row: the others are captioned."""
-    add, bad = engine.llm.llm_engine.add_request, []
+    add, names = engine.llm.llm_engine.add_request, []
 
-    def added(request: str, *given: Any) -> str:
-        name: str = add(request, *given)
-        if request.endswith(" 1"):
-            bad.append(name)
+    def added(*given: Any) -> str:
+        names.append(name := add(*given))
+        assert isinstance(name, str)
         return name
 
     monkeypatch.setattr(engine.llm.llm_engine, "add_request", added)
     step = engine.llm.llm_engine.step
 
     def stepped() -> Any:
-        engine.not_finite.update(bad)
+        engine.not_finite.add(names[1])
         return step()
 
     monkeypatch.setattr(engine.llm.llm_engine, "step", stepped)
-    found = {uid: captions["re_caption"] for uid, captions in engine.captions(requests(held_out(3)))}
-    assert found["1"] == {"error": "the model's logits are not finite"}
-    assert found["0"]["text"]
-    assert found["2"]["text"]
+    found = engine.replies(requests(held_out(3)))
+    assert found["1"] == Reply(error="the model's logits are not finite")
+    assert found["0"].text
+    assert found["2"].text
 
 
 def damaged(folder: Path, name: str) -> None:
@@ -353,18 +706,70 @@ def test_a_damaged_model_is_told_with_its_file_before_any_shard(tmp_path: Path, 
         replace(SETTINGS, model=str(folder)).check()
 
 
-@pytest.mark.parametrize("name", ["status", "uid", "re caption", "1st", "", "a-b", "é"])
+@pytest.mark.parametrize(
+    "name",
+    ["status", "uid", "URL", "reply", "reply_key", "download", "uids", "re caption", "1st", "", "a-b", "é"],
+)
 def test_a_caption_has_a_name_that_can_be_a_column(name: str) -> None:
     with pytest.raises(RecipeError):
-        Recipe("r", (Caption(model=str(CAPTIONER), specs=(CaptionSpec(name=name),)),))
+        Recipe("r", (replace(SETTINGS, name=name),))
 
 
 def test_two_captions_have_two_names() -> None:
-    with pytest.raises(RecipeError, match="'re_caption', which is there already"):
-        Caption(model=str(CAPTIONER), specs=(RECAPTION_V1, RECAPTION_V1))
-    with pytest.raises(RecipeError, match="'a_num_tokens', which is there already"):
-        Caption(model=str(CAPTIONER), specs=(CaptionSpec(name="a"), CaptionSpec(name="a_num_tokens")))
+    def recipe(*names: str) -> Recipe:
+        return Recipe("r", tuple(replace(SETTINGS, name=name) for name in names))
+
+    for names, taken in (
+        (("re_caption", "re_caption"), "re_caption"),
+        (("a", "a_num_tokens"), "a_num_tokens"),
+        (("a_num_tokens", "a"), "a_num_tokens"),
+        (("a", "A"), "A"),
+    ):
+        with pytest.raises(RecipeError, match=f"'{taken}', which is there already"):
+            recipe(*names)
+    assert recipe("a", "b").captions() == ("a", "b")
     with pytest.raises(
         RecipeError, match="stage select names the caption 'long', which no stage before it makes"
     ):
-        Recipe("r", (Caption(model=str(CAPTIONER)), Select(captions=("long",))))
+        Recipe("r", (SETTINGS, Select(captions=("long",))))
+
+
+def test_a_damaged_next_shard_does_not_fail_this_one(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=4))
+    store, scenes = Folder(tmp_path), held_out(8)
+    first, second = a_shard(store, scenes[:4]), a_shard(store, scenes[4:], "00001")
+    tar = next(tmp_path / name for name in second.inputs if name.endswith(".tar"))
+    tar.write_bytes(tar.read_bytes()[:3000])
+    work = Captioning(SETTINGS, engine)
+    with working(store, second) as here:
+        left = [here]
+        work.next_task = lambda: left.pop() if left else None
+        do(store, engine, first, work)
+        assert not left
+        with pytest.raises((OSError, ValueError, EOFError, tarfile.TarError)):
+            work(here)
+
+
+def test_after_an_exception_a_shard_that_was_begun_begins_anew(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=8))
+    store, scenes = Folder(tmp_path), held_out(24)
+    first, second = a_shard(store, scenes[:12]), a_shard(store, scenes[12:], "00001")
+    step, work = engine.engine.step, Captioning(SETTINGS, engine)
+
+    def stopping() -> Any:
+        if "00001" in work.begun and work.begun["00001"].job.asked:
+            raise RuntimeError("once")
+        return step()
+
+    with working(store, second) as here:
+        left = [here]
+        work.next_task = lambda: left.pop() if left else None
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.engine, "step", stopping)
+            with pytest.raises(RuntimeError):
+                do(store, engine, first, work)
+        assert work(here) == {"ok": 12}

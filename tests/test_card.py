@@ -22,6 +22,7 @@ from conftest import a_version, recap, web_of
 from analysis import report
 from builder.core import Recipe, SourceSet
 from builder.errors import InputError, RecipeError
+from builder.places import parts
 from builder.resolve import resolve
 from builder.stages.caption import Caption
 from builder.stages.select import LEDGER, SCHEMA
@@ -112,8 +113,15 @@ def test_what_the_card_tells_to_type_works(version: Path, demo_run: Path) -> Non
     }
     with web_of(demo_run):
         for kind, text in blocks:
-            line = {"python": [sys.executable, "-c", text.replace("PATH_OR_REPO", str(version))], "sh": ["bash", "-ec", text],
-                    "sql": [sys.executable, "-c", f"import duckdb; print(duckdb.execute({text!r}).fetchall()[:3])"]}[kind]  # fmt: skip
+            line = {
+                "python": [sys.executable, "-c", text.replace("PATH_OR_REPO", str(version))],
+                "sh": ["bash", "-ec", text],
+                "sql": [
+                    sys.executable,
+                    "-c",
+                    f"import duckdb; print(duckdb.execute({text!r}).fetchall()[:3])",
+                ],
+            }[kind]
             done = subprocess.run(
                 line, cwd=version, env=environment, capture_output=True, text=True, check=False
             )
@@ -138,7 +146,7 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("version")
     ledger = [{"uid": f"{n}", "url": url, "status": status} for n, (url, status) in enumerate(LINKS.items())]
     a_version(folder, pa.Table.from_pylist([ROW], SCHEMA), pa.Table.from_pylist(ledger, LEDGER))
-    found: dict[str, Any] = json.loads(report.to_json(report.stats(folder)))
+    found: dict[str, Any] = json.loads(report.to_json(report.stats(parts(folder))))
     return found
 
 
@@ -174,9 +182,9 @@ def test_statistics_of_an_older_version_still_make_a_card(statistics: dict[str, 
 def test_a_string_of_a_megabyte_makes_no_card_of_a_megabyte(statistics: dict[str, Any], of: str) -> None:
     text, recipe, row = "word " * 200_000, demo(), ROW
     if of == "setting":
-        caption = recipe.stage("caption")
+        caption = recipe.stage("re_caption")
         assert isinstance(caption, Caption)
-        longer = replace(caption, specs=(replace(caption.specs[0], prompt=text),))
+        longer = replace(caption, prompt=text)
         stages = tuple(longer if stage is caption else stage for stage in recipe.stages)
         recipe = replace(recipe, stages=stages)
     else:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from builder.core import Recipe, Record, Stage, Task, parse, read_rows, sha256_file, task_key, write_parquet
+from builder.core import Recipe, Record, Stage, Task, task_key
 from builder.errors import RecipeError
-from builder.stages.caption import Caption, CaptionSpec
+from builder.files import read_rows, sha256_file, write_parquet
+from builder.stages.caption import Caption
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
 from builder.stages.score import Score
+from builder.stages.select import Select
 from builder.stages.source import Source
+from builder.typed import parse
 from recipes import datasets as recipes
 
 INPUTS = {"source/00000.parquet": "a" * 64, "source/00001.parquet": "b" * 64}
@@ -27,7 +28,9 @@ INPUTS = {"source/00000.parquet": "a" * 64, "source/00001.parquet": "b" * 64}
 
 @dataclass(frozen=True, kw_only=True)
 class Paint(Stage):
-    name: ClassVar[str] = "paint"
+    effort: ClassVar[tuple[str, ...]] = ("workers",)
+
+    name: str = "paint"
     colour: str = "red"
     coats: float = 2.0
     workers: int | None = None
@@ -39,23 +42,14 @@ class BetterPaint(Paint):
 
 
 def key(stage: Stage) -> str:
-    return task_key(stage, INPUTS, "00000")
+    return key_of(stage, "00000", INPUTS)
 
 
-def metadata(folder: Path, rows: int = 3) -> Path:
-    folder.mkdir(parents=True)
-    table = pa.table(
-        {
-            "uid": [f"{n:032x}" for n in range(rows)],
-            "url": ["http://h/1.jpg"] * rows,
-            "text": ["a cat"] * rows,
-        }
-    )
-    pq.write_table(table, folder / "part.parquet")
-    return folder
+def key_of(stage: Stage, name: str, inputs: dict[str, str], outside: dict[str, str] | None = None) -> str:
+    return task_key(stage, name, inputs, outside or {}, stage.settings())
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
+# --- keys ---------------------------------------------------------------------------------------------------
 
 
 def test_a_key_is_64_hex_digits_and_always_the_same() -> None:
@@ -76,18 +70,65 @@ def test_what_can_change_the_bytes_changes_the_key(other: Stage) -> None:
 def test_an_input_changes_the_key_and_so_does_the_task() -> None:
     stage = Paint()
     keys = {
-        task_key(stage, INPUTS, "00000"),
-        task_key(stage, INPUTS, "00001"),
-        task_key(stage, INPUTS, "survey"),
-        task_key(stage, INPUTS | {"source/00001.parquet": "c" * 64}, "00000"),
-        task_key(stage, {"source/00000.parquet": "a" * 64}, "00000"),
-        task_key(stage, {}, "00000"),
+        key_of(stage, "00000", INPUTS),
+        key_of(stage, "00001", INPUTS),
+        key_of(stage, "part", INPUTS),
+        key_of(stage, "00000", INPUTS | {"source/00001.parquet": "c" * 64}),
+        key_of(stage, "00000", {"source/00000.parquet": "a" * 64}),
+        key_of(stage, "00000", {}),
+        key_of(stage, "00000", {}, INPUTS),
     }
-    assert len(keys) == 6
+    assert len(keys) == 7
 
 
 def test_the_order_of_the_inputs_does_not() -> None:
-    assert task_key(Paint(), dict(reversed(INPUTS.items())), "00000") == key(Paint())
+    assert key_of(Paint(), "00000", dict(reversed(INPUTS.items()))) == key(Paint())
+
+
+def test_which_key_made_an_input_does_not_either() -> None:
+    """Where a stage is done again with the same bytes, what follows stays done."""
+    names = {"source/00000/00000.0123abcd.parquet": "a" * 64, "source/00000/00001.4567efab.parquet": "b" * 64}
+    assert key_of(Paint(), "00000", names) == key(Paint())
+
+
+def test_a_new_setting_with_a_default_changes_no_key() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(Paint):
+        varnish: bool = False
+
+    assert key(Later()) == key(Paint())
+    assert key(Later(varnish=True)) != key(Paint())
+
+
+# Of the settings that shape outputs: whoever changes one raises the stage's version here and there.
+DEFAULTS = {
+    ("Source", 3): {
+        "layout": "auto", "url_column": None, "caption_column": None, "uid_column": None, "encoding": "utf-8",
+        "delimiter": None, "subset": None,
+    },
+    ("Download", 3): {
+        "image_px": 512, "resize_mode": "keep_ratio_largest", "resize_only_if_bigger": True,
+        "encode_quality": 95, "blur_faces": True, "verify_sha256": True,
+        "max_bytes": 50_000_000, "max_pixels": 64_000_000,
+        "allow_private": (), "disallowed_directives": ("noai", "noimageai", "noindex", "noimageindex"),
+        "user_agent_token": "recapkit",
+    },
+    ("Dedup", 2): {"max_urls": 5, "tombstones": None},
+    ("Caption", 1): {
+        "prompt": "Please generate a detailed caption of this image. Please be as descriptive as possible.",
+        "max_tokens": 128, "temperature": 0.0, "top_k": 0, "min_tokens": 1, "dtype": "auto",
+        "max_model_len": None,
+    },
+    ("Score", 1): {"captions": None, "precision": "fp32"},
+    ("Select", 2): {"shards_per_file": 20, "captions": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [Source, Download, Dedup, Caption, Score, Select])
+def test_the_defaults_are_those_of_the_stages_version(stage: type[Stage]) -> None:
+    left_out = {"name", *stage.effort, *stage.once}
+    shaping = [f.name for f in fields(stage) if f.name not in left_out and f.default is not MISSING]
+    assert {name: stage.default(name) for name in shaping} == DEFAULTS[stage.__name__, stage.version]
 
 
 def test_workers_never_change_a_key() -> None:
@@ -104,8 +145,6 @@ OTHER_DOWNLOADS = {
     "encode_quality": 90,
     "blur_faces": False,
     "verify_sha256": False,
-    "timeout_s": 3.0,
-    "retries": 0,
     "max_bytes": 10,
     "max_pixels": 10,
     "allow_private": ("127.0.0.1/32",),
@@ -114,14 +153,13 @@ OTHER_DOWNLOADS = {
 }
 
 
-def test_every_setting_of_the_download_but_its_parallelism_changes_its_key() -> None:
+def test_every_setting_of_the_download_but_how_hard_it_tries_changes_its_key() -> None:
     """A setting that is added later has to be decided upon here."""
     assert set(asdict(Download())) == {
         *OTHER_DOWNLOADS,
-        "workers",
-        "concurrency",
-        "nameservers",
-        "accept_failures",
+        *Download.effort,
+        *Download.once,
+        "name",
     }
     keys = {key(Download(**{name: value})) for name, value in OTHER_DOWNLOADS.items()}
     assert len(keys - {key(Download())}) == len(OTHER_DOWNLOADS)
@@ -134,41 +172,19 @@ def test_dedup_and_caption_settings_change_their_keys() -> None:
         Caption(model="user/captioner@4567def"),
         replace(caption, dtype="float32"),
         replace(caption, max_model_len=99),
-        replace(caption, specs=(CaptionSpec(prompt="Describe."),)),
-        replace(caption, specs=(CaptionSpec(max_tokens=9),)),
-        replace(caption, specs=(CaptionSpec(), CaptionSpec(name="second"))),
+        replace(caption, prompt="Describe."),
+        replace(caption, max_tokens=9),
+        replace(caption, name="second"),
     ]
     assert len({key(caption), *map(key, others)}) == 7
 
 
-def test_the_folder_of_the_metadata_does_not_change_a_key(tmp_path: Path) -> None:
-    """The same files elsewhere, by folder or by glob, are the same input."""
-    here = metadata(tmp_path / "here")
-    shutil.copytree(here, tmp_path / "deep" / "down" / "there")
-    names = [here, tmp_path / "deep" / "down" / "there", here / "*.parquet", here / "part.parquet"]
-    stages = [Source(files=str(name)) for name in names]
-    assert len({task_key(stage, stage.survey_inputs(tmp_path), "survey") for stage in stages}) == 1
-
-
-def test_other_metadata_another_limit_or_other_shards_change_the_survey(tmp_path: Path) -> None:
-    here, other = str(metadata(tmp_path / "here")), str(metadata(tmp_path / "other", rows=4))
-    stages = [
-        Source(files=here),
-        Source(files=other),
-        Source(files=here, limit=2),
-        Source(files=here, rows_per_shard=2),
-    ]
-    assert len({task_key(stage, stage.survey_inputs(tmp_path), "survey") for stage in stages}) == 4
-
-
 def test_limit_and_shard_size_do_not_change_the_key_of_a_shard_that_stays_as_it_is() -> None:
     slices = {"part.parquet[0:10]": "a" * 64}
-    keys = {
-        task_key(stage, slices, "00000")
-        for stage in (Source(files="x"), Source(files="y", limit=10), Source(files="x", rows_per_shard=10))
-    }
+    stages = (Source(files="x"), Source(files="y", limit=10), Source(files="x", rows_per_shard=10))
+    keys = {key_of(stage, "00000", {}, slices) for stage in stages}
     assert len(keys) == 1
-    assert task_key(Source(files="x", url_column="link"), slices, "00000") not in keys
+    assert key_of(Source(files="x", url_column="link"), "00000", {}, slices) not in keys
 
 
 @pytest.mark.parametrize("stage_type", [Caption, Score])
@@ -187,7 +203,7 @@ def test_5_and_5_0_are_one_setting_with_one_key() -> None:
     assert whole.to_json() == fraction.to_json()
 
 
-# --- recipe.json ------------------------------------------------------------------------------------------------------
+# --- recipe.json --------------------------------------------------------------------------------------------
 
 
 def a_recipe() -> Recipe:
@@ -274,11 +290,11 @@ def test_a_stage_that_a_recipe_lacks_is_named_with_those_it_has() -> None:
 
 
 def test_a_value_of_the_wrong_type_is_named_with_its_place() -> None:
-    with pytest.raises(RecipeError, match=r"stage caption: specs\.0\.max_tokens: .*integer.*'lots'"):
-        parse(Caption, {"model": "m", "specs": [{"max_tokens": "lots"}]}, what="stage caption")
+    with pytest.raises(RecipeError, match=r"stage caption: max_tokens: .*integer.*'lots'"):
+        parse(Caption, {"model": "m", "max_tokens": "lots"}, what="stage caption")
 
 
-# --- records and files ------------------------------------------------------------------------------------------------
+# --- records and files --------------------------------------------------------------------------------------
 
 
 def a_record() -> Record:
@@ -293,47 +309,75 @@ def a_record() -> Record:
     )
 
 
-def test_a_record_survives_its_file(tmp_path: Path) -> None:
-    (tmp_path / "00000.json").write_text(json.dumps(asdict(a_record())))
-    assert Record.read(tmp_path / "00000.json") == a_record()
+def test_a_record_survives_its_file() -> None:
+    assert Record.from_json(a_record().to_json()) == a_record()
 
 
-def test_a_half_written_record_is_none(tmp_path: Path) -> None:
+def test_a_record_of_an_older_or_a_later_version_is_read() -> None:
+    old = {
+        "key": "k",
+        "inputs": {},
+        "outputs": {},
+        "bytes": {},
+        "rows": {"ok": 4},
+        "seconds": 1,
+        "versions": {},
+    }
+    assert Record.from_json(json.dumps(old)) == Record("k", rows={"ok": 4}, seconds=1.0)
+    assert Record.from_json(json.dumps(old | {"a_field_that_came": [1]})) == Record(
+        "k", rows={"ok": 4}, seconds=1.0
+    )
+    assert Record.from_json('{"key": "k"}') == Record("k")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/b/c/d.parquet", "source/../x.parquet", ""]
+)
+def test_a_record_names_nothing_outside_its_run(name: str) -> None:
+    assert Record.from_json(Record("k", outputs={name: "2"}, bytes={name: 3}).to_json()) is None
+
+
+def test_a_half_written_record_is_none() -> None:
     """What a crash of the machine can leave: nothing, a part, or a file of the right length full of zeros."""
-    path = tmp_path / "00000.json"
-    assert Record.read(path) is None
-    whole = json.dumps(asdict(a_record())).encode()
-    for damaged in (
-        *(whole[:n] for n in range(len(whole))),
-        b"\0" * len(whole),
-        whole[:100] + b"\0" * 100,
-        b"{}",
-        b"null",
-        b"[]",
-    ):
-        path.write_bytes(damaged)
-        assert Record.read(path) is None, damaged
+    whole = a_record().to_json().encode()
+    cut = [whole[:n] for n in range(len(whole))]
+    for damaged in (*cut, b"\0" * len(whole), whole[:100] + b"\0" * 100, b"{}", b"null", b"[]"):
+        assert Record.from_json(damaged) is None, damaged
 
 
-def test_a_task_finds_its_inputs_by_stage_and_ending(tmp_path: Path) -> None:
+def a_task(stage: str, name: str, *names: str) -> Task:
+    return Task(
+        stage, "00000", name, "k", dict.fromkeys(names, ""), files={name: Path("/", name) for name in names}
+    )
+
+
+def test_a_task_finds_its_inputs_by_stage_and_ending() -> None:
     names = [
-        "download/00007.tar",
-        "download/00007.parquet",
-        "dedup/survey.parquet",
-        "dedup/00007.parquet",
-        "download2/00007.tar",
+        "download/00000/00007.0123abcd.tar",
+        "download/00000/00007.0123abcd.parquet",
+        "claimed/run/00000.0123abcd.parquet",
+        "dedup/00000/00007.4567efab.parquet",
+        "download2/00000/00007.0123abcd.tar",
+        "select/00000/00007.0123abcd.ledger.parquet",
     ]
-    task = Task(tmp_path, "caption", "00007", "k", dict.fromkeys(names, ""))
-    assert task.input("download") == tmp_path / "download/00007.parquet"
-    assert task.input("download", ".tar") == tmp_path / "download/00007.tar"
-    assert task.all_inputs("dedup") == [tmp_path / "dedup/00007.parquet"]
+    task = a_task("re_caption", "00007", *names)
+    assert task.input("download") == Path("/", names[1])
+    assert task.input("download", ".tar") == Path("/", names[0])
+    assert task.input("claimed") == Path("/", names[2])
+    assert task.all_inputs("dedup") == [Path("/", names[3])]
+    assert task.all_inputs("select", ".ledger.parquet") == [Path("/", names[5])]
+    assert task.object(".parquet") == "re_caption/00000/00007.k.parquet"
+    again = replace(task, attempt=1)
+    assert again.object(".parquet") != task.object(".parquet")
 
 
-def test_inputs_come_in_the_order_of_their_shards_beyond_shard_99999(tmp_path: Path) -> None:
+def test_inputs_come_in_the_order_of_their_shards_beyond_shard_99999() -> None:
     """1.28 billion rows in shards of 10,000 are 128,000 shards."""
-    names = [f"download/{shard:05d}.parquet" for shard in (100_000, 9, 99_999, 10, 100_001)]
-    task = Task(tmp_path, "select", "00000", "k", dict.fromkeys(names, ""))
-    assert [int(path.stem) for path in task.all_inputs("download")] == [9, 10, 99_999, 100_000, 100_001]
+    names = [f"download/00001/{shard:05d}.0123abcd.parquet" for shard in (100_000, 9, 99_999, 10, 100_001)]
+    found = [
+        int(path.name.partition(".")[0]) for path in a_task("select", "00000", *names).all_inputs("download")
+    ]
+    assert found == [9, 10, 99_999, 100_000, 100_001]
 
 
 def test_the_same_rows_are_the_same_bytes_and_come_back(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
-"""dedup: one image behind too many URLs is no picture of what any of its captions says."""
+"""One image behind too many URLs is no picture of what any of its captions says.
+
+Told twice: by the metadata's hashes before anything is captioned (dedup asks `claimed`), and by the images
+that came (select asks `measured`). Most tests here are of both.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +18,35 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder import tombstones
-from builder.commit import commit
-from builder.core import Task, write_parquet
+from builder.commit import commit, working
+from builder.core import RUN, Object, Question, Recipe, Record, Stage, Task, task_key
+from builder.files import write_parquet
+from builder.plan import PART
+from builder.stages import download, source
+from builder.stages.caption import Caption
 from builder.stages.dedup import Dedup
-from builder.stages.download import SCHEMA
-from builder.versions.folder import Folder
+from builder.stages.download import Download
+from builder.stages.select import Select
+from builder.store import Folder
+from builder.versions import folder
 from builder.versions.targets import removed_from
 
 Row = dict[str, Any]
+SHARDS_A_BLOCK = 2  # here; a run has a thousand
 
 
-def image(sha256: str, *urls: str, status: str = "ok") -> list[Row]:
-    """Rows of a download: one image, served under these URLs."""
+def sha256_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def image(name: str, *urls: str, status: str = "ok") -> list[Row]:
+    """Rows of a download: one image, served under these URLs, which the metadata say."""
     return [
         {
             "url": url,
             "status": status,
-            "image_sha256": sha256,
+            "sha256": sha256_of(name),
+            "image_sha256": sha256_of(name),
             "error": None if status == "ok" else f"why {status}",
         }
         for url in urls
@@ -40,88 +57,205 @@ def urls(name: str, number: int) -> list[str]:
     return [f"http://{name}.example/{n}.jpg" for n in range(number)]
 
 
+class Shards:
+    """A small run of rows that were not downloaded; uids are `<shard>-<row>`."""
+
+    def __init__(self, place: Path, shards: Sequence[list[Row]]) -> None:
+        self.store, self.number = Folder(place), len(shards)
+        for number, rows in enumerate(shards):
+            rows = [{"uid": f"{number}-{n}"} | row for n, row in enumerate(rows)]
+            scored = [
+                {"status": row["status"], "error": row.get("error"), "uid": row["uid"], "re_caption": "A."}
+                for row in rows
+            ]
+            text, cosine, cut = pa.string(), pa.float64(), pa.bool_()
+            caption = {
+                "re_caption": text,
+                "re_caption_finish_reason": text,
+                "re_caption_num_tokens": pa.int32(),
+            }
+            score = {"re_caption_cosine": cosine, "re_caption_cut": cut}
+            score |= {"org_caption_cosine": cosine, "org_caption_cut": cut}
+            common = dict.fromkeys(("uid", "status", "error"), text)
+            self.write("source", number, pa.Table.from_pylist(rows, source.SCHEMA))
+            self.write("download", number, pa.Table.from_pylist(rows, download.SCHEMA))
+            self.write("re_caption", number, pa.Table.from_pylist(scored, pa.schema(common | caption)))
+            self.write("score", number, pa.Table.from_pylist(scored, pa.schema(common | score)))
+
+    def name(self, stage: str, number: int, suffix: str = ".parquet") -> str:
+        return f"{stage}/{number // SHARDS_A_BLOCK:05d}/{number:05d}.00000000{suffix}"
+
+    def write(self, stage: str, number: int, table: pa.Table) -> None:
+        path = self.store.root / self.name(stage, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(table, path)
+
+    def do(self, stage: Stage, block: int | str, name: str, inputs: dict[str, str]) -> Record:
+        """A task done and committed, as a worker does."""
+        key = task_key(stage, name, inputs, {}, {})
+        task = Task(stage.name, block if isinstance(block, str) else f"{block:05d}", name, key, inputs)
+        with stage.open() as work, working(self.store, task) as here:
+            return commit(self.store, stage, here, work(here), 0)
+
+    def answer(self, question: Question) -> dict[str, str]:
+        """Parts and answer."""
+        parts: dict[str, str] = {}
+        for block in range(-(-self.number // SHARDS_A_BLOCK)):
+            first = block * SHARDS_A_BLOCK
+            of_block = range(first, min(first + SHARDS_A_BLOCK, self.number))
+            inputs = {self.name(question.of, number): "" for number in of_block}
+            parts |= self.do(question, block, PART, inputs).outputs
+        return dict(self.do(question, RUN, "00000", parts).outputs)
+
+    def dedup(self, **settings: Any) -> list[pa.Table]:
+        """By the metadata's hashes."""
+        recipe = Recipe("r", (Download(), Dedup(**settings)))
+        stage = recipe.stage("dedup")
+        assert [question.name for question in stage.asks()] == ["claimed"]
+        answers = {name: sha for question in stage.asks() for name, sha in self.answer(question).items()}
+        tables = []
+        for number in range(self.number):
+            inputs = {self.name(read.partition(".")[0], number): "" for read in stage.reads()}
+            record = self.do(stage, number // SHARDS_A_BLOCK, f"{number:05d}", inputs | answers)
+            tables.append(pq.read_table(self.store.root / record.output(".parquet")))
+            assert record.rows == Counter(tables[-1]["status"].to_pylist())
+        return tables
+
+    def select(self, **settings: Any) -> list[pa.Table]:
+        """By the images that came, of rows that dedup knew nothing of: the ledger's rows."""
+        recipe = Recipe("r", (Dedup(by_metadata=False, **settings), Caption(model="no/model@0"), Select()))
+        plain, _, stage = recipe.stages
+        assert plain.asks() == ()
+        assert [question.name for question in stage.asks()] == ["measured"]
+        answers = {name: sha for question in stage.asks() for name, sha in self.answer(question).items()}
+        tables = []
+        for number in range(self.number):
+            record = self.do(
+                plain, number // SHARDS_A_BLOCK, f"{number:05d}", {self.name("download", number): ""}
+            )
+            inputs = {
+                self.name(read.partition(".")[0], number): "" for read in stage.reads() if read != "dedup"
+            }
+            inputs |= record.outputs | answers
+            record = self.do(stage, number // SHARDS_A_BLOCK, f"{number:05d}", inputs)
+            ledger = pq.read_table(self.store.root / record.output(".ledger.parquet"))
+            assert record.rows == Counter(ledger["status"].to_pylist())
+            published = pq.read_table(self.store.root / record.output(".parquet"))
+            kept = [row["uid"] for row in ledger.to_pylist() if row["status"] == "ok"]
+            assert published["uid"].to_pylist() == kept
+            tables.append(ledger.select(["uid", "status", "error"]))
+        return tables
+
+
 def dedup(run: Path, shards: Sequence[list[Row]], **settings: Any) -> list[pa.Table]:
-    """Survey and every shard, as a build does them; uids are `<shard>-<row>`."""
-    stage, inputs = Dedup(**settings), {}
-    for folder in ("download", "dedup"):
-        (run / folder).mkdir(parents=True)
-    for number, rows in enumerate(shards):
-        rows = [{"uid": f"{number}-{n}"} | row for n, row in enumerate(rows)]
-        write_parquet(pa.Table.from_pylist(rows, SCHEMA), run / "download" / f"{number:05d}.parquet")
-        inputs[f"download/{number:05d}.parquet"] = ""
-    survey = Task(run, "dedup", "survey", "", inputs)
-    outputs = commit(stage, survey, stage.survey(survey), 0).outputs
-    tables = []
-    with stage.open() as work:
-        for number in range(len(shards)):
-            name = f"download/{number:05d}.parquet"
-            task = Task(run, "dedup", f"{number:05d}", "", {name: "", **outputs})
-            counts = work(task)
-            tables.append(pq.read_table(task.output()))
-            assert counts == Counter(tables[-1]["status"].to_pylist())
-    return tables
+    return Shards(run, shards).dedup(**settings)
+
+
+def select(run: Path, shards: Sequence[list[Row]], **settings: Any) -> list[pa.Table]:
+    return Shards(run, shards).select(**settings)
+
+
+Told = Callable[..., list[pa.Table]]
+both = pytest.mark.parametrize("told", [dedup, select])
 
 
 def statuses(tables: list[pa.Table]) -> list[list[str]]:
     return [table["status"].to_pylist() for table in tables]
 
 
-def test_an_image_goes_from_one_url_more_than_max_urls(tmp_path: Path) -> None:
+@both
+def test_an_image_goes_from_one_url_more_than_max_urls(told: Told, tmp_path: Path) -> None:
     rows = [
         *image("photo", *urls("a", 5)),
         *image("placeholder", *urls("b", 6)),
         *image("other", *urls("c", 1)),
     ]
-    (table,) = dedup(tmp_path, [rows], max_urls=5)
+    (table,) = told(tmp_path, [rows], max_urls=5)
     assert table["status"].to_pylist() == ["ok"] * 5 + ["duplicate_image"] * 6 + ["ok"]
     assert table["error"].to_pylist() == [None] * 5 + ["one image behind 6 URLs"] * 6 + [None]
 
 
-def test_max_urls_of_one_keeps_images_with_a_single_url(tmp_path: Path) -> None:
-    assert statuses(dedup(tmp_path, [image("x", *urls("a", 1)) + image("y", *urls("b", 2))], max_urls=1)) == [
+@both
+def test_max_urls_of_one_keeps_images_with_a_single_url(told: Told, tmp_path: Path) -> None:
+    assert statuses(told(tmp_path, [image("x", *urls("a", 1)) + image("y", *urls("b", 2))], max_urls=1)) == [
         ["ok", "duplicate_image", "duplicate_image"]
     ]
 
 
-def test_rows_of_one_url_count_once(tmp_path: Path) -> None:
+@both
+def test_rows_of_one_url_count_once(told: Told, tmp_path: Path) -> None:
     """Metadata names one popular photo many times; that makes it no placeholder."""
     often = urls("a", 1) * 20
-    assert statuses(dedup(tmp_path, [image("photo", *often, *urls("b", 4))], max_urls=5)) == [["ok"] * 24]
+    assert statuses(told(tmp_path, [image("photo", *often, *urls("b", 4))], max_urls=5)) == [["ok"] * 24]
 
 
-def test_rows_of_one_url_go_together(tmp_path: Path) -> None:
+@both
+def test_rows_of_one_url_go_together(told: Told, tmp_path: Path) -> None:
     """All rows of a placeholder go, those that repeat a URL too."""
-    assert statuses(dedup(tmp_path, [image("x", *urls("a", 3), *urls("a", 3))], max_urls=2)) == [
+    assert statuses(told(tmp_path, [image("x", *urls("a", 3), *urls("a", 3))], max_urls=2)) == [
         ["duplicate_image"] * 6
     ]
 
 
-def test_only_rows_that_are_ok_count_and_change(tmp_path: Path) -> None:
+def of_every_status() -> list[Row]:
     """Another image than the metadata's, or one that could not be decoded, also has a hash."""
     failed = image("x", *urls("a", 9), status="hash_mismatch") + image(
         "y", *urls("b", 9), status="undecodable"
     )
+    for row in failed:
+        row["sha256"] = None
     dead = [{"url": url, "status": "dead_link", "error": "HTTP 404"} for url in urls("c", 9)]
-    rows = [*failed, *image("x", *urls("d", 2)), *dead, *image("y", *urls("e", 3))]
-    (table,) = dedup(tmp_path, [rows], max_urls=2)
+    return [*failed, *image("x", *urls("d", 2)), *dead, *image("y", *urls("e", 3))]
+
+
+@both
+def test_only_rows_that_are_ok_count_and_change(told: Told, tmp_path: Path) -> None:
+    rows = of_every_status()
+    (table,) = told(tmp_path, [rows], max_urls=2)
     before = [row["status"] for row in rows]
     assert table["status"].to_pylist() == before[:-3] + ["duplicate_image"] * 3
     assert table["error"].to_pylist()[:-3] == [row["error"] for row in rows[:-3]]
 
 
-def test_urls_are_counted_over_the_whole_run(tmp_path: Path) -> None:
+def test_what_the_metadata_claim_counts_whatever_came(tmp_path: Path) -> None:
+    """Known before the download. A row that did not come keeps its reason."""
+    dead = [
+        {"url": url, "status": "dead_link", "error": "HTTP 404", "sha256": sha256_of("x")}
+        for url in urls("a", 5)
+    ]
+    rows = [*dead, *image("x", *urls("b", 1))]
+    (table,) = dedup(tmp_path / "claimed", [rows], max_urls=5)
+    assert table["status"].to_pylist() == ["dead_link"] * 5 + ["duplicate_image"]
+    assert table["error"].to_pylist() == ["HTTP 404"] * 5 + ["one image behind 6 URLs"]
+    (table,) = select(tmp_path / "measured", [rows], max_urls=5)
+    assert table["status"].to_pylist() == ["dead_link"] * 5 + ["ok"]
+
+
+@both
+@pytest.mark.parametrize("hash_", ["", "0x", "g" * 64, "0" * 63, "0" * 65, "'", "\x00", None])
+def test_what_is_no_sha256_is_no_image(told: Told, tmp_path: Path, hash_: str | None) -> None:
+    """Metadata come from anybody."""
+    rows = image("x", *urls("a", 9))
+    for row in rows:
+        row["sha256"] = row["image_sha256"] = hash_
+    assert statuses(told(tmp_path, [rows])) == [["ok"] * 9]
+
+
+@both
+def test_urls_are_counted_over_the_whole_run(told: Told, tmp_path: Path) -> None:
     """Two URLs in each of three shards are six."""
     shards = [
         image("x", f"http://{n}/1", f"http://{n}/2") + image("y", f"http://{n}/3", "http://shared/")
-        for n in range(3)
+        for n in range(3)  # in two blocks
     ]
     assert (
-        statuses(dedup(tmp_path, shards, max_urls=5))
+        statuses(told(tmp_path, shards, max_urls=5))
         == [["duplicate_image", "duplicate_image", "ok", "ok"]] * 3
     )
 
 
-def test_every_row_stays_in_its_place(tmp_path: Path) -> None:
+@both
+def test_every_row_stays_in_its_place(told: Told, tmp_path: Path) -> None:
     """More rows than DuckDB and parquet put in one batch, every third a placeholder."""
     rows = [
         row
@@ -130,7 +264,7 @@ def test_every_row_stays_in_its_place(tmp_path: Path) -> None:
         + image(f"y{n}", f"http://y/{n}")
         + image(f"z{n}", f"http://z/{n}")
     ]
-    (table,) = dedup(tmp_path, [rows])
+    (table,) = told(tmp_path, [rows])
     assert table.column_names == ["uid", "status", "error"]
     assert table["uid"].to_pylist() == [f"0-{n}" for n in range(12_000)]
     assert table["status"].to_pylist() == ["duplicate_image", "ok", "ok"] * 4000
@@ -141,31 +275,44 @@ def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
         image("x", *urls("a", 7)) + image(f"y{n}", *urls(f"b{n}", 2)) + image(f"z{n}", *urls(f"c{n}", 9))
         for n in range(3)
     ]
+    found = []
     for name in ("first", "second"):
-        dedup(tmp_path / name, shards)
-    for part in ("survey.parquet", ".00000.parquet.part", ".00001.parquet.part", ".00002.parquet.part"):
-        assert (tmp_path / "first" / "dedup" / part).read_bytes() == (
-            tmp_path / "second" / "dedup" / part
-        ).read_bytes()
+        run = Shards(tmp_path / name, shards)
+        run.dedup()
+        run.select()
+        files = (path for path in run.store.root.rglob("*.*") if path.suffix == ".parquet")
+        found.append({str(path.relative_to(run.store.root)): path.read_bytes() for path in files})
+    assert found[0] == found[1]
+    plain = Counter(Object.parse(name).plain() for name in found[0])
+    for stage in ("claimed", "measured"):
+        assert plain[f"{stage}/{PART}.parquet"] == 2
+        assert plain[f"{stage}/00000.parquet"] == 1
+    assert plain["dedup/00002.parquet"] == 2  # with the metadata's hashes, and without
+    assert plain["select/00002.parquet"] == plain["select/00002.ledger.parquet"] == 1
 
 
-def test_a_run_in_which_nothing_was_downloaded(tmp_path: Path) -> None:
+@both
+def test_a_run_in_which_nothing_was_downloaded(told: Told, tmp_path: Path) -> None:
     dead = [{"url": url, "status": "dead_link", "error": "HTTP 404"} for url in urls("a", 9)]
-    assert statuses(dedup(tmp_path, [dead, []])) == [["dead_link"] * 9, []]
+    assert statuses(told(tmp_path, [dead, []])) == [["dead_link"] * 9, []]
 
 
-def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
+@both
+def test_a_run_directory_may_have_any_name(told: Told, tmp_path: Path) -> None:
     """Brackets and stars mean something to DuckDB, not to whoever names a directory."""
-    assert statuses(dedup(tmp_path / "it's run [1] * ?", [image("x", *urls("a", 6))])) == [
+    assert statuses(told(tmp_path / "it's run [1] * ?", [image("x", *urls("a", 6))])) == [
         ["duplicate_image"] * 6
     ]
 
 
 @pytest.mark.parametrize(
     ("named", "row"),
-    [({"domain": [".Example.com"]}, {"url": "http://A.example.COM./x.jpg"}), ({"uid": ["AB-1"]}, {"uid": "ab-1", "url": None}),
-     ({"sha256": ["ABC"]}, {"url": None, "image_sha256": "abc"})],
-)  # fmt: skip
+    [
+        ({"domain": [".Example.com"]}, {"url": "http://A.example.COM./x.jpg"}),
+        ({"uid": ["AB-1"]}, {"uid": "ab-1", "url": None}),
+        ({"sha256": ["ABC"]}, {"url": None, "image_sha256": "abc"}),
+    ],
+)
 def test_a_tombstone_names_rows_however_they_are_written(
     tmp_path: Path, named: dict[str, list[str]], row: dict[str, str | None]
 ) -> None:
@@ -182,4 +329,4 @@ def test_a_version_without_tombstones_has_none(tmp_path: Path) -> None:
     none = {"train": 0, "preview": 0, "ledger": 0}
     manifest = {"name": "old", "version": "0.1.0", "rows": none, "bytes": none, "files": {}}
     (tmp_path / "v0.1.0" / "manifest.json").write_text(json.dumps(manifest))
-    assert removed_from(Folder(tmp_path), "0.2.0").num_rows == 0
+    assert removed_from(folder.Folder(tmp_path), "0.2.0").num_rows == 0

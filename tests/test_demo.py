@@ -9,9 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import recap
 
+from builder.run import Run
+
 STATUS = {  # fault -> status with verification, as the demo's web plants them
-    "ok": {"ok"}, "flaky": {"ok"}, "redirect": {"ok"}, "gone": {"dead_link"}, "slow": {"timeout"}, "private": {"blocked"}, "noai": {"opted_out"},
-    "placeholder": {"hash_mismatch"}, "changed": {"hash_mismatch"}, "html": {"undecodable"}, "empty": {"undecodable"},
+    "ok": {"ok"}, "flaky": {"ok"}, "redirect": {"ok"}, "gone": {"dead_link"}, "slow": {"timeout"},
+    "private": {"blocked"}, "noai": {"opted_out"}, "placeholder": {"hash_mismatch"},
+    "changed": {"hash_mismatch"}, "html": {"undecodable"}, "empty": {"undecodable"},
     "truncated": {"undecodable"}, "bomb": {"too_large"},
 }  # fmt: skip
 
@@ -52,18 +55,18 @@ def test_counts_by_status_add_up_at_every_stage(demo_run: Path) -> None:
 
 
 def test_a_second_build_does_nothing(demo_run: Path) -> None:
-    site = demo_run.with_name("demo-web-240-8651")
+    site = Path(Run.open(demo_run).source.files).parent
     done = recap("build", "demo", f"web={site}", "--run", demo_run, "--json")
     assert json.loads(done.stdout)["done"] == 0
 
 
 def test_a_changed_setting_redoes_its_stage_and_what_follows(demo_run: Path) -> None:
-    site = demo_run.with_name("demo-web-240-8651")
+    site = Path(Run.open(demo_run).source.files).parent
     plan = json.loads(
-        recap("plan", "demo", f"web={site}", "score.batch=64", "--run", demo_run, "--json").stdout
+        recap("plan", "demo", f"web={site}", "score.precision=bf16", "--run", demo_run, "--json").stdout
     )
     assert {p["stage"]: p["shards_left"] for p in plan} == {
-        "source": 0, "download": 0, "dedup": 0, "caption": 0, "score": 2, "select": 1,
+        "source": 0, "download": 0, "dedup": 0, "re_caption": 0, "score": 2, "select": 1,
     }  # fmt: skip
 
 
@@ -81,9 +84,9 @@ def test_stats_of_a_run_and_of_its_version_are_the_same(demo_run: Path, place: s
 
 
 def test_a_version_comes_back_from_its_own_recipe(demo_run: Path) -> None:
-    """The published recipe.json is accepted in place of a name; only places of the other machine must be named."""
+    """The published recipe.json is accepted for a name; only places of the other machine must be named."""
     recipe = demo_run.with_name("demo-published") / "latest" / "recipe.json"
-    site = demo_run.with_name("demo-web-240-8651")
+    site = Path(Run.open(demo_run).source.files).parent
     plan = json.loads(
         recap("plan", recipe, f"source.files={site}/metadata", "--run", demo_run, "--json").stdout
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import click
@@ -113,3 +115,35 @@ def test_a_users_mistake_is_one_line_and_the_next_command(
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert done.stdout == ""
+
+
+def imports(path: Path, names: set[str]) -> set[str]:
+    """Modules of ours that a module imports, wherever in it, but not for types only."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.ImportFrom) and child.module:
+                named = {child.module, *(f"{child.module}.{alias.name}" for alias in child.names)}
+                found.update(named & names)
+            walk(child)
+
+    walk(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_there_is_no_circle_of_files() -> None:
+    paths = [path for name in ("builder", "analysis", "cards") for path in (ROOT / name).rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    graph = {name: imports(path, set(modules)) for name, path in modules.items()}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+    of_builder = {name for module in graph if module.startswith("analysis") for name in graph[module]}
+    below = {
+        "builder.errors",
+        "builder.files",
+        "builder.sql",
+        "builder.model",
+    }  # it takes files, never places
+    assert {name for name in of_builder if name.startswith("builder.")} <= below

@@ -1,4 +1,4 @@
-"""download: every URL gets a right status, in bounded time and memory, and never leads to where it must not."""
+"""download: every URL gets a right status, in bounded time and memory, and never leads where it must not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +30,23 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import builder.stages.network
-from builder.core import Recipe, Status, Task, sha256_file, write_parquet
+import builder.stages.questions
+from builder.commit import commit, working
+from builder.core import RUN, Recipe, Record, Stage, Status, Task
 from builder.errors import InputError
+from builder.executors.work import in_this_process
+from builder.files import sha256_file, write_parquet
+from builder.run import Run, build
 from builder.stages import source
 from builder.stages.dedup import Dedup
 from builder.stages.download import SCHEMA, Download, _Fetcher
 from builder.stages.network import Outage, has_default_route
+from builder.stages.questions import Measured, Uids
+from builder.stages.source import Source
+from builder.store import Folder
 from recipes.demo import web as demo_web
 
-LOOPBACK = ("127.0.0.1/32",)
+LOOPBACK, KEY = ("127.0.0.1/32",), "ab" * 32
 Row = dict[str, Any]
 
 
@@ -72,6 +80,21 @@ class Done:
             return np.asarray(image.convert("RGB")).astype(np.int64)
 
 
+def sourced(run: Path, rows: list[Row], shard: int = 0) -> dict[str, str]:
+    """A shard of the source with these rows, as the inputs of a task."""
+    name = f"source/00000/{shard:05d}.{shard:08x}.parquet"
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(pa.Table.from_pylist(rows, source.SCHEMA), run / name)
+    return {name: sha256_file(run / name)}
+
+
+def record_of(run: Path, stage: Stage, block: str, name: str, inputs: Mapping[str, str]) -> Record:
+    """Do one task of any stage, as a worker does."""
+    task = Task(stage.name, block, name, KEY, inputs=inputs)
+    with stage.open() as work, working(Folder(run), task) as here:
+        return commit(Folder(run), stage, here, work(here), 0)
+
+
 def download(run: Path, rows: Sequence[str | Row], *, shard: int = 0, **settings: Any) -> Done:
     """Run the stage over one shard of source rows, given as URLs or as more columns; uids are their numbers.
 
@@ -81,16 +104,15 @@ def download(run: Path, rows: Sequence[str | Row], *, shard: int = 0, **settings
         {"uid": str(n), "org_caption": f"caption {n}"} | ({"url": row} if isinstance(row, str) else row)
         for n, row in enumerate(rows)
     ]
-    for folder in ("source", "download"):
-        (run / folder).mkdir(parents=True)
-    name = f"source/{shard:05d}.parquet"
-    write_parquet(pa.Table.from_pylist(table, source.SCHEMA), run / name)
-    task = Task(run, "download", f"{shard:05d}", "", {name: sha256_file(run / name)})
-    with Download(**{"allow_private": LOOPBACK, "nameservers": (NOBODY,), **settings}).open() as work:
+    stage = Download(**{"allow_private": LOOPBACK, "nameservers": (NOBODY,), **settings})
+    task = Task("download", "00000", f"{shard:05d}", KEY, inputs=sourced(run, table, shard))
+    with stage.open() as work, working(Folder(run), task) as here:
         start = time.monotonic()
-        counts = Counter({str(status): n for status, n in work(task).items()})
+        counts = work(here)
         seconds = time.monotonic() - start
-    done = Done(pq.read_table(task.output()).to_pylist(), counts, task.output(), task.output(".tar"), seconds)
+        record = commit(Folder(run), stage, here, counts, seconds)
+    parquet, tar = (run / record.output(suffix) for suffix in (".parquet", ".tar"))
+    done = Done(pq.read_table(parquet).to_pylist(), Counter(record.rows), parquet, tar, seconds)
     assert [(row["uid"], row["url"]) for row in done.rows] == [
         (row["uid"], row["url"]) for row in table
     ]  # one row per source row, in order
@@ -132,7 +154,10 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, lines: Iterable[bytes]) -> bytes:
-    """A PNG put together by hand, line by line: in kinds that Pillow does not write, and in sizes that must not be held in memory."""
+    """A PNG put together by hand, line by line.
+
+    In kinds that Pillow does not write, and in sizes that must not be held in memory.
+    """
     packer = zlib.compressobj(1)
     data = b"".join(packer.compress(b"\0" + line) for line in lines) + packer.flush()
     chunks = {
@@ -152,7 +177,7 @@ def sha256(data: bytes) -> str:
 JPG = picture()
 
 
-# --- the faults of the demo web -----------------------------------------------------------------------------------------
+# --- the faults of the demo web -----------------------------------------------------------------------------
 
 EXPECT = {  # fault -> status with sha256 verified, status without
     "ok": ("ok", "ok"),
@@ -188,20 +213,26 @@ def test_every_fault_of_the_demo_web_gets_its_status(tmp_path: Path, verify: boo
     ]
     with demo_web.serve(folder, port) as seen:
         done = download(run, rows, verify_sha256=verify, timeout_s=2.5)
-    (run / "dedup").mkdir()
-    done.parquet.rename(run / "download" / "00000.parquet")
-    survey = Task(run, "dedup", "survey", "", {"download/00000.parquet": ""})
-    Dedup().survey(survey)
-    survey.output().rename(run / "dedup" / "survey.parquet")
-    with Dedup().open() as work:
-        work(task := Task(run, "dedup", "00000", "", {"download/00000.parquet": ""}))
-    after = pq.read_table(task.output())["status"].to_pylist()
+    images = placeholders(run)
+    is_one = [row["status"] == "ok" and row["image_sha256"][:32] in images for row in done.rows]
+    after = ["duplicate_image" if one else row["status"] for one, row in zip(is_one, done.rows, strict=True)]
     assert list(zip(faults, after, strict=True)) == [(fault, EXPECT[fault][not verify]) for fault in faults]
     assert seen[f"/gone/{rows[3]['uid']}.jpg"] == 1
     assert seen[f"/flaky/{rows[1]['uid']}.jpg"] == 2
 
 
-# --- time -----------------------------------------------------------------------------------------------------------------
+def placeholders(run: Path) -> set[str]:
+    """Images that the whole run finds behind too many URLs, as select asks for them: half of each sha256."""
+    stage = Measured(max_urls=Dedup().max_urls)
+    downloaded = Record.from_json((run / "download/00000/00000.json").read_bytes())
+    assert downloaded is not None
+    part = record_of(run, stage, "00000", "part", downloaded.outputs)
+    answer = record_of(run, stage, RUN, "00000", part.outputs)
+    found = pq.read_table(run / answer.output(".parquet")).to_pylist()
+    return {f"{row['high']:016x}{row['low']:016x}" for row in found}
+
+
+# --- time ---------------------------------------------------------------------------------------------------
 
 
 def test_no_server_holds_a_url_longer_than_its_deadline(tmp_path: Path, web: Web) -> None:
@@ -261,7 +292,7 @@ def test_a_retry_comes_no_earlier_than_the_server_asks(tmp_path: Path, web: Web)
     assert done.seconds >= 1
 
 
-# --- retries --------------------------------------------------------------------------------------------------------------
+# --- retries ------------------------------------------------------------------------------------------------
 
 
 def test_what_may_pass_is_asked_again_and_what_will_not_is_not(tmp_path: Path, web: Web) -> None:
@@ -324,9 +355,14 @@ RUBBISH = {  # answers that are none
     "length-is-a-word": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc",
     "length-is-negative": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nabc",
     "chunk-is-a-word": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nmany\r\nabc\r\n",
-    "nonsense-headers": b"HTTP/1.1 200 OK\r\nSet-Cookie: ;;=;\r\nContent-Type: \xff/\xfe\r\nContent-Encoding: none\r\nContent-Length: 3\r\n\r\nabc",
+    "nonsense-headers": (
+        b"HTTP/1.1 200 OK\r\nSet-Cookie: ;;=;\r\nContent-Type: \xff/\xfe\r\n"
+        b"Content-Encoding: none\r\nContent-Length: 3\r\n\r\nabc"
+    ),
     "retry-after-is-no-number": b"HTTP/1.1 503 Busy\r\nRetry-After: \xc2\xb2\r\nContent-Length: 0\r\n\r\n",
-    "retry-after-is-a-date": b"HTTP/1.1 503 Busy\r\nRetry-After: Fri, 31 Dec 2100 23:59:59 GMT\r\nContent-Length: 0\r\n\r\n",
+    "retry-after-is-a-date": (
+        b"HTTP/1.1 503 Busy\r\nRetry-After: Fri, 31 Dec 2100 23:59:59 GMT\r\nContent-Length: 0\r\n\r\n"
+    ),
     "to-no-url": redirect("http://["),
     "to-no-host": redirect("http://"),
     "to-empty-label": redirect("http://a..b/"),
@@ -524,7 +560,7 @@ def outage(run: Path, rows: Sequence[str | Row], **settings: Any) -> str:
     """The message with which the shard fails, after which nothing is left of it."""
     with pytest.raises(Outage) as raised:
         download(run, rows, **settings)
-    assert not list((run / "download").iterdir())
+    assert [path.parent.parent.name for path in run.rglob("*") if path.is_file()] == ["source"]
     assert str(raised.value).endswith(ENDING)
     assert "\n" not in str(raised.value)
     return str(raised.value).removesuffix(ENDING)
@@ -656,11 +692,11 @@ def test_a_kernel_that_shows_no_routes_is_believed_to_have_one(tmp_path: Path) -
     assert has_default_route(tmp_path / "route", tmp_path / "ipv6_route")
 
 
-# --- where it may connect to ----------------------------------------------------------------------------------------------
+# --- where it may connect to --------------------------------------------------------------------------------
 
 
 def test_no_redirect_and_no_name_leads_to_an_address_that_is_not_public(tmp_path: Path) -> None:
-    """The web is 127.0.0.3, the only address that is allowed; somebody listens on all others and must stay alone."""
+    """The web is 127.0.0.3, the only address allowed; somebody listens on all others and must stay alone."""
     with ExitStack() as stack:
         web, other, local, v6 = (
             stack.enter_context(Web(host)) for host in ("127.0.0.3", "127.0.0.2", "127.0.0.1", "::1")
@@ -764,9 +800,10 @@ def test_allowed_networks_are_allowed_in_any_clothes_and_no_others() -> None:
 
 def test_what_is_no_url_is_never_connected_to(tmp_path: Path, web: Web) -> None:
     no_urls = [
-        "", " ", "not a url", "ftp://x/y", "http://", "https://", "http:///x.jpg", "//127.0.0.1/x.jpg", "/x.jpg", "http://host:99999/",
-        "http://host:port/", "http://[::1", "http://[x]/", "http://a..b/", f"http://{'a' * 64}.com/", "http://" + "x" * 2_000_000,
-        "x" * 2_000_000, "javascript:alert(1)", "data:image/png;base64,AAAA", "file:///etc/passwd", f"{web.base}/nul\x00.jpg",
+        "", " ", "not a url", "ftp://x/y", "http://", "https://", "http:///x.jpg", "//127.0.0.1/x.jpg",
+        "/x.jpg", "http://host:99999/", "http://host:port/", "http://[::1", "http://[x]/", "http://a..b/",
+        f"http://{'a' * 64}.com/", "http://" + "x" * 2_000_000, "x" * 2_000_000, "javascript:alert(1)",
+        "data:image/png;base64,AAAA", "file:///etc/passwd", f"{web.base}/nul\x00.jpg",
         f"{web.base}/x\r\nHost: other/.jpg", "http://127.0.0.1\x00.example/",
     ]  # fmt: skip
     done = download(tmp_path, no_urls)
@@ -782,7 +819,7 @@ def test_a_url_that_no_server_would_read_is_never_sent(tmp_path: Path, web: Web)
 
 
 def test_a_url_arrives_as_the_metadata_writes_it(tmp_path: Path, web: Web) -> None:
-    """Signed URLs break when they are written in another way; letters outside ASCII become UTF-8 in percents."""
+    """Signed URLs break when written in another way; letters outside ASCII become UTF-8 in percents."""
     paths = {
         path: path
         for path in (
@@ -800,7 +837,7 @@ def test_a_url_arrives_as_the_metadata_writes_it(tmp_path: Path, web: Web) -> No
     assert set(web.requests) == set(paths.values())
 
 
-# --- who may not be used, and who we say we are ---------------------------------------------------------------------------
+# --- who may not be used, and who we say we are -------------------------------------------------------------
 
 
 def test_robots_tags_are_obeyed_where_they_are_meant_for_us(tmp_path: Path, web: Web) -> None:
@@ -864,7 +901,7 @@ def test_a_request_says_who_asks_and_wants_plain_bytes(tmp_path: Path, web: Web)
     assert not {"cookie", "authorization", "referer"} & set(headers)
 
 
-# --- bytes ----------------------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------------------
 
 
 def test_max_bytes_is_a_border(tmp_path: Path, web: Web) -> None:
@@ -917,7 +954,10 @@ def test_the_hash_is_of_the_bytes_as_served(tmp_path: Path, web: Web) -> None:
 
 
 def test_another_image_than_the_metadata_s(tmp_path: Path, web: Web) -> None:
-    """Out when hashes are verified, kept under its own hash when not; metadata without a hash cannot be held against it."""
+    """Out when hashes are verified, kept under its own hash when not.
+
+    Metadata without a hash cannot be held against it.
+    """
     url = web.put("/", response(JPG))
     rows = [{"url": url, "sha256": claimed} for claimed in (sha256(b"another"), sha256(JPG), None, "")]
     strict = download(tmp_path / "strict", rows)
@@ -957,7 +997,7 @@ def test_what_is_no_image_is_not_called_another_image(tmp_path: Path, web: Web) 
     assert (done.rows[3]["image_width"], done.rows[3]["image_height"]) == (64, 48)
 
 
-# --- pixels ---------------------------------------------------------------------------------------------------------------
+# --- pixels -------------------------------------------------------------------------------------------------
 
 
 def test_a_bomb_is_never_unpacked(tmp_path: Path, web: Web) -> None:
@@ -1137,7 +1177,7 @@ def test_a_size_that_is_none_costs_its_own_row_only(tmp_path: Path, web: Web, bo
     assert done.statuses[1] == "ok"
 
 
-# --- faces ----------------------------------------------------------------------------------------------------------------
+# --- faces --------------------------------------------------------------------------------------------------
 
 
 def noise(px: int) -> bytes:
@@ -1145,9 +1185,10 @@ def noise(px: int) -> bytes:
 
 
 def test_a_face_is_blurred_and_nothing_else(tmp_path: Path, web: Web) -> None:
-    """img2dataset grows a box by a tenth of its longer side and fades over another; JPEG smears over blocks of 16.
+    """img2dataset grows a box by a tenth of its longer side and fades over another; JPEG smears blocks of 16.
 
-    A quarter of 256 px from (64, 64) to (128, 128) becomes 57..134, with the fading 50..141, with the blocks 48..144.
+    A quarter of 256 px from (64, 64) to (128, 128) becomes 57..134, with the fading 50..141, with the blocks
+    48..144.
     """
     row = {"url": web.put("/", response(noise(256))), "face_bboxes": [[0.25, 0.25, 0.5, 0.5]]}
     blurred, again, plain = (
@@ -1281,7 +1322,7 @@ def test_grey_pictures_have_faces_too(tmp_path: Path, web: Web) -> None:
     assert blurred[64:128, 64:128].std() < plain[64:128, 64:128].std() / 4
 
 
-# --- the files ------------------------------------------------------------------------------------------------------------
+# --- the files ----------------------------------------------------------------------------------------------
 
 
 def test_the_tar_is_what_img2dataset_would_write(tmp_path: Path, web: Web) -> None:
@@ -1363,37 +1404,54 @@ def test_the_columns(tmp_path: Path, web: Web) -> None:
 
 def test_one_worker_does_many_shards(tmp_path: Path, web: Web) -> None:
     """With an empty one among them; nothing of the one before is in the next."""
-    (tmp_path / "source").mkdir()
-    (tmp_path / "download").mkdir()
     web.put("/ok", response(JPG))
     with Download(allow_private=LOOPBACK).open() as work:
         for shard, number in enumerate([3, 0, 2]):
-            name = f"source/{shard:05d}.parquet"
             rows = [
                 {"uid": f"{shard}-{n}", "url": f"{web.base}/ok", "org_caption": ""} for n in range(number)
             ]
-            write_parquet(pa.Table.from_pylist(rows, source.SCHEMA), tmp_path / name)
-            task = Task(tmp_path, "download", f"{shard:05d}", "", {name: ""})
-            assert work(task) == ({"ok": number} if number else {})
-            assert pq.read_table(task.output())["uid"].to_pylist() == [row["uid"] for row in rows]
-            with tarfile.open(task.output(".tar")) as tar:
-                assert len(tar.getnames()) == 3 * number
+            task = Task("download", "00000", f"{shard:05d}", KEY, inputs=sourced(tmp_path, rows, shard))
+            with working(Folder(tmp_path), task) as here:
+                assert work(here) == ({"ok": number} if number else {})
+                assert pq.read_table(here.output())["uid"].to_pylist() == [row["uid"] for row in rows]
+                with tarfile.open(here.output(".tar")) as tar:
+                    assert len(tar.getnames()) == 3 * number
+                assert {path.name for path in here.scratch.iterdir()} == {"out.parquet", "out.tar"}
+            assert not here.scratch.exists()
+
+
+@pytest.mark.parametrize("range_rows", [1, 20_000_000])
+def test_a_uid_that_occurs_twice_is_found_in_one_block_or_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, range_rows: int
+) -> None:
+    """However many rows are grouped at a time."""
+    monkeypatch.setattr(builder.stages.questions, "RANGE_ROWS", range_rows)
+    inputs = [
+        sourced(tmp_path, [{"uid": uid, "shard": shard, "row": n} for n, uid in enumerate(uids)], shard)
+        for shard, uids in enumerate((["a", "b"], ["c", "a"], ["d", "e", "f"]))
+    ]
+
+    def answer(*blocks: Sequence[int]) -> Mapping[str, int]:
+        parts: dict[str, str] = {}
+        for number, shards in enumerate(blocks):
+            of_block = {name: sha256 for shard in shards for name, sha256 in inputs[shard].items()}
+            parts |= record_of(tmp_path, Uids(), f"{number:05d}", "part", of_block).outputs
+        return record_of(tmp_path, Uids(), RUN, "00000", parts).rows
+
+    for blocks in ([[0, 1]], [[0], [1]], [[2, 0], [1]]):
+        with pytest.raises(InputError, match="uid a occurs twice: shard 0 row 0 and shard 1 row 1"):
+            answer(*blocks)
+    for blocks, rows in (([[0]], 2), ([[0, 2]], 5), ([[1], [2]], 5)):
+        assert answer(*blocks) == {"rows": rows}
 
 
 def test_a_uid_that_occurs_twice_stops_the_run_before_it_starts(tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()
-    (tmp_path / "download").mkdir()
-    inputs = {}
-    for shard, uids in enumerate((["a", "b"], ["c", "a"])):
-        name = f"source/{shard:05d}.parquet"
-        write_parquet(
-            pa.Table.from_pylist(
-                [{"uid": uid, "shard": shard, "row": n} for n, uid in enumerate(uids)], source.SCHEMA
-            ),
-            tmp_path / name,
-        )
-        inputs[name] = ""
-    with pytest.raises(InputError, match="uid a occurs twice: shard 0 row 0 and shard 1 row 1"):
-        Download().survey(Task(tmp_path, "download", "survey", "", inputs))
-    del inputs["source/00001.parquet"]
-    assert Download().survey(Task(tmp_path, "download", "survey", "", inputs)) == {"rows": 2}
+    """Whatever its two rows are: nothing is asked of any server, in whichever block."""
+    rows = [{"uid": uid, "url": f"http://127.0.0.1/{n}", "text": "x"} for n, uid in enumerate("abcad")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    recipe = Recipe("r", (Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1), Download()))
+    assert Download().asks() == (Uids(),)
+    with pytest.raises(InputError, match="uid a occurs twice: shard 0 row 0 and shard 3 row 0"):
+        build(recipe, tmp_path / "run", executor=in_this_process)
+    assert len(Run.open(tmp_path / "run").files("source")) == len(rows)
+    assert not (tmp_path / "run" / "download").exists()

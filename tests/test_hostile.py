@@ -1,6 +1,8 @@
-"""What a user is told when something is wrong: one line that names the place and what to type next, an exit status, and nothing else.
+"""What a user is told when something is wrong.
 
-The cases are in `hostile/`, some two dozen kinds of them. Each is a command in a process of its own, forked from one that has done its imports.
+One line that names the place and what to type next, an exit status, and nothing else. The cases are in
+`hostile/`, some two dozen kinds of them. Each is a command in a process of its own, forked from one that has
+done its imports.
 """
 
 from __future__ import annotations
@@ -175,7 +177,8 @@ def as_a_process(order: dict[str, object]) -> tuple[int | None, float]:
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "builder.cli", *order["arguments"]],  # type: ignore[misc]
-            stdin=stdin, stdout=stdout, stderr=stderr, cwd=str(order["cwd"]), env=os.environ | order["env"], start_new_session=True,  # type: ignore[operator]
+            stdin=stdin, stdout=stdout, stderr=stderr, cwd=str(order["cwd"]),
+            env=os.environ | order["env"], start_new_session=True,  # type: ignore[operator]
         )  # fmt: skip
         try:
             return process.wait(LIMIT_S), 0.0
@@ -185,7 +188,7 @@ def as_a_process(order: dict[str, object]) -> tuple[int | None, float]:
             return None, 0.0
 
 
-# --- what holds of every case ---------------------------------------------------------------------------------------------
+# --- what holds of every case -------------------------------------------------------------------------------
 
 
 def judged(case: Case, ground: Ground, run: Run) -> None:
@@ -261,13 +264,13 @@ def test_there_are_enough_of_them() -> None:
     assert len(CASES) >= 300
 
 
-# --- signals, pipes and shells --------------------------------------------------------------------------------------------
+# --- signals, pipes and shells ------------------------------------------------------------------------------
 
 SLOW = """
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
 
 from builder.core import Recipe, Stage
 from builder.stages.source import Source
@@ -275,13 +278,15 @@ from builder.stages.source import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Stage):
-    name: ClassVar[str] = "slow"
-    reads: ClassVar[tuple[str, ...]] = ("source",)
+    name: str = "slow"
+
+    def reads(self):
+        return ("source",)
 
     @contextmanager
     def open(self):
         def work(task):
-            (task.run / "started").touch()
+            Path(task.store.place, "started").touch()
             time.sleep(120)
 
         yield work
@@ -293,7 +298,7 @@ def rows(*, metadata: str) -> Recipe:
 
 
 def a_signal(number: signal.Signals, ground: Ground, *, to_all: bool) -> None:
-    """One line and the usual exit status. A terminal signals all processes of its foreground, `kill` the one that is named."""
+    """One line and the usual exit status. A terminal signals all its foreground's processes, `kill` one."""
     s = ground.situation
     recipe, metadata = s.recipe(SLOW, "slow_rows.py"), s.parquet()
     command = [
@@ -307,8 +312,8 @@ def a_signal(number: signal.Signals, ground: Ground, *, to_all: bool) -> None:
         str(s.here / "run"),
     ]
     process = subprocess.Popen(
-        command, cwd=ground.base / "cwd", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"TMPDIR": str(ground.base / "tmp")},
+        command, cwd=ground.base / "cwd", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"TMPDIR": str(ground.base / "tmp")},
     )  # fmt: skip
     end = time.monotonic() + 60
     try:
@@ -338,8 +343,10 @@ def shell(ground: Ground, command: str, **env: str) -> subprocess.CompletedProce
     """`recap` in the command is the command line; the last process of a pipe says how it ended."""
     recap = f"{shlex.quote(sys.executable)} -m builder.cli"
     script = f'set -o pipefail\nrecap() {{ {recap} "$@"; }}\n{command}'
-    return subprocess.run(["bash", "-c", script], cwd=ground.base / "cwd", capture_output=True, text=True, timeout=60, check=False,
-                          env=os.environ | env)  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ground.base / "cwd", capture_output=True, text=True, timeout=60,
+        check=False, env=os.environ | env,
+    )  # fmt: skip
 
 
 def assert_calm(done: subprocess.CompletedProcess[str], lines: int = 1) -> None:
@@ -379,7 +386,8 @@ def a_folder_that_is_gone(ground: Ground) -> None:
     table = ground.situation.parquet()
     done = shell(
         ground,
-        f"mkdir gone; cd gone; rmdir ../gone; recap plan recap_datacomp_1b metadata={table} captioner=a clip=b",
+        "mkdir gone; cd gone; rmdir ../gone; "
+        f"recap plan recap_datacomp_1b metadata={table} captioner=a clip=b",
     )
     assert_calm(done)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Publishing to the Hub: once, whole, whatever happens on the way. The server is `tests/hub`, the client the real one."""
+"""Publishing to the Hub: once, whole, whatever happens. The server is `tests/hub`, the client is real."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import recap, survived
+from conftest import output_of, recap, record_of, survived
 from hub.server import Fault
 from hub.server import Hub as Server
 
 from builder import tombstones
 from builder.errors import InputError, UserError, VersionError
+from builder.run import Run
 from builder.versions.folder import Folder
 from builder.versions.hub import Hub
 from builder.versions.publish import stage
-from builder.versions.verify import remove, verify
+from builder.versions.remove import remove
+from builder.versions.verify import verify
 from builder.versions.version import MANIFEST, Staged
 
 FULL = (
@@ -57,7 +59,7 @@ def constants_of(url: str, *, xet: bool) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def staged(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Staged:
     run = Path(shutil.copytree(demo_run, tmp_path_factory.mktemp("staged") / "run"))
-    return stage(run, "0.1.0", tombstones.table({}))
+    return stage(Run.open(run), "0.1.0", tombstones.table({}))
 
 
 def other(staged: Staged, folder: Path, version: str | None = None, **files: bytes) -> Staged:
@@ -95,7 +97,7 @@ def assert_published_once(server: Server, staged: Staged, repo: str = "me/demo")
     assert [discussion.status for discussion in there.discussions.values()] == ["merged"]
 
 
-# --- what a user gets -------------------------------------------------------------------------------------------------
+# --- what a user gets ---------------------------------------------------------------------------------------
 
 
 def test_a_version_is_published_once(server: Server, staged: Staged) -> None:
@@ -119,7 +121,7 @@ def test_other_bytes_under_a_version_are_refused(server: Server, staged: Staged,
 
 
 def test_what_did_not_change_is_not_sent_again(server: Server, staged: Staged, tmp_path: Path) -> None:
-    """A second version with a new card and one more shard: the old ones are taken over under their new names."""
+    """A second version with a new card and another shard: old ones are taken over under their new names."""
     hub().publish(staged)
     sent = server.bytes_in
     data = (staged.folder / "data/train-00000-of-00001.parquet").read_bytes()
@@ -130,7 +132,8 @@ def test_what_did_not_change_is_not_sent_again(server: Server, staged: Staged, t
     more = (tmp_path / "more.parquet").read_bytes()
     second = other(
         staged, tmp_path / "second", "0.2.0",
-        **{"README.md": b"another card", "data/train-00000-of-00002.parquet": data, "data/train-00001-of-00002.parquet": more},
+        **{"README.md": b"another card", "data/train-00000-of-00002.parquet": data,
+           "data/train-00001-of-00002.parquet": more},
     )  # fmt: skip
     del second.manifest["files"]["data/train-00000-of-00001.parquet"]
     (second.folder / MANIFEST).write_text(json.dumps(second.manifest))
@@ -183,8 +186,14 @@ def test_the_command_line_publishes_verifies_and_says_how_to_load(
     assert " 0 problems" in recap("verify", f"{place}@v0.1.0").stdout
     assert server.token not in done.stdout + done.stderr
     assert not any(server.token.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())
-    loads = "rows = datasets.load_dataset('me/demo', revision='v0.1.0', split='train'); print(len(rows), rows[0]['re_caption'])"
-    streams = "print(sum(1 for _ in datasets.load_dataset('me/demo', 'ledger', revision='v0.1.0', split='train', streaming=True)))"
+    loads = (
+        "rows = datasets.load_dataset('me/demo', revision='v0.1.0', split='train'); "
+        "print(len(rows), rows[0]['re_caption'])"
+    )
+    streams = (
+        "print(sum(1 for _ in datasets.load_dataset("
+        "'me/demo', 'ledger', revision='v0.1.0', split='train', streaming=True)))"
+    )
     out = subprocess.run(
         [sys.executable, "-c", f"import datasets; {loads}; {streams}"],
         capture_output=True,
@@ -230,7 +239,7 @@ def test_a_domain_goes_with_its_subdomains(staged: Staged, tmp_path: Path) -> No
         remove(str(tmp_path / "out"), "0.1.2", {"domain": ["0.0.1"]})
 
 
-# --- what can go wrong ------------------------------------------------------------------------------------------------
+# --- what can go wrong --------------------------------------------------------------------------------------
 
 
 def test_main_that_was_moved_is_not_overwritten(server: Server, staged: Staged) -> None:
@@ -317,7 +326,7 @@ def test_verification_reads_each_byte_once(server: Server, staged: Staged) -> No
     assert total <= server.bytes_out - before <= total + again
 
 
-# --- killed at every call ---------------------------------------------------------------------------------------------
+# --- killed at every call -----------------------------------------------------------------------------------
 
 
 def _publish(url: str, environment: dict[str, str], staged: Staged, repo: str, xet: bool) -> None:
@@ -349,7 +358,7 @@ def run_until(
     *,
     xet: bool = False,
 ) -> int:
-    """Publish in a process of its own; kill it at (k-th call, "call" before or "call_after" it is handled)."""
+    """Publish in a process of its own; kill it at (k-th call, "call" before or "call_after" handling it)."""
     process = forkserver.Process(target=_publish, args=(server.url, server.env(), staged, repo, xet))
     process.start()
     if kill:
@@ -382,22 +391,24 @@ def test_killed_at_every_call_and_again_it_is_published_once(
         assert run_until(forkserver, server, staged, repo, None, xet=xet) == 0
         assert_published_once(server, staged, repo)
     survived(
-        f"publishing survived {killed} kills at {len(chosen)} of {len(moments)} moments of {number} calls ({'Xet' if xet else 'LFS'})"
+        f"publishing survived {killed} kills at {len(chosen)} of {len(moments)} moments "
+        f"of {number} calls ({'Xet' if xet else 'LFS'})"
     )
     assert killed >= len(chosen)
 
 
 FAULTS = [
-    Fault("*", 0, "status", status=500), Fault("*", 0, "status", status=503, headers={"Retry-After": "0"}), Fault("*", 0, "drop"),
-    Fault("*", 0, "applied_then_status", status=504), Fault("*", 0, "drop_after"), Fault("*", 0, "truncate"), Fault("*", 0, "slow", wait_s=0.2),
-    Fault("*", 0, "rate_limit", wait_s=0), Fault("*", 0, "expired"),
+    Fault("*", 0, "status", status=500), Fault("*", 0, "status", status=503, headers={"Retry-After": "0"}),
+    Fault("*", 0, "drop"), Fault("*", 0, "applied_then_status", status=504), Fault("*", 0, "drop_after"),
+    Fault("*", 0, "truncate"), Fault("*", 0, "slow", wait_s=0.2), Fault("*", 0, "rate_limit", wait_s=0),
+    Fault("*", 0, "expired"),
 ]  # fmt: skip
 
 
 def test_every_fault_on_every_route_is_survived(
     server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Either this publish gets through, or it says what is wrong and the next one does; never twice, never in part."""
+    """Either this publish gets through, or it says what is wrong and the next does; never twice or partly."""
     import huggingface_hub.utils._http as http
 
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)  # the client's own waits
@@ -417,12 +428,13 @@ def test_every_fault_on_every_route_is_survived(
         server.faults.clear()
         assert_published_once(server, staged, repo)
     survived(
-        f"publishing survived {len(matrix)} faults: {len(FAULTS)} kinds on {len(routes)} routes; {refused} by a second publish"
+        f"publishing survived {len(matrix)} faults: {len(FAULTS)} kinds on {len(routes)} routes; "
+        f"{refused} by a second publish"
     )
     assert refused < len(routes)  # none but the expired token stops a publish
 
 
-# --- two at a time, and large ones ------------------------------------------------------------------------------------
+# --- two at a time, and large ones --------------------------------------------------------------------------
 
 
 def together(forkserver: Any, server: Server, *jobs: Staged) -> list[int]:
@@ -505,18 +517,20 @@ def test_a_shard_of_two_gigabytes_takes_no_memory(
     assert max(peaks) < 1 << 30
 
 
-# --- before anything is sent ------------------------------------------------------------------------------------------
+# --- before anything is sent --------------------------------------------------------------------------------
 
 
-def spoil(run: Path, change: Callable[[pa.Table], pa.Table], name: str = "select/00000.parquet") -> None:
+def spoil(run: Path, change: Callable[[pa.Table], pa.Table], suffix: str = ".parquet") -> None:
     """Change a shard, and its record with it, as a bug of ours would."""
-    table = change(pq.read_table(run / name))
-    (run / name).unlink()
-    pq.write_table(table, run / name)
-    record = json.loads((run / "select" / "00000.json").read_text())
-    record["bytes"][name] = (run / name).stat().st_size
-    record["outputs"][name] = hashlib.sha256((run / name).read_bytes()).hexdigest()
-    (run / "select" / "00000.json").write_text(json.dumps(record))
+    path = output_of(run, "select", suffix)
+    table = change(pq.read_table(path))
+    path.unlink()
+    pq.write_table(table, path)
+    name, recorded = str(path.relative_to(run)), record_of(run, "select")
+    record = json.loads(recorded.read_text())
+    record["bytes"][name] = path.stat().st_size
+    record["outputs"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    recorded.write_text(json.dumps(record))
 
 
 def with_text(text: str) -> Callable[[pa.Table], pa.Table]:
@@ -526,14 +540,14 @@ def with_text(text: str) -> Callable[[pa.Table], pa.Table]:
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "says"),
+    ("change", "suffix", "says"),
     [
-        (with_text("my key is hf_" + "a" * 34), "select/00000.parquet", "looks like a secret"),
-        (lambda table: table.drop_columns(["re_num_tokens"]), "select/00000.parquet", "another schema"),
-        (lambda table: table.slice(1), "select/00000.parquet", "rows, its record says"),
+        (with_text("my key is hf_" + "a" * 34), ".parquet", "looks like a secret"),
+        (lambda table: table.drop_columns(["re_num_tokens"]), ".parquet", "another schema"),
+        (lambda table: table.slice(1), ".parquet", "rows, its record says"),
         (
             lambda table: pa.concat_tables([table.slice(1), table.slice(5, 1)]),
-            "select/00000.ledger.parquet",
+            ".ledger.parquet",
             "occurs 2 times",
         ),
     ],
@@ -544,22 +558,22 @@ def test_what_must_not_be_published_is_not(
     demo_run: Path,
     tmp_path: Path,
     change: Callable[[pa.Table], pa.Table],
-    name: str,
+    suffix: str,
     says: str,
 ) -> None:
     run = Path(shutil.copytree(demo_run, tmp_path / "run"))
-    spoil(run, change, name)
+    spoil(run, change, suffix)
     with pytest.raises(VersionError, match=says):
-        stage(run, "0.1.0", tombstones.table({}))
+        stage(Run.open(run), "0.1.0", tombstones.table({}))
     assert server.calls == []
 
 
 def test_rows_that_were_removed_do_not_come_back(demo_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(demo_run, tmp_path / "run"))
-    uid = pq.read_table(run / "select" / "00000.parquet")["uid"][3].as_py()
+    uid = pq.read_table(output_of(run, "select"))["uid"][3].as_py()
     with pytest.raises(VersionError, match=r"1 rows are named by tombstones(.|\n)*dedup\.tombstones"):
-        stage(run, "0.1.0", tombstones.table({"uid": [uid]}))
-    ledger = pq.read_table(run / "select" / "00000.ledger.parquet").to_pylist()
+        stage(Run.open(run), "0.1.0", tombstones.table({"uid": [uid]}))
+    ledger = pq.read_table(output_of(run, "select", ".ledger.parquet")).to_pylist()
     dead = next(row["url"] for row in ledger if row["status"] == "dead_link")
     with pytest.raises(VersionError, match=r"1 rows are named by tombstones"):
-        stage(run, "0.1.0", tombstones.table({"url": [dead]}))
+        stage(Run.open(run), "0.1.0", tombstones.table({"url": [dead]}))

@@ -103,12 +103,16 @@ import json, os
 from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem
 api, demo, data = HfApi(), {DEMO}, [os.urandom(200_000), os.urandom(70_000)]
 for n in (0, 1):
-    api.create_commit(**demo, operations=[CommitOperationAdd(f"data/{{n}}.parquet", data[n])], commit_message="m")
+    api.create_commit(
+        **demo, operations=[CommitOperationAdd(f"data/{{n}}.parquet", data[n])], commit_message="m"
+    )
 paths = [api.hf_hub_download(**demo, filename=f"data/{{n}}.parquet") for n in (0, 1)]
-with HfFileSystem().open("datasets/me/demo/data/1.parquet") as file:  # plain HTTP, while this process has the store open
+# Plain HTTP, while this process has the store open.
+with HfFileSystem().open("datasets/me/demo/data/1.parquet") as file:
     file.seek(1000)
     part = file.read(50)
-print(json.dumps([[open(path, "rb").read() == content for path, content in zip(paths, data)], part == data[1][1000:1050]]))
+whole = [open(path, "rb").read() == content for path, content in zip(paths, data)]
+print(json.dumps([whole, part == data[1][1000:1050]]))
 """)  # fmt: skip
     assert found == [[True, True], True]
     assert [call.route for call in hub.calls].count("lfs_put") == 0
@@ -302,7 +306,10 @@ def test_a_commit_is_applied_whole_or_not_at_all(hub: Hub, api: HfApi) -> None:
 def test_datasets_loads_configs_at_a_tag_and_at_main(hub: Hub, api: HfApi, tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1, 2, 3]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"y": ["b"]}), tmp_path / "b.parquet")
-    configs = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'data/train-*'}\n- config_name: ledger\n  data_files: 'b/*'\n"
+    configs = (
+        "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'data/train-*'}\n"
+        "- config_name: ledger\n  data_files: 'b/*'\n"
+    )
     files = {
         "README.md": f"---\n{configs}---\n".encode(),
         "data/train-0.parquet": (tmp_path / "a.parquet").read_bytes(),

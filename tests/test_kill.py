@@ -1,20 +1,32 @@
-"""kill -9 at random moments of a build, the same command again: the published bytes equal an uninterrupted run's."""
+"""kill -9 at random moments of a build, the same command again: the bytes equal an uninterrupted run's."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, recap, web_of
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, recap, survived, web_of
 
-KILLS = 20 if os.environ.get("RECAP_FULL") else 2
+from builder.commit import records
+from builder.core import Object
+from builder.files import sha256_file
+from builder.plan import line
+from builder.run import Run, garbage
+from builder.store import Folder
+
+KILLS = 40 if os.environ.get("RECAP_FULL") else 2
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -25,48 +37,108 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
+def results(place: Path) -> dict[str, dict[str, str]]:
+    """Stage or question -> object without the digits of its key -> sha256, of what the records name.
+
+    The bytes that are there, which the records tell too.
+    """
+    run, found = Run.open(place), {}
+    for stage in line(run.recipe):
+        named: dict[str, str] = {}
+        for block in run.store.folders(stage.name):
+            for record in records(run.store, f"{stage.name}/{block}").values():
+                for name, sha256 in record.outputs.items():
+                    assert sha256_file(run.local(name)) == sha256, name
+                    named[f"{block}: {Object.parse(name).plain()}"] = sha256
+        found[stage.name] = named
+    return found
+
+
+def replies(place: Path) -> set[str]:
+    """Keys of the replies that a run holds, in journals and in outputs."""
+    store, found = Folder(place), set[str]()
+    for block in store.folders("re_caption"):
+        folder = f"re_caption/{block}"
+        for name in store.names(folder):
+            if name.endswith(".journal"):
+                found |= {json.loads(line)["key"] for line in store.journaled(f"{folder}/{name}")}
+            elif name.endswith(".parquet"):
+                found |= {*pq.read_table(place / folder / name)["reply_key"].to_pylist()} - {None}
+    return found
+
+
+@pytest.mark.timeout(1500)
 def test_kill_minus_nine_at_random_moments(demo_run: Path, tmp_path: Path) -> None:
-    """The demo again, over the same web. Every second kill waits for a file of the run to appear, to be sure of progress."""
+    """The demo again, over the same web; some kills wait for records or captions, to be sure of progress.
+
+    A run that is done is compared, and another one begun, until there were kills enough.
+    """
     rng = random.Random(os.environ.get("RECAP_KILL_SEED", "0"))
-    run, killed = tmp_path / "killed", []
+    run, notes, out = tmp_path / "killed", tmp_path / "asked", tmp_path / "out"
+    environment = os.environ | {"RECAP_TEST_ASKED": str(notes)}
+    known: set[str] = set()  # replies that were journaled or committed when a build was killed
+    kills = asked = runs = 0
     with web_of(demo_run) as site:
         build = ["build", "demo", f"web={site}", "--run", run]
         command = [sys.executable, "-m", "builder.cli", *map(str, build)]
-        for k in range(KILLS):
+        while kills < KILLS:
+            notes.write_text("")
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
             )
-            if k % 2 == 1:
-                _until_something_new(run, process, rng.randint(1, 3), seconds=40)
+            if kills % 8 == 3:
+                _until_more(lambda: len(replies(run)), rng.randint(1, 80), process, 60)
+            elif kills % 4 == 1:
+                _until_more(lambda: len([*run.rglob("*.json")]), rng.randint(1, 3), process, 40)
             else:
                 time.sleep(rng.uniform(0.5, 6))
             children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            killed.append(process.returncode == -signal.SIGKILL)
+            process.kill()
+            ended = process.wait()
             _, alive = psutil.wait_procs(children, timeout=5)
             assert not alive, "a worker outlived its build"
+            of_this_build = notes.read_text().split()
+            assert not known & set(of_this_build), "a reply that was journaled was asked for again"
+            asked, known = asked + len(of_this_build), known | replies(run)
+            if ended == -signal.SIGKILL:
+                kills += 1
+                continue
+            assert ended == 0
+            _same(demo_run, run)
+            shutil.rmtree(run)
+            known, runs = set(), runs + 1
         recap(*build)
-        recap("publish", run, tmp_path / "out", "--version", "0.1.0")
-    assert sum(killed) >= KILLS // 2  # the others had nothing left to do
-    for stage in ("source", "download", "dedup", "caption", "score", "select"):
-        files = {
-            name: sha for name, sha in tree(demo_run / stage).items() if name.endswith((".parquet", ".tar"))
-        }
-        assert {
-            name: sha for name, sha in tree(run / stage).items() if name.endswith((".parquet", ".tar"))
-        } == files, stage
-    assert tree(tmp_path / "out" / "v0.1.0") == tree(demo_run.with_name("demo-published") / "v0.1.0")
+    recap("publish", run, out, "--version", "0.1.0")
+    _same(demo_run, run)
+    assert tree(out / "v0.1.0") == tree(demo_run.with_name("demo-published") / "v0.1.0")
+    survived(f"{kills} kills of {runs + 1} builds, {asked} captions asked for by those that were killed")
 
 
-def _until_something_new(run: Path, process: subprocess.Popen[bytes], number: int, seconds: float) -> None:
-    """Wait until that many files have appeared or gone in the run, or the build has ended."""
+def _same(whole: Path, run: Path) -> None:
+    """All that the records of a run name has the bytes of a run that nobody killed; little else is there."""
+    expected, found = results(whole), results(run)
+    assert {*expected} > {
+        "source",
+        "download",
+        "claimed",
+        "dedup",
+        "re_caption",
+        "measured",
+        "score",
+        "select",
+    }
+    for stage, files in expected.items():
+        assert files, stage
+        assert found[stage] == files, stage
+    hints = {name for name in garbage(run) if name.startswith("measured/run/early-")}
+    assert set(garbage(run)) == hints  # a killed worker's objects have the names of those that came after it
+    assert not [*run.rglob("*.journal"), *run.rglob("*.failed"), *run.glob(".scratch")]
 
-    def names() -> set[Path]:
-        return set(run.rglob("*"))
 
-    seen, end = names(), time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
-        if len(names() ^ seen) >= number:
-            return
-        time.sleep(0.005)
+def _until_more(
+    count: Callable[[], int], more: int, process: subprocess.Popen[bytes], seconds: float
+) -> None:
+    """Wait until there are so many more, or the build has ended."""
+    before, end = count(), time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end and count() < before + more:
+        time.sleep(0.02)

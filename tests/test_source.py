@@ -1,10 +1,10 @@
-"""source: whatever the tables look like, every row comes out once, in order, in one schema, with the text that it had."""
+"""source: whatever the tables, every row comes out once, in order, in one schema, with the text it had."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.commit import commit
-from builder.core import Recipe, Record, Stage, Task
+from builder import index
+from builder.commit import commit, working
+from builder.core import Recipe
 from builder.errors import InputError, RecipeError, ShardError
-from builder.executors.local import Outcome, attempt
-from builder.run import build
+from builder.executors.work import in_this_process
+from builder.run import Run, build
+from builder.schedule import Outcome, Schedule
 from builder.stages.source import OPTIONAL, SCHEMA, Source
+from builder.store import Folder
 
 Row = dict[str, Any]
 
 
-def here(stage: Stage, tasks: Sequence[Task]) -> Iterator[Outcome]:
+def here(schedule: Schedule) -> Iterator[Outcome]:
     """An executor without worker processes; what a task raises comes out."""
-    for task in tasks:
-        if task.name == "survey":
-            rows = stage.survey(task)
-        else:
-            with stage.open() as work:
-                rows = work(task)
-        yield Outcome(task, commit(stage, task, rows, 0))
+    while task := schedule.take():
+        stage = schedule.stages[task.stage]
+        with stage.open() as work, working(schedule.store, task) as at_hand:
+            outcome = Outcome(task, commit(schedule.store, stage, at_hand, work(at_hand), 0))
+        schedule.done(outcome)
+        yield outcome
 
 
-def shards(run: Path, files: object, **settings: Any) -> list[pa.Table]:
+def shards(place: Path, files: object, **settings: Any) -> list[pa.Table]:
     """The source's shards, as a build makes them."""
-    build(Recipe("r", (Source(files=str(files), **settings),)), run, executor=here)
-    paths = sorted(path for path in (run / "source").glob("*.parquet") if not path.name.startswith("survey"))
-    for number, path in enumerate(paths):
-        record = Record.read(path.with_suffix(".json"))
-        assert record is not None
-        assert path.stem == f"{number:05d}"
-        assert record.rows == {"ok": pq.read_metadata(path).num_rows}
-    return [pq.read_table(path) for path in paths]
+    build(Recipe("r", (Source(files=str(files), **settings),)), place, executor=here)
+    run = Run.open(place)
+    blocks = {f"{n:05d}": block.name for block in run.index.blocks for n in range(block.first, block.last)}
+    found = list(run.shards("source"))
+    assert [name for name, _ in found] == [f"source/{block}/{shard}" for shard, block in blocks.items()]
+    for name, record in found:
+        (output,) = record.outputs
+        assert output == f"{name}.{record.key[:8]}.parquet"
+        assert record.rows == {"ok": pq.read_metadata(run.local(output)).num_rows}
+    return [pq.read_table(run.local(name)) for name in run.files("source")]
 
 
 def rows(run: Path, files: object, **settings: Any) -> list[Row]:
@@ -88,7 +92,7 @@ def metadata(tmp_path: Path) -> Path:
     return folder
 
 
-# --- slices -----------------------------------------------------------------------------------------------------------
+# --- slices -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows_per_shard", [1, 7, 20, 47, 48, 10_000])
@@ -165,22 +169,187 @@ def test_the_same_rows_in_other_shards_have_the_same_content(tmp_path: Path, met
     assert [row | place for row in few] == [row | place for row in many]
 
 
+def files_of(place: Path) -> dict[str, int]:
+    """Files of the source's shards, and when they were written."""
+    run = Run.open(place)
+    return {name: run.local(name).stat().st_mtime_ns for name in run.files("source")}
+
+
+def numbers(names: Iterable[str]) -> list[int]:
+    return sorted(int(name.rpartition("/")[2].partition(".")[0]) for name in names)
+
+
 def test_a_changed_file_makes_only_its_shards_again(tmp_path: Path, metadata: Path) -> None:
     shards(tmp_path / "run", metadata, rows_per_shard=10)
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "source").glob("0*.parquet")}
+    before = files_of(tmp_path / "run")
     pq.write_table(
         datacomp(21, 26), metadata / "deeper" / "d.parquet"
     )  # the same rows in one row group: other bytes
     shards(tmp_path / "run", metadata, rows_per_shard=10)
-    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "source").glob("0*.parquet")}
-    assert sorted(name for name in after if after[name] != before[name]) == [
-        "00002.parquet",
-        "00003.parquet",
-        "00004.parquet",
+    after = files_of(tmp_path / "run")
+    assert numbers(name for name in after if after[name] != before.get(name)) == [2, 3, 4]
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def captions(tables: Iterable[pa.Table]) -> list[list[int]]:
+    """The numbers of the rows of each shard."""
+    return [[int(text.split()[1]) for text in table["org_caption"].to_pylist()] for table in tables]
+
+
+def numbered(*shards: tuple[int, int]) -> list[list[int]]:
+    return [[*range(start, stop)] for start, stop in shards]
+
+
+def test_what_comes_to_the_metadata_begins_a_shard_whatever_its_name(tmp_path: Path, metadata: Path) -> None:
+    """And a block. The last shard of before stays as it was, partly filled."""
+    place = tmp_path / "run"
+    shards(place, metadata, rows_per_shard=20)
+    before = files_of(place)
+    pq.write_table(datacomp(47, 30), metadata / "a0.parquet")
+    tables = shards(place, metadata, rows_per_shard=20)
+    assert captions(tables) == numbered((0, 20), (20, 40), (40, 47), (47, 67), (67, 77))
+    assert [table["shard"].unique().to_pylist() for table in tables] == [[n] for n in range(5)]
+    assert [name.split("/")[1] for name in files_of(place)] == ["00000"] * 3 + ["00001"] * 2
+    assert before.items() <= files_of(place).items()
+    batches = [Run.open(place).index.of_batch(n) for n in range(2)]
+    assert batches == [{"files": 3, "rows": 47}, {"files": 1, "rows": 30}]
+
+
+def test_a_file_without_rows_is_no_news(tmp_path: Path, metadata: Path) -> None:
+    """A second build finds nothing to do."""
+    first = shards(tmp_path / "run", metadata, rows_per_shard=20)
+    before = files_of(tmp_path / "run")
+    assert shards(tmp_path / "run", metadata, rows_per_shard=20) == first
+    assert files_of(tmp_path / "run") == before
+
+
+def test_the_metadata_may_grow_by_a_folder(tmp_path: Path) -> None:
+    """As by months: the files of the first keep their rows, though they have another folder in common now."""
+    folder, place = tmp_path / "metadata", tmp_path / "run"
+    for month, first in (("2026-11", 0), ("2026-12", 30)):
+        (folder / month).mkdir(parents=True)
+        pq.write_table(datacomp(first, 30), folder / month / "a.parquet")
+        before = files_of(place) if place.exists() else {}
+        tables = shards(place, folder, rows_per_shard=20)
+        assert before.items() <= files_of(place).items()
+    assert captions(tables) == numbered((0, 20), (20, 30), (30, 50), (50, 60))
+
+
+def test_a_text_table_may_come_to_the_metadata_too(tmp_path: Path, metadata: Path) -> None:
+    place = tmp_path / "run"
+    shards(place, metadata, rows_per_shard=20)
+    before = files_of(place)
+    (metadata / "0.csv").write_text(
+        "url,caption\n" + "".join(f"http://h/{n},caption {n}\n" for n in (47, 48))
+    )
+    assert captions(shards(place, metadata, rows_per_shard=20))[3:] == [[47, 48]]
+    assert before.items() <= files_of(place).items()
+
+
+def test_a_larger_limit_goes_on_in_the_middle_of_a_file_with_a_shard_of_its_own(
+    tmp_path: Path, metadata: Path
+) -> None:
+    """None at all is all that is left. What was there stays, byte for byte."""
+    place, before, expected = tmp_path / "run", dict[str, int](), list[list[int]]()
+    for limit, more in (
+        (16, numbered((0, 7), (7, 14), (14, 16))),
+        (25, numbered((16, 23), (23, 25))),
+        (None, numbered((25, 32), (32, 39), (39, 46), (46, 47))),
+    ):
+        expected += more
+        assert captions(shards(place, metadata, rows_per_shard=7, limit=limit)) == expected
+        assert before.items() <= files_of(place).items()
+        before = files_of(place)
+
+
+@pytest.mark.parametrize("limit", [1, 15, 16, 17, 24, 25])
+def test_a_smaller_limit_is_the_first_rows_and_a_larger_one_after_it_what_was_there(
+    tmp_path: Path, metadata: Path, limit: int
+) -> None:
+    place = tmp_path / "run"
+    for larger in (16, 25):
+        tables = shards(place, metadata, rows_per_shard=7, limit=larger)
+    found = captions(shards(place, metadata, rows_per_shard=7, limit=limit))
+    assert [n for shard in found for n in shard] == [*range(limit)]
+    assert Run.open(place).index.num_rows() == limit
+    assert shards(place, metadata, rows_per_shard=7, limit=25) == tables
+
+
+def test_a_block_ends_after_its_number_of_shards_and_where_a_batch_does(
+    tmp_path: Path, metadata: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "BLOCK", 4)
+    place = tmp_path / "run"
+    shards(place, metadata, rows_per_shard=9)
+    pq.write_table(datacomp(47, 9 * 5), metadata / "e.parquet")
+    tables = shards(place, metadata, rows_per_shard=9)
+    assert [n for shard in captions(tables) for n in shard] == [*range(92)]
+    blocks = [(block.name, block.batch, block.first, block.last) for block in Run.open(place).index.blocks]
+    assert blocks == [("00000", 0, 0, 4), ("00001", 0, 4, 6), ("00002", 1, 6, 10), ("00003", 1, 10, 11)]
+
+
+def test_an_index_that_no_longer_fits_is_made_anew_only_if_it_may(tmp_path: Path, metadata: Path) -> None:
+    """It is asked with the reason; while it may not, the index stays as it was."""
+    store, asked = Folder(tmp_path / "run"), list[str]()
+
+    def refuse(reason: str) -> None:
+        asked.append(reason)
+        raise InputError("that would be too much")
+
+    def extended(rows_per_shard: int = 20, **settings: Any) -> Source:
+        return Source(files=str(metadata), rows_per_shard=rows_per_shard, **settings)
+
+    first = extended().extend(store, restart=refuse)
+    assert [extended(limit=limit).extend(store, restart=refuse).num_rows() for limit in (5, 47)] == [5, 47]
+    for other in (extended(10), extended(layout="datacomp")):
+        with pytest.raises(InputError, match="that would be too much"):
+            other.extend(store, restart=refuse)
+    changed, moved = metadata / "deeper" / "d.parquet", metadata / "c.parquet"
+    was = changed.read_bytes()
+    pq.write_table(datacomp(21, 26), changed)
+    with pytest.raises(InputError, match="that would be too much"):
+        extended().extend(store, restart=refuse)
+    changed.write_bytes(was)
+    moved.rename(metadata / "f.parquet")
+    with pytest.raises(InputError, match="that would be too much"):
+        extended().extend(store, restart=refuse)
+    assert [reason.partition(" was ")[0] for reason in asked] == [
+        "source.rows_per_shard",
+        "source.layout",
+        "metadata file deeper/d.parquet is another",
+        "metadata file c.parquet is not there any more",
     ]
+    assert [index.load(store, "source", None).slices(n) for n in range(3)] == [
+        first.slices(n) for n in range(3)
+    ]
+    anew = extended(10).extend(store, restart=asked.append)
+    assert (len(anew), len(anew.batches), anew.num_rows(), len(asked)) == (5, 1, 47, 5)
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------
+def test_a_shards_inputs_are_slices_of_its_files(tmp_path: Path, metadata: Path) -> None:
+    """Of a file that had to be converted, the object with its rows is an input too."""
+    (metadata / "e.csv").write_text("url,caption\n" + "".join(f"http://h/{n},c\n" for n in range(5)))
+    source = Source(files=str(metadata), rows_per_shard=20)
+    found = source.extend(Folder(tmp_path / "run"), restart=pytest.fail)
+    hashes = {
+        name: hashlib.sha256((metadata / name).read_bytes()).hexdigest()
+        for name in ("a.parquet", "c.parquet", "deeper/d.parquet")
+    }
+    objects, outside = zip(*(source.task_inputs(found.slices(n)) for n in range(3)), strict=True)
+    assert objects[:2] == ({}, {})
+    assert outside[0] == {"a.parquet[0:20]": hashes["a.parquet"]}
+    assert outside[1] == {
+        "c.parquet[0:1]": hashes["c.parquet"],
+        "deeper/d.parquet[0:19]": hashes["deeper/d.parquet"],
+    }
+    ((stored, sha256),) = objects[2].items()
+    assert hashlib.sha256((tmp_path / "run" / stored).read_bytes()).hexdigest() == sha256
+    assert outside[2] == {"deeper/d.parquet[19:26]": hashes["deeper/d.parquet"], f"{stored}[0:5]": sha256}
+
+
+# --- layouts ------------------------------------------------------------------------------------------------
 
 URLS, CAPTIONS = ["http://h/0.jpg", "http://h/1.jpg", "http://h/2.jpg"], ["a cat", "zwei Hunde", "三只鸟"]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -336,7 +505,7 @@ def test_an_unknown_layout_is_a_users_mistake(tmp_path: Path) -> None:
         shards(tmp_path / "run", tmp_path / "in.parquet", layout="laoin")
 
 
-# --- files that cannot be used ----------------------------------------------------------------------------------------
+# --- files that cannot be used ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing/*.parquet", "empty", "*.md", "other.txt"])
@@ -492,20 +661,14 @@ def test_one_bad_file_costs_its_own_shards(tmp_path: Path, kind: str) -> None:
     result = build(
         whole_recipe,
         tmp_path / "run",
-        executor=in_process,
-        progress=lambda _, outcome: outcomes.append(outcome),
+        executor=in_this_process,
+        progress=lambda outcome, *_: outcomes.append(outcome),
     )
     bad = {outcome.task.name: outcome for outcome in outcomes if outcome.error}
     assert bad
     assert all("b.parquet: " in outcome.error and outcome.final for outcome in bad.values())
     assert "column" in next(iter(bad.values())).error
     assert "source/00000" in result.done
-
-
-def in_process(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
-    with stage.open() as work:
-        for task in tasks:
-            yield attempt(stage, task, work)
 
 
 def test_a_url_is_written_as_it_is_fetched_beside_what_was_found(tmp_path: Path) -> None:
@@ -550,7 +713,7 @@ def test_whole_numbers_that_pandas_wrote_as_floats(tmp_path: Path) -> None:
     ]
 
 
-# --- text as found ----------------------------------------------------------------------------------------------------
+# --- text as found ------------------------------------------------------------------------------------------
 
 
 def test_long_and_odd_captions_survive(tmp_path: Path) -> None:
@@ -575,7 +738,7 @@ def test_long_and_odd_captions_survive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()], ids=str)
 def test_bytes_that_are_no_utf8_are_repaired_and_flagged(tmp_path: Path, kind: pa.DataType) -> None:
-    """Each bad byte becomes U+FFFD: a Latin-1 e acute, a lone surrogate in three bytes, a cut-off character at the end."""
+    """Each bad byte becomes U+FFFD: a Latin-1 e acute, a lone surrogate in three bytes, a cut character."""
     raw = [b"fine", b"caf\xe9", b"a\xed\xa0\x80b", b"cut \xe2\x98", None, "already \ufffd".encode()]
     array = pa.array(raw, pa.large_binary() if str(kind).startswith("large") else pa.binary()).view(kind)
     write(tmp_path / "in.parquet", {"url": pa.array([f"http://h/{n}" for n in range(6)]), "caption": array})
@@ -627,11 +790,14 @@ def test_captions_that_are_numbers_or_categories_become_text(tmp_path: Path) -> 
     ]
 
 
-# --- uids -------------------------------------------------------------------------------------------------------------
+# --- uids ---------------------------------------------------------------------------------------------------
 
 
 def test_derived_uids_come_from_url_and_caption_and_nothing_else(tmp_path: Path) -> None:
-    """Not from the file, the place in it, its format or the shards: another crawl of the same pairs has the same uids."""
+    """Not from the file, the place in it, its format or the shards.
+
+    Another crawl of the same pairs has the same uids.
+    """
     pairs = list(zip(URLS, CAPTIONS, strict=True))
     expected = {pair: hashlib.sha256("\n".join(pair).encode()).hexdigest()[:32] for pair in pairs}
     write(tmp_path / "one.parquet", {"url": URLS, "caption": CAPTIONS})

@@ -20,6 +20,7 @@ from analysis import views
 from analysis.diff import diff
 from builder import sql
 from builder.errors import InputError
+from builder.places import parts
 from builder.stages.select import LEDGER, SCHEMA
 from builder.stages.source import Source
 
@@ -87,7 +88,7 @@ def test_a_file_system_without_locks_does(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_signal_ends_a_query(tmp_path: Path) -> None:
-    """DuckDB makes a RuntimeError of whatever the handler raises, which a build would take for a failed shard."""
+    """DuckDB makes a RuntimeError of what the handler raises, which a build would take for a failed shard."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt
@@ -114,7 +115,7 @@ def test_a_relative_path_is_that_of_the_folder(
     for folder in (tmp_path / name, tmp_path / "home"):
         folder.mkdir()
         pq.write_table(pa.table({"caption": [folder.name]}), folder / "t.parquet")
-    with views.connect(f"{name}/t.parquet") as con:
+    with views.connect(parts(f"{name}/t.parquet")) as con:
         assert con.sql("select text from captions").fetchall() == [(name,)]
 
 
@@ -123,11 +124,11 @@ def test_values_of_other_types_are_changed_and_nan_is_like_nan(tmp_path: Path) -
         pq.write_table(
             pa.table({"uid": ["0", "1"], "v": values, "s": [float("nan"), 1.0]}), tmp_path / f"{name}.parquet"
         )
-    found = diff(str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"))
+    found = diff(parts(tmp_path / "a.parquet"), parts(tmp_path / "b.parquet"))
     assert (found["changed"], found["means"]) == ({"v": 1}, {})
     pq.write_table(pa.table({"uid": [0, 1], "v": [1, 2]}), tmp_path / "c.parquet")
     with pytest.raises(InputError, match="rows cannot be joined"):
-        diff(str(tmp_path / "a.parquet"), str(tmp_path / "c.parquet"))
+        diff(parts(tmp_path / "a.parquet"), parts(tmp_path / "c.parquet"))
 
 
 def test_of_a_version_only_what_its_manifest_names_is_read(tmp_path: Path) -> None:
@@ -136,18 +137,18 @@ def test_of_a_version_only_what_its_manifest_names_is_read(tmp_path: Path) -> No
     version = a_version(tmp_path / "v", pa.Table.from_pylist([row], SCHEMA), ledger)
     data = version / "data" / "train-00000-of-00001.parquet"
     shutil.copy(data, version / "data" / "train-00001-of-00001.parquet")
-    with views.connect(version) as con:
+    with views.connect(parts(version)) as con:
         assert con.sql("select count(*) from published").fetchall() == [(1,)]
     data.rename(tmp_path / "private.parquet")
     data.symlink_to(tmp_path / "private.parquet")
     with pytest.raises(InputError, match="no regular file of this folder"):
-        views.parts(version)
+        parts(version)
 
 
 def test_hidden_files_are_no_tables(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "._a.parquet").write_bytes(b"of a file manager")
-    assert views.parts(tmp_path).published == [str(tmp_path / "a.parquet")]
+    assert parts(tmp_path).published == [str(tmp_path / "a.parquet")]
     assert [name for name, *_ in Source(files=str(tmp_path)).find()] == ["a.parquet"]
 
 
@@ -158,7 +159,7 @@ def test_a_column_name_is_no_sql(tmp_path: Path) -> None:
         pq.write_table(
             pa.table({"uid": ["0"], "caption": ["a"], name: [value]}), tmp_path / folder / "t.parquet"
         )
-    assert diff(str(tmp_path / "a"), str(tmp_path / "b"))["changed"] == {name: 1}
-    with views.connect(str(tmp_path / "a"), ["caption"]) as con:
+    assert diff(parts(tmp_path / "a"), parts(tmp_path / "b"))["changed"] == {name: 1}
+    with views.connect(parts(str(tmp_path / "a"), ["caption"])) as con:
         assert con.sql("select count(*) from captions").fetchall() == [(1,)]
     assert not (tmp_path / "written.csv").exists()

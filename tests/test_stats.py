@@ -1,4 +1,4 @@
-"""stats: numbers worked out by hand, the same numbers by other means on real captions, and what is said to tables that cannot be used."""
+"""stats: numbers worked out by hand, and by other means on real captions; and what bad tables are told."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from analysis.diff import diff_columns
 from analysis.report import Options
 from builder.core import Status
 from builder.errors import InputError
+from builder.places import parts
 from builder.stages.select import LEDGER, SCHEMA
 
 QUERIES = report.QUERIES
@@ -49,7 +50,9 @@ def ask(
             shutil.copy(QUERIES / f"{query}.sql", folder)
         patch.setattr(report, "QUERIES", Path(folder))
         patch.setattr(report, "NEAR_ROWS", 2_000)
-        return {query: answer["rows"] for query, answer in report.stats(place, captions, options).items()}
+        return {
+            query: answer["rows"] for query, answer in report.stats(parts(place, captions), options).items()
+        }
 
 
 def one(place: Path, query: str, captions: Sequence[str] = (), options: Options | None = None) -> list[Row]:
@@ -73,11 +76,11 @@ def version(
     )
 
 
-# --- worked out by hand: any captions ---------------------------------------------------------------------------------
+# --- worked out by hand: any captions -----------------------------------------------------------------------
 
 
 def test_lengths_count_words_between_white_space_of_any_kind(tmp_path: Path) -> None:
-    """No-break (U+00A0) and ideographic (U+3000) spaces part words as a space does; a zero-width space (U+200B) is none."""
+    """No-break (U+00A0) and ideographic (U+3000) spaces part words, a zero-width space (U+200B) does not."""
     place = table(
         tmp_path / "a.parquet",
         text=["a cat sits on a mat", "A dog", "two\u00a0birds  fly\u3000home", "", None],
@@ -111,7 +114,7 @@ def test_lengths_count_words_between_white_space_of_any_kind(tmp_path: Path) -> 
         "a b c",
         " ",
     ]
-    with views.connect(table(tmp_path / "b.parquet", text=texts)) as con:
+    with views.connect(parts(table(tmp_path / "b.parquet", text=texts))) as con:
         counted = con.sql("select text, count_words(text) from captions").fetchall()
     assert counted == [(text, len(text.split())) for text in texts]
 
@@ -160,7 +163,7 @@ def test_distinct_trigrams_of_few_captions(tmp_path: Path) -> None:
 
 
 def test_distinct_trigrams_against_subset_size(tmp_path: Path) -> None:
-    """`a b <n>` is one trigram; every 1,200th caption repeats one. Exact up to 100,000 captions, about right beyond."""
+    """`a b <n>` is a trigram; every 1,200th caption repeats one. Exact up to 100,000, about right beyond."""
     few = table(tmp_path / "few.parquet", text=[f"a b {n % 1200}" for n in range(1500)])
     assert [tuple(row.values())[1:] for row in one(few, "trigrams")] == [
         (1000, 1000, False),
@@ -229,12 +232,13 @@ def test_the_hundred_most_frequent_prefixes(tmp_path: Path) -> None:
 
 
 OPENERS = [
-    "The image shows a cat", "the photo is old", "This picture depicts it", "A photograph captures it", "Image features a cat",
-    '"The scene presents', "The image displays", "image contains", "The picture portrays",
+    "The image shows a cat", "the photo is old", "This picture depicts it", "A photograph captures it",
+    "Image features a cat", '"The scene presents', "The image displays", "image contains",
+    "The picture portrays",
 ]  # fmt: skip
 NO_OPENERS = [
-    "The image of a cat", "Photographers are here", "In the image is a cat", "The picture shown", "A cat is in the image", "imagery is",
-    "The images show", "an image of", "",
+    "The image of a cat", "Photographers are here", "In the image is a cat", "The picture shown",
+    "A cat is in the image", "imagery is", "The images show", "an image of", "",
 ]  # fmt: skip
 
 
@@ -272,9 +276,10 @@ def test_grounding_and_concreteness_by_given_tables(tmp_path: Path) -> None:
 
 
 HOSTILE = [
-    "", " ", "<start_of_text> a <end_of_text>", "İstanbul ſ's I'VE", "Ã© café &amp;amp; x", "a\tb\nc", "👍🏽 👨‍👩‍👧", "日本語のテキスト",
-    "\x00\x01 ctl",
-    "½ ² ٣ x²", "don't 'S 'Re", "\u200b zero", "e\u0301", "'''s'll", "_a_b", "…—–", "<|endoftext|>", "a" * 300,
+    "", " ", "<start_of_text> a <end_of_text>", "İstanbul ſ's I'VE", "Ã© café &amp;amp; x", "a\tb\nc",
+    "👍🏽 👨‍👩‍👧", "日本語のテキスト", "\x00\x01 ctl",
+    "½ ² ٣ x²", "don't 'S 'Re", "\u200b zero", "e\u0301", "'''s'll", "_a_b", "…—–", "<|endoftext|>",
+    "a" * 300,
 ]  # fmt: skip
 
 
@@ -359,8 +364,9 @@ RESIDUE = {
     "url": ["see http://a.b", "HTTPS://A.B/c", "WWW.example.com"],
 }
 INNOCENT = [
-    "a < b and c > d", "I <3 cats", "AT&T; R&D", "fish & chips", "5 x 7 in; 10 & 20", "SÃO PAULO", "Ângela", "amanhã", "meet @noon", "@user",
-    "2010-2011", "1995-08-24", "ISBN 978-3-16-148410-0", "a/b", "e\u0301", "at 12:30", "awww", "https", "naïve café", "3 000 000", "½ price", "",
+    "a < b and c > d", "I <3 cats", "AT&T; R&D", "fish & chips", "5 x 7 in; 10 & 20", "SÃO PAULO", "Ângela",
+    "amanhã", "meet @noon", "@user", "2010-2011", "1995-08-24", "ISBN 978-3-16-148410-0", "a/b", "e\u0301",
+    "at 12:30", "awww", "https", "naïve café", "3 000 000", "½ price", "",
 ]  # fmt: skip
 
 
@@ -395,7 +401,7 @@ def test_languages(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-# --- worked out by hand: a published version --------------------------------------------------------------------------
+# --- worked out by hand: a published version ----------------------------------------------------------------
 
 
 def test_cosines_and_clip_s(tmp_path: Path) -> None:
@@ -566,8 +572,9 @@ def test_addresses_have_no_top_level_domain(tmp_path: Path) -> None:
 
 def test_links_by_top_level_domain_and_host(tmp_path: Path) -> None:
     links = [
-        ("http://a.example.com/1", "ok"), ("https://A.Example.com:8080/2", "dead_link"), ("http://user:pw@b.org/x", "ok"),
-        ("http://c.org?q=http://d.net", "duplicate_image"), ("http://a.example.com/3", "timeout"), (None, "removed"),
+        ("http://a.example.com/1", "ok"), ("https://A.Example.com:8080/2", "dead_link"),
+        ("http://user:pw@b.org/x", "ok"), ("http://c.org?q=http://d.net", "duplicate_image"),
+        ("http://a.example.com/3", "timeout"), (None, "removed"),
     ]  # fmt: skip
     place = version(
         tmp_path / "v",
@@ -650,7 +657,7 @@ def test_nouns_of_a_column_are_counted_up_to_its_own_captions(tmp_path: Path) ->
         for nth, text in enumerate(texts, 1)
         if text
     ]
-    with views.connect(place) as con:
+    with views.connect(parts(place)) as con:
         con.register("nouns", pa.Table.from_pylist(said))
         found = con.sql((QUERIES / "nouns.sql").read_text()).fetchall()
     assert found == [("org_caption", 100, 50), ("org_caption", 1000, 500), ("re_caption", 100, 100)]
@@ -666,7 +673,7 @@ def test_a_diff_of_two_columns_counts_words_as_lengths_does(tmp_path: Path) -> N
         "recaption": ["a man with a dog", "猫 犬 鳥 魚", "no mail", "not compared"],
     }
     place = table(tmp_path / "a.parquet", **columns)
-    found = diff_columns(str(place), "alt", "recaption")
+    found = diff_columns(parts(place), "alt", "recaption")
     both = [(a, b) for a, b in zip(*columns.values(), strict=True) if a and b]
     numbers = [[len(text.split()) for text in texts] for texts in zip(*both, strict=True)]
     assert numbers == [[4, 3, 3], [5, 4, 2]]
@@ -681,7 +688,7 @@ def test_a_diff_of_two_columns_counts_words_as_lengths_does(tmp_path: Path) -> N
     assert found["vocabulary"] == (len(of_a), len(of_b), len(of_a & of_b))
 
 
-# --- the same numbers by other means, on real captions ----------------------------------------------------------------
+# --- the same numbers by other means, on real captions ------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -698,7 +705,8 @@ class Real:
 
 
 ON_REAL = (
-    "lengths", "length_histogram", "vocabulary", "top_words", "words_gained", "trigrams", "repetition", "duplicates", "residue", "grounding",
+    "lengths", "length_histogram", "vocabulary", "top_words", "words_gained", "trigrams", "repetition",
+    "duplicates", "residue", "grounding",
 )  # fmt: skip
 REAL = ["capsfusion", "flickr8k", "blip2", "web"]
 
@@ -750,7 +758,10 @@ def real(shared: Path, given_tables: Options, tmp_path_factory: pytest.TempPathF
 
 
 def words(text: str) -> list[str]:
-    """By module `regex`, which shares nothing with RE2. DuckDB makes İ one i; Python adds a dot, which would cut the word in two."""
+    """By module `regex`, which shares nothing with RE2.
+
+    DuckDB makes İ one i; Python adds a dot, which would cut the word in two.
+    """
     return regex.findall(r"[\p{L}\p{N}]+", text.replace("İ", "i").lower())
 
 
@@ -761,7 +772,7 @@ def percentile(values: Sequence[int], q: float) -> int:
 
 def test_captions_are_seen_row_for_row(real: dict[str, Real]) -> None:
     for name, rows in (("capsfusion", 10_000), ("flickr8k", 40_455), ("blip2", 2_000), ("web", 10_000)):
-        with views.connect(real[name].place, tuple(real[name].texts)) as con:
+        with views.connect(parts(real[name].place, tuple(real[name].texts))) as con:
             for caption, texts in real[name].texts.items():
                 found = con.execute(
                     "select position, text from captions where caption = ? order by position", [caption]
@@ -915,7 +926,7 @@ class Tags(HTMLParser):
 
 
 def has_html(text: str) -> bool:
-    """Tags as Python's HTML parser sees them, and entities as `html.unescape` does; but only those that end in a semicolon."""
+    """Tags as Python's HTML parser sees them, entities as `html.unescape` does if they end in a semicolon."""
     parser = Tags()
     parser.feed(text)
     return bool(parser.tags) or any(
@@ -1171,7 +1182,7 @@ def links_in_python(ledger: list[Row]) -> list[Row]:
 def noise_diversity_in_python(place: Path, rows: list[Row], strategy: str, fraction: float) -> Row:
     """Of what the strategy selects, which is tested in test_strategies."""
     by_uid, texts, cosines, joined = {row["uid"]: row for row in rows}, [], [], 0
-    for each in select.select(place, [strategy], select.Given(fraction)).to_pylist():
+    for each in select.select(parts(place), [strategy], select.Given(fraction)).to_pylist():
         row, names = by_uid[each["uid"]], each["caption"].split("+")
         texts.append(" ".join(row[name] for name in names))
         cosines.append(max((row[CAPTIONS[name]] for name in names if row[CAPTIONS[name]]), default=None))
@@ -1227,7 +1238,7 @@ def test_every_query_answers_what_python_counts(small: tuple[Answers, Answers], 
     assert found == expected
 
 
-# --- tables that cannot be used ---------------------------------------------------------------------------------------
+# --- tables that cannot be used -----------------------------------------------------------------------------
 
 GOOD = ["a cat", "a dog", "two birds"]
 NOT_UTF8 = pa.array([b"fine", b"caf\xe9", b"a\xed\xa0\x80b"], pa.binary()).view(pa.string())
@@ -1255,10 +1266,12 @@ class Bad:
 
 
 BAD = [
-    "missing", "renamed", "all null", "wanted null", "other columns", "other order", "text and numbers", "numbers and text", "text and bytes",
-    "text and lists", "no rows", "no rows csv", "no files", "empty folder", "other files", "unfinished run", "utf8 parquet", "utf8 csv", "utf16 csv",
-    "utf8 jsonl", "lone surrogate", "broken json", "no parquet", "cut off", "empty file", "one of two", "damaged pages", "other csvs",
-    "no version", "concreteness", "concreteness nan", "no vocabulary", "vocabulary not utf8", "no tokenizer",
+    "missing", "renamed", "all null", "wanted null", "other columns", "other order", "text and numbers",
+    "numbers and text", "text and bytes", "text and lists", "no rows", "no rows csv", "no files",
+    "empty folder", "other files", "unfinished run", "utf8 parquet", "utf8 csv", "utf16 csv", "utf8 jsonl",
+    "lone surrogate", "broken json", "no parquet", "cut off", "empty file", "one of two", "damaged pages",
+    "other csvs", "no version", "concreteness", "concreteness nan", "no vocabulary", "vocabulary not utf8",
+    "no tokenizer",
 ]  # fmt: skip
 THROUGH_THE_COMMAND_LINE = [
     "missing",
@@ -1489,18 +1502,12 @@ def test_columns_of_other_types_and_numbers_that_are_none_stop_nothing(tmp_path:
         for query in ("cosines", "images", "preference", "endings", "links", "lengths"):
             shutil.copy(QUERIES / f"{query}.sql", folder)
         patch.setattr(report, "QUERIES", folder)
-        found = report.stats(table(tmp_path / "a.parquet", **columns, **scores))
-        numbers = report.stats(
-            table(
-                tmp_path / "b.parquet",
-                **columns,
-                org_clip_score=[0.1] * 3,
-                re_clip_score=[0.2, math.nan, 0.3],
-            )
-        )
+        found = report.stats(parts(table(tmp_path / "a.parquet", **columns, **scores)))
+        scored = {"org_clip_score": [0.1] * 3, "re_clip_score": [0.2, math.nan, 0.3]}
+        numbers = report.stats(parts(table(tmp_path / "b.parquet", **columns, **scored)))
     assert {name: answer.get("absent", "")[:14] for name, answer in found.items()} == {
-        "cosines": "columns of oth", "images": "columns of oth", "preference": "columns of oth", "endings": "no column re_f",
-        "links": "no ledger here", "lengths": "",
+        "cosines": "columns of oth", "images": "columns of oth", "preference": "columns of oth",
+        "endings": "no column re_f", "links": "no ledger here", "lengths": "",
     }  # fmt: skip
     assert (
         json.loads(report.to_json(numbers), parse_constant=pytest.fail)["cosines"]["rows"][1]["cosine_mean"]
@@ -1519,7 +1526,121 @@ def test_a_version_with_nothing_to_count_has_statistics(tmp_path: Path, rows: li
     assert json.loads(json.dumps(found), parse_constant=pytest.fail) == found
 
 
-# --- a DuckDB shell of one's own --------------------------------------------------------------------------------------
+# --- what queries and strategies declare --------------------------------------------------------------------
+
+
+def named(query: str, *kinds: str) -> set[tuple[str, str]]:
+    """(kind, name) of the tables that a query names; if they are asked for, of functions and variables too.
+
+    As DuckDB's parser sees it, without the query's own tables (of `with`) and DuckDB's own functions.
+    """
+    with duckdb.connect() as con:
+        ((tree,),) = con.execute("select json_serialize_sql($1)", [query]).fetchall()
+        own = {name for (name,) in con.sql("select function_name from duckdb_functions()").fetchall()}
+
+    def walk(node: Any, hidden: frozenset[str]) -> Iterable[tuple[str, str]]:
+        if isinstance(node, list):
+            for part in node:
+                yield from walk(part, hidden)
+        elif isinstance(node, dict):
+            for table in node.get("cte_map", {}).get("map", []):
+                yield from walk(table["value"], hidden)
+                hidden |= {table["key"]}
+            match node.get("type"):
+                case "BASE_TABLE" if node["table_name"] not in hidden:
+                    yield "table", node["table_name"]
+                case "TABLE_FUNCTION" if node["function"]["function_name"] not in own:
+                    yield "table", node["function"]["function_name"]
+                case "FUNCTION" if node["function_name"] == "getvariable":
+                    yield "variable", node["arguments"][0]["expression"]["literal"]["text"]
+                case "FUNCTION" if node["function_name"] not in own:
+                    yield "function", node["function_name"]
+            if node.get("type") == "TABLE_FUNCTION":
+                node = {"arguments": node["function"]["arguments"]}
+            for part in (part for key, part in node.items() if key != "cte_map"):
+                yield from walk(part, hidden)
+
+    (statement,) = json.loads(tree)["statements"]
+    return {(kind, name) for kind, name in walk(statement, frozenset()) if kind in ("table", *kinds)}
+
+
+def test_what_a_query_names() -> None:
+    query = """with words as (from words), captions as (from first_captions(3)), more as (from counted)
+        select unnest(w), english(text), getvariable('x'), (select max(n) from scores, unnest([1]) as t(n))
+        from words join captions using (caption) semi join (from "published", more) using (caption)
+        where exists (from words, ledger) union all from pool"""
+    tables = {"words", "first_captions", "counted", "scores", "published", "ledger", "pool"}
+    assert named(query) == {("table", name) for name in tables}
+    others = {("function", "english"), ("variable", "x")}
+    assert named(query, "function", "variable") - named(query) == others
+
+
+@pytest.mark.parametrize("query", sorted(path.stem for path in QUERIES.glob("*.sql")))
+def test_a_query_declares_what_it_reads(query: str) -> None:
+    tables = {name for _, name in named((QUERIES / f"{query}.sql").read_text())}
+    (first, *_) = (QUERIES / f"{query}.sql").read_text().splitlines()
+    assert first == f"-- reads: {', '.join(sorted(tables))}"
+
+
+@pytest.mark.parametrize("strategy", select.names())
+def test_a_strategy_declares_what_it_needs(strategy: str) -> None:
+    text = (select.STRATEGIES / f"{strategy}.sql").read_text()
+    always = {("table", "pool"), ("function", "threshold"), ("function", "count_words")}
+    names = named(text, "function", "variable") - always
+    shares = " or ".join(sorted(name for kind, name in names if kind == "variable"))
+    others = {name for kind, name in names if kind != "variable"}
+    needs = sorted(others | ({shares} if shares else set())) or ["nothing"]
+    assert text.splitlines()[0] == f"-- needs: {', '.join(needs)}"
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ("select 1 as number\n", "does not begin with what it reads"),
+        ("\n-- reads: captions\nselect 1 as number", "does not begin with what it reads"),
+        ("-- reads:\nselect 1 as number", "does not begin with what it reads"),
+        ("-- needs: captions\nselect 1 as number", "does not begin with what it reads"),
+        ("-- reads: captions, \nselect 1 as number", "reads what there is not: "),
+        ("-- reads: captions, capitals\nselect 1 as number", "reads what there is not: capitals"),
+        ("-- reads: nothing\nfrom languages", "languages does not exist"),
+        ("-- reads: captions\nfrom first_capitals(3)", "first_capitals does not exist"),
+    ],
+)
+def test_a_wrong_declaration_of_a_query_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, said: str
+) -> None:
+    (tmp_path / "wrong.sql").write_text(first)
+    monkeypatch.setattr(report, "QUERIES", tmp_path)
+    with pytest.raises(InputError, match=rf"wrong\.sql.*{re.escape(said)}"):
+        report.stats(parts(table(tmp_path / "a.parquet", text=["a"])))
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ("select uid, 'org_caption' as caption from pool", "does not begin with what it needs"),
+        (
+            "-- needs: cosines\nselect uid, 'org_caption' as caption from pool",
+            "needs what there is not: cosines",
+        ),
+        (
+            "-- needs: nothing\nselect uid, 'org_caption' as caption from pool where english(org_caption)",
+            "english does not exist",
+        ),
+    ],
+)
+def test_a_wrong_declaration_of_a_strategy_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, said: str
+) -> None:
+    (tmp_path / "wrong.sql").write_text(first)
+    monkeypatch.setattr(select, "STRATEGIES", tmp_path)
+    texts = {"uid": ["0" * 32], "org_caption": ["a"], "re_caption": ["b"]}
+    place = table(tmp_path / "a.parquet", **texts, org_clip_score=[0.1], re_clip_score=[0.2])
+    with pytest.raises(InputError, match=rf"wrong\.sql.*{re.escape(said)}"):
+        one(place, "noise_diversity")
+
+
+# --- a DuckDB shell of one's own ----------------------------------------------------------------------------
 
 SHELL = "\n".join(line for line in str(views.__doc__).partition("In a shell of your own")[2].splitlines()[1:])
 MADE_IN_PYTHON = {  # query -> what it reads that a shell has not
@@ -1536,8 +1657,7 @@ def test_queries_run_in_a_shell_of_duckdb_too(tmp_path: Path) -> None:
     """All that read no table that is made in Python, after the statements in the docstring of views.py."""
     place = version(tmp_path / "v", *small_version())
     queries = {path.stem: path.read_text() for path in sorted(QUERIES.glob("*.sql"))}
-    made, table_name = set().union(*MADE_IN_PYTHON.values()), re.compile(r"\b(?:from|join)\s+(\w+)")
-    reads = {name: made & set(table_name.findall(re.sub("--.*", "", sql))) for name, sql in queries.items()}
+    reads = {name: {what for _, what in named(sql)} - views.NAMES for name, sql in queries.items()}
     assert {name: tables for name, tables in reads.items() if tables} == MADE_IN_PYTHON
     plain = {name: sql for name, sql in queries.items() if name not in MADE_IN_PYTHON}
     expected = ask(place, *plain)
@@ -1548,7 +1668,7 @@ def test_queries_run_in_a_shell_of_duckdb_too(tmp_path: Path) -> None:
     assert found == expected
 
 
-# --- on the command line, with a spaCy pipeline -----------------------------------------------------------------------
+# --- on the command line, with a spaCy pipeline -------------------------------------------------------------
 
 TRAINING = [
     ("A dog chases two dogs .", "DET NOUN VERB NUM NOUN PUNCT"),
@@ -1561,7 +1681,7 @@ LEMMAS = {"dogs": "dog", "Cats": "cat", "Monday": "Monday"}
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH in which a spaCy pipeline is installed: a tagger trained on four sentences, lemmas by a table."""
+    """A folder for PYTHONPATH with a spaCy pipeline: a tagger trained on 4 sentences, lemmas by a table."""
     import spacy
     from spacy.lookups import Lookups
     from spacy.training import Example
@@ -1585,7 +1705,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     nlp.to_disk(folder / "en_four_sentences")
     (folder / "en_four_sentences" / "__init__.py").write_text(
-        "from pathlib import Path\nimport spacy\n\ndef load(**settings):\n    return spacy.load(Path(__file__).parent, **settings)\n"
+        "from pathlib import Path\nimport spacy\n\n"
+        "def load(**settings):\n    return spacy.load(Path(__file__).parent, **settings)\n"
     )
     (folder / "en_four_sentences-1.0.dist-info").mkdir()
     (folder / "en_four_sentences-1.0.dist-info" / "METADATA").write_text(
@@ -1645,7 +1766,7 @@ def test_without_a_pipeline_there_are_no_nouns_but_the_way_to_them(
     (tmp_path / "queries").mkdir()
     shutil.copy(QUERIES / "nouns.sql", tmp_path / "queries")
     monkeypatch.setattr(report, "QUERIES", tmp_path / "queries")
-    found = report.stats(table(tmp_path / "a.parquet", caption=GOOD))
+    found = report.stats(parts(table(tmp_path / "a.parquet", caption=GOOD)))
     assert (
         found["nouns"]["absent"]
         == "no spaCy pipeline is installed; add one: python -m spacy download en_core_web_sm"

@@ -1,4 +1,4 @@
-"""Selection strategies: what is selected follows from the papers' definitions, computed here in plain Python."""
+"""Selection strategies: what they select follows from the papers' definitions, computed in plain Python."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from conftest import recap
 from analysis.select import Given, names, select, selecting, uids_near_targets, write
 from analysis.views import Parts
 from builder.errors import InputError
+from builder.places import parts
 
 N = 1000
 RNG = random.Random(7)
@@ -29,15 +30,19 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,000 rows whose cosines are 0, 0.001, ... 0.999 in two orders."""
     path = tmp_path_factory.mktemp("pool") / "rows.parquet"
     texts = [("a dog on the grass" if k % 2 else "ein Hund auf der grünen Wiese") for k in range(N)]
-    table = {"uid": UIDS, "org_caption": texts, "re_caption": ["a picture of a dog"] * N, "org_clip_score": RAW, "re_clip_score": NEW,
-             "clip_b32_similarity_score": pa.array(RAW, pa.float32()), "original_width": [300] * N,
-             "original_height": [100 if k < 10 else 1000 if k < 20 else 400 for k in range(N)]}  # fmt: skip
+    table = {
+        "uid": UIDS, "org_caption": texts, "re_caption": ["a picture of a dog"] * N, "org_clip_score": RAW,
+        "re_clip_score": NEW, "clip_b32_similarity_score": pa.array(RAW, pa.float32()),
+        "original_width": [300] * N,
+        "original_height": [100 if k < 10 else 1000 if k < 20 else 400 for k in range(N)],
+    }  # fmt: skip
     pq.write_table(pa.table(table), path)
     return path
 
 
 def selected(pool: Path | Parts, strategy: str, **given: Any) -> set[tuple[str, str]]:
-    rows = select(pool, strategy.split("+"), Given(**given)).to_pylist()
+    found = pool if isinstance(pool, Parts) else parts(pool)
+    rows = select(found, strategy.split("+"), Given(**given)).to_pylist()
     assert len(rows) == len({(row["uid"], row["caption"]) for row in rows})
     return {(row["uid"], row["caption"]) for row in rows}
 
@@ -49,7 +54,7 @@ def threshold(values: list[float], fraction: float) -> float:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A word list, and embeddings of four images, of which the first and the third are nearest to the centroid of a target."""
+    """A word list, and embeddings of four images; the first and third are nearest to a target's centroid."""
     at = tmp_path_factory.mktemp("given")
     (at / "words.txt").write_text("cat\nDog\n")
     embeddings = np.array([[1, 0.1, 0, 0], [0, 1, 0.2, 0], [0, 0, 1, 0], [0.9, 0, 0, 0.8]], np.float16)
@@ -70,8 +75,10 @@ NEAR = {UIDS[1], UIDS[5], UIDS[7]}
 def expected(strategy: str, fraction: float) -> set[tuple[str, str]]:
     """What each strategy selects, in plain Python.
 
-    Nguyen et al., section 4, in words: top x by a caption's own cosine; the rest; the rest that reaches the same threshold.
-    DataComp, appendix: English captions of enough words on images that are large enough, of one of the words, near a target.
+    Nguyen et al., section 4, in words: top x by a caption's own cosine; the rest; the rest that reaches the
+        same threshold.
+    DataComp, appendix: English captions of enough words on images that are large enough, of one of the words,
+        near a target.
     """
     raw, new = threshold(RAW, fraction), threshold(NEW, fraction)
     kept: set[tuple[str, str]] = set()
@@ -131,7 +138,10 @@ def test_images_near_a_target_by_their_centroids(given: dict[str, Any]) -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    """The sizes of a version are those of its stored images; a filter of the images' own sizes does not take them for those."""
+    """The sizes of a version are those of its stored images.
+
+    A filter of the images' own sizes does not take them for those.
+    """
     rows = {"uid": UIDS[:1], "org_caption": ["a dog on the grass"], "width": [512], "height": [400]}
     data, ledger = tmp_path / "train.parquet", tmp_path / "ledger.parquet"
     pq.write_table(pa.table(rows), data)
@@ -145,7 +155,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_a_subset_is_datacomps(pool: Path, tmp_path: Path) -> None:
-    with selecting(pool, ["union_top"], Given(fraction=0.3)) as con:
+    with selecting(parts(pool), ["union_top"], Given(fraction=0.3)) as con:
         subset, table = write(con, tmp_path)
     uids = np.load(subset)
     assert uids.dtype == np.dtype("u8,u8")
@@ -180,7 +190,7 @@ def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Pa
 
 def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:
     from builder.core import Recipe
-    from builder.run import build, plan
+    from builder.run import Run, build
     from builder.stages.source import Source
 
     rows = [{"uid": uid, "url": f"http://127.0.0.1/{k}", "text": "x"} for k, uid in enumerate(UIDS)]
@@ -201,12 +211,14 @@ def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:
         ),
     )
     assert build(recipe, tmp_path / "run").failed == {}
-    files = plan(recipe, tmp_path / "run")["source"].files(tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    files = [run.local(name) for name in run.files("source")]
     assert len(files) == 4  # shards of the metadata, two of them without a row
+    assert [sum(record.rows.values()) for _, record in run.shards("source")] == [82, 17, 0, 0]
     assert [uid for file in files for uid in pq.read_table(file)["uid"].to_pylist()] == UIDS[5:300:3]
 
 
 def test_a_pool_without_uids_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match="no column uid"):
-        select(tmp_path / "t.parquet", ["no_filter"])
+        select(parts(tmp_path / "t.parquet"), ["no_filter"])

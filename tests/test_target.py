@@ -1,4 +1,4 @@
-"""What every target promises: a folder, the Hub on loopback, and the Hub itself where a token and a network are given."""
+"""What every target promises: a folder, the Hub on loopback, the Hub itself, given a token and a network."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from test_hub import other, server, staged  # noqa: F401
 from analysis.diff import diff
 from analysis.views import Parts
 from builder import tombstones
-from builder.core import Recipe, sha256_file, write_parquet
+from builder.core import Recipe
 from builder.errors import InputError, MovedError, VersionError
+from builder.files import sha256_file, write_parquet
+from builder.places import parts
 from builder.versions.folder import Folder
 from builder.versions.publish import Shard, put_together
+from builder.versions.remove import remove
 from builder.versions.targets import removed_from, split, target_of
-from builder.versions.verify import remove, verify
+from builder.versions.verify import verify
 from builder.versions.version import MANIFEST, Staged
 
 
@@ -45,8 +48,10 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_versions_come_one_after_the_other_and_never_change(
-    target: str, staged: Staged, tmp_path: Path
-) -> None:  # noqa: F811
+    target: str,
+    staged: Staged,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     where = target_of(target)
     assert where.versions() == []
     assert where.publish(staged, dry_run=True).plan["files"] == len(staged.promised())
@@ -69,7 +74,7 @@ def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noq
     target_of(target).publish(staged)
     from analysis import views
 
-    with views.connect(f"{target}@v0.1.0") as con:
+    with views.connect(parts(f"{target}@v0.1.0")) as con:
         (first, _), (_, sha256) = con.sql("select uid, sha256 from published limit 2").fetchall()
     removal = remove(target, "0.1.1", {"uid": [first], "sha256": [sha256]})
     assert (removal.published.new, removal.rows, removal.ledger_rows, removal.matched_nothing) == (
@@ -79,7 +84,7 @@ def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noq
         {"uid": [], "sha256": []},
     )
     assert verify(f"{target}@v0.1.1")["problems"] == []
-    changes = diff(f"{target}@v0.1.0", f"{target}@v0.1.1")
+    changes = diff(parts(f"{target}@v0.1.0"), parts(f"{target}@v0.1.1"))
     assert (changes["removed"], changes["added"], changes["changed"]) == (2, 0, {})
     with pytest.raises(InputError, match="nothing to remove"):
         remove(target, "0.1.2", {"uid": [first.upper()]})
@@ -88,11 +93,11 @@ def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noq
 
 
 def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str, staged: Staged) -> None:  # noqa: F811
-    """A dead link is published with its URL: whoever owns it can have it taken out. What named no row is told."""
+    """A dead link is published with its URL: its owner can have it taken out. What named no row is told."""
     target_of(target).publish(staged)
     from analysis import views
 
-    with views.connect(f"{target}@v0.1.0") as con:
+    with views.connect(parts(f"{target}@v0.1.0")) as con:
         ((dead, url),) = con.sql("select uid, url from ledger where status = 'dead_link' limit 1").fetchall()
     removal = remove(target, "0.1.1", {"url": [url], "domain": ["nowhere.example"]})
     assert (removal.rows, removal.ledger_rows, removal.matched_nothing) == (
@@ -101,7 +106,7 @@ def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str
         {"url": [], "domain": ["nowhere.example"]},
     )
     assert verify(f"{target}@v0.1.1")["problems"] == []
-    with views.connect(f"{target}@v0.1.1") as con:
+    with views.connect(parts(f"{target}@v0.1.1")) as con:
         assert con.sql(f"select count(*) from ledger where uid = '{dead}' or url = '{url}'").fetchall() == [
             (0,)
         ]
@@ -128,7 +133,7 @@ def test_what_was_changed_after_it_was_published_is_not_made_official(staged: St
 
 
 def test_what_the_hub_stores_otherwise_is_not_made_official(server: Server, staged: Staged) -> None:  # noqa: F811
-    """Of a version on the Hub, the shards that hold a row to remove are read, and held against the manifest."""
+    """Of a version on the Hub, the shards with a row to remove are read, and held against the manifest."""
     place = "hf://datasets/me/demo"
     target_of(place).publish(staged)
     name = next(name for name in staged.files if name.startswith("data/train"))
@@ -177,11 +182,15 @@ def test_what_lies_beside_the_versions_does_not_stop_a_publish(staged: Staged, t
 
 
 @pytest.mark.parametrize(
-    "name", ["plots/../../../private", "/etc/passwd", "../private", "plots/link.png", "data/x.parquet", "bin/sh", ".hidden", ""],
+    "name",
+    ["plots/../../../private", "/etc/passwd", "../private", "plots/link.png", "data/x.parquet", "bin/sh",
+     ".hidden", ""],
 )  # fmt: skip
 def test_a_strangers_manifest_reaches_nothing_outside_its_folder(
-    staged: Staged, tmp_path: Path, name: str
-) -> None:  # noqa: F811
+    staged: Staged,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+) -> None:
     private, target = tmp_path / "private", tmp_path / "a" / "b" / "out"
     private.write_text("mine")
     private.chmod(0o600)
@@ -233,7 +242,7 @@ def test_what_any_version_removed_stays_removed(target: str, staged: Staged, tmp
     assert remove(f"{target}@v0.1.0", "0.3.0", {"uid": uids[:1]}).rows == 1
     assert verify(f"{target}@v0.3.0")["problems"] == []
     assert remove(f"{target}@v0.2.0", "0.4.0", {"uid": uids[1:2]}).rows == 2
-    assert diff(f"{target}@v0.2.0", f"{target}@v0.4.0")["removed"] == 2
+    assert diff(parts(f"{target}@v0.2.0"), parts(f"{target}@v0.4.0"))["removed"] == 2
     assert not remove(f"{target}@v0.1.0", "0.3.0", {"uid": uids[:1]}).published.new
 
 

@@ -1,3 +1,4 @@
+-- reads: ledger
 -- Links by top-level domain (the 20 most frequent) and by host (the 20 most frequent): alive, and changed.
 -- Alive is only what proves the image: `ok`, and `caption_failed`, whose image came. Changed is
 -- `hash_mismatch`: an image, but another one; without a hash in the metadata, or with verify_sha256=false, it

@@ -1,3 +1,4 @@
+-- reads: pool, selections
 -- Noise against diversity of what each selection strategy keeps (Nguyen et al., figure 5): mean cosine, and
 -- distinct trigrams per 1,000 captions. A concatenation of original and recaption was never scored: it has
 -- the greater cosine of its two parts, which is not its own; `concatenated` counts such captions.
@@ -11,7 +12,8 @@ with kept as (
     from selections join pool on selections.position = pool.uid
 ), grams as (
     select strategy, fraction, count(distinct gram) as distinct_trigrams from (
-        select strategy, fraction, unnest([hash(w[k], w[k + 1], w[k + 2]) for k in range(1, len(w) - 1)]) as gram
+        select strategy, fraction,
+               unnest([hash(w[k], w[k + 1], w[k + 2]) for k in range(1, len(w) - 1)]) as gram
         from (select strategy, fraction, regexp_extract_all(lower(text), '[\pL\pN]+') as w from kept)
     ) group by strategy, fraction
 )

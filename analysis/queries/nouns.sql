@@ -1,3 +1,4 @@
+-- reads: first_captions, nouns
 -- Distinct nouns (lemmas, by the installed spaCy pipeline) against subset size, up to as many captions as the
 -- column has.
 -- sample: the first 10000 captions

@@ -1,2 +1,3 @@
+-- needs: nothing
 -- Every row with its original caption. (DataComp)
 select uid, 'org_caption' as caption from pool

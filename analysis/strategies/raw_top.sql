@@ -1,2 +1,4 @@
+-- needs: fraction
 -- Original captions of the top `fraction` by their cosine. (Nguyen et al., "raw captions (filtered)")
-select uid, 'org_caption' as caption from pool where org_cosine >= threshold('org_cosine', getvariable('fraction'))
+select uid, 'org_caption' as caption from pool
+where org_cosine >= threshold('org_cosine', getvariable('fraction'))

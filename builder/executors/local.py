@@ -1,7 +1,8 @@
-"""Where tasks run. An executor takes a stage and its tasks and yields an outcome for each, in any order.
+"""Worker processes on this machine, by its cores, GPUs and memory.
 
-`local` runs them in worker processes on this machine, each of which opens the stage once. A worker that died or raised
-is replaced: it costs its own task an attempt, and nothing that it left behind reaches another shard.
+Each opens a stage once and then does its tasks. A loaded stage makes room for another only when nothing more
+is to come for it in the blocks at work. A worker that died or raised is replaced: it costs its own task an
+attempt, and nothing that it left behind reaches another shard.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import logging
 import multiprocessing
 import os
 import signal
-import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from builder.commit import commit, damaged_input
-from builder.core import Record, Stage, Task, Work
-from builder.errors import InputError, RecapError, ShardError, UserError, telling_of_a_full_disk
+from builder.commit import working
+from builder.core import Resources, Stage, Task
+from builder.errors import InputError, UserError, telling_of_a_full_disk
+from builder.executors.work import attempt, said
+from builder.machine import Machine
+from builder.schedule import Outcome, Schedule
+from builder.store import Store
 
 ATTEMPTS = 3
 LEAVE_S = 60  # for a worker that has nothing to do to unload its model
@@ -30,74 +33,180 @@ END_S = 5  # for one whose pipe is closed to be gone
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a task ended: a record, or the last line of what went wrong."""
-
-    task: Task
-    record: Record | None = None
-    error: str = ""
-    damaged: bool = False  # an input was damaged and has to be made again first
-    final: bool = False  # trying again would not help
-
-
-Executor = Callable[[Stage, Iterable[Task]], Iterator[Outcome]]
-
-
-def local(stage: Stage, tasks: Iterable[Task]) -> Iterator[Outcome]:
-    """Run tasks in `stage.num_workers()` processes.
+def local(schedule: Schedule) -> Iterator[Outcome]:
+    """Do what is to do.
 
     Raises:
-        UserError: from a worker, for what no other shard could survive either: a model that cannot be loaded, a full disk.
+        UserError: from a worker, for what no other shard could survive either: a model that cannot be loaded,
+        a full disk.
     """
-    todo = deque((task, 1) for task in tasks)
-    num_workers = min(stage.num_workers(), len(todo))
-    log_file = todo[0][0].folder / "worker.log"
-    workers: list[_Worker] = []
+    pool = _Pool(schedule, Machine.here())
+    tries: Counter[tuple[str, str, str]] = Counter()
     try:
-        while todo or any(worker.task for worker in workers):
-            while todo and len(workers) < num_workers:
-                workers.append(_Worker(stage, log_file))
-            for worker in workers:
-                if todo and not worker.task:
-                    worker.give(*todo.popleft())
-            for worker in _speaking(workers):
+        while pool.give_work():
+            for worker in pool.speaking():
                 outcome = worker.hear()
                 if outcome is None:
                     continue
-                task, tries = outcome.task, worker.tries
+                task = outcome.task
+                which = (task.stage, task.block, task.name)
+                tries[which] += 1
                 if outcome.error:
-                    worker.kill()
-                    workers.remove(worker)
-                if outcome.error and not outcome.damaged and not outcome.final and tries < ATTEMPTS:
-                    log.info(
-                        "%s %s: %s; attempt %d of %d follows",
-                        stage.name,
-                        task.name,
-                        outcome.error,
-                        tries + 1,
-                        ATTEMPTS,
-                    )
-                    todo.append((task, tries + 1))
+                    pool.end(worker)
+                if outcome.error and not outcome.damaged and not outcome.final and tries[which] < ATTEMPTS:
+                    log.info("%s; attempt %d of %d follows", _which(outcome), tries[which] + 1, ATTEMPTS)
+                    schedule.give_back(task)
                 else:
+                    del tries[which]
+                    schedule.done(outcome)
                     yield outcome
-        for worker in workers:
-            worker.leave()
+        pool.dismiss()
     finally:
-        for worker in workers:
+        pool.kill()
+
+
+def _which(outcome: Outcome) -> str:
+    return f"{outcome.task.stage} {outcome.task.name}: {outcome.error}"
+
+
+class _Pool:
+    """The workers, and what of the machine they take."""
+
+    def __init__(self, schedule: Schedule, machine: Machine) -> None:
+        self.schedule, self.machine = schedule, machine
+        self.workers: list[_Worker] = []
+        self.leaving: list[_Worker] = []
+        self.wanted = (
+            0.0  # cores that the deepest stage waits for which has tasks, a worker, and too few cores
+        )
+
+    def give_work(self) -> bool:
+        """Give tasks to workers as long as the machine has room for them; False where nobody has anything to
+        do.
+        """
+        self.wanted = 0.0
+        while task := self.schedule.take(self._may):
+            self._worker_for(self.schedule.stages[task.stage]).give(task)
+            self.wanted = 0.0
+        for worker in [w for w in self.workers if not w.tasks and self.schedule.is_over(w.stage)]:
+            self.workers.remove(worker)
+            self.leaving.append(worker)
+            worker.pipe.close()  # it unloads its model while the others go on
+        if any(worker.tasks for worker in self.workers):
+            return True
+        for stage in self.schedule.is_ready():  # all that is loaded is in the way of it
+            for worker in list(self.workers):
+                self.end(worker, gently=True)
+            assert self._may(stage), f"stage {stage.name} cannot run on an empty machine"
+            return self.give_work()
+        return False
+
+    def speaking(self) -> list[_Worker]:
+        """Wait until at least one worker that is at work has said something or died."""
+        busy = [worker for worker in self.workers if worker.tasks]
+        ready = wait([*(worker.pipe for worker in busy), *(worker.process.sentinel for worker in busy)])
+        return [worker for worker in busy if worker.pipe in ready or worker.process.sentinel in ready]
+
+    def end(self, worker: _Worker, *, gently: bool = False) -> None:
+        self.workers.remove(worker)
+        for task in worker.tasks:  # what it had not begun is nobody's fault
+            self.schedule.give_back(task)
+        if gently:
+            worker.leave()
+        worker.kill()
+
+    def dismiss(self) -> None:
+        for worker in self.workers:
+            worker.pipe.close()  # all of them at once
+        for worker in (*self.workers, *self.leaving):
+            worker.leave()
+
+    def kill(self) -> None:
+        for worker in (*self.workers, *self.leaving):
             worker.kill()
+
+    def _may(self, stage: Stage) -> bool:
+        """May a task of this stage be given to somebody now? Asked of the deepest stages first."""
+        needs = stage.resources()
+        mine = [worker for worker in self.workers if worker.stage is stage]
+        more = len(mine) < stage.num_workers() and self._has_room(needs)
+        if more or any(not worker.tasks for worker in mine):
+            if self._has_cores(needs.cpus):
+                return True
+            self.wanted = self.wanted or needs.cpus
+        return stage.ahead and any(len(worker.tasks) == 1 for worker in mine)
+
+    def _has_room(self, needs: Resources) -> bool:
+        """Is there memory, and a GPU, for one more worker, if others that can be spared make room for it?"""
+        return self._fits(needs, self.workers) or self._fits(needs, self._needed())
+
+    def _has_cores(self, cpus: float) -> bool:
+        """Are there cores for a task, so that a deeper one that waits has to wait no longer for it?
+
+        Small tasks would else keep a large one from ever being begun: beside what it waits for, the largest
+        that is at work, there has to be room for both.
+        """
+        busy = [worker.stage.resources().cpus for worker in self.workers if worker.tasks]
+        if not busy:
+            return True
+        if sum(busy) + cpus > self.machine.cpus:
+            return False
+        return not self.wanted or sum(busy) - max(busy) + self.wanted + cpus <= self.machine.cpus
+
+    def _needed(self) -> list[_Worker]:
+        """Workers that cannot be spared: at work, or with more to come for them."""
+        return [worker for worker in self.workers if worker.tasks or self.schedule.waits(worker.stage)]
+
+    def _fits(self, needs: Resources, beside: list[_Worker]) -> bool:
+        memory = sum(worker.stage.resources().memory_gib for worker in beside)
+        if beside and memory + needs.memory_gib > self.machine.memory_gib:
+            return False
+        return not needs.gpus or self._gpus(needs, beside) is not None
+
+    def _gpus(self, needs: Resources, beside: list[_Worker]) -> tuple[str, ...] | None:
+        """GPUs for a worker: whole ones, or one with so large a share left. Where the machine has none it
+        goes without.
+        """
+        if not needs.gpus or not self.machine.gpus:
+            return ()
+        share = min(needs.gpus, 1.0)
+        left = dict.fromkeys(self.machine.gpus, 1.0)
+        for worker in beside:
+            for gpu in worker.gpus:
+                left[gpu] -= min(worker.stage.resources().gpus, 1.0)
+        free = [gpu for gpu, rest in left.items() if rest + 1e-9 >= share]
+        number = max(1, round(needs.gpus))
+        return tuple(free[:number]) if len(free) >= number else None
+
+    def _worker_for(self, stage: Stage) -> _Worker:
+        mine = [worker for worker in self.workers if worker.stage is stage]
+        if idle := [worker for worker in mine if not worker.tasks]:
+            return idle[0]
+        needs = stage.resources()
+        more = len(mine) < stage.num_workers() and self._has_room(needs) and self._has_cores(needs.cpus)
+        if mine and not more:
+            return next(worker for worker in mine if len(worker.tasks) == 1)
+        if not self._fits(needs, self.workers):
+            needed = self._needed()
+            for worker in [worker for worker in self.workers if worker not in needed]:
+                self.end(worker, gently=True)
+        gpus = self._gpus(needs, self.workers)
+        worker = _Worker(stage, self.schedule.store, gpus or ())
+        self.workers.append(worker)
+        return worker
 
 
 class _Worker:
-    """A process that opens the stage, says so, and then does the tasks that it is given, one after the other."""
+    """A process that opens the stage, says so, and then does the tasks that it is given."""
 
-    def __init__(self, stage: Stage, log_file: Path) -> None:
+    def __init__(self, stage: Stage, store: Store, gpus: tuple[str, ...]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.stage, self.log_file = stage, log_file
+        self.stage, self.gpus = stage, gpus
+        self.log_file = store.logs / f"{stage.name}.log"
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, stage, os.getpid(), log_file, log.getEffectiveLevel())
-        )
+        level = log.getEffectiveLevel()
+        arguments = (theirs, stage, store, gpus, os.getpid(), self.log_file, level)
+        self.process = context.Process(target=_serve, args=arguments)
         mask = signal.pthread_sigmask(
             signal.SIG_BLOCK, {signal.SIGINT}
         )  # Ctrl-C is for the parent, which ends us
@@ -107,11 +216,10 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self.is_open = self.is_killed = False
-        self.task: Task | None = None
-        self.tries = 0
+        self.tasks: list[Task] = []  # the one that it does, and the one that it may begin ahead
 
-    def give(self, task: Task, tries: int) -> None:
-        self.task, self.tries = task, tries
+    def give(self, task: Task) -> None:
+        self.tasks.append(task)
         with suppress(OSError):  # it has died; whoever waits for it is told
             self.pipe.send(task)
 
@@ -122,7 +230,7 @@ class _Worker:
             UserError: the worker's, or that it died while it opened the stage.
         """
         try:
-            said = self.pipe.recv()
+            heard = self.pipe.recv()
         except (EOFError, OSError):
             wait([self.process.sentinel], timeout=END_S)
             self.kill()
@@ -133,26 +241,27 @@ class _Worker:
                 else f"ended with exit status {code}"
             )
             if not self.is_open:
+                there = self.log_file.exists()
                 words = (
                     f"its last words are in {self.log_file}"
-                    if self.log_file.exists()
+                    if there
                     else "a script needs: if __name__ == '__main__'"
                 )
                 raise InputError(
                     f"stage {self.stage.name} cannot start: its worker process {died}", words
                 ) from None
-            assert self.task is not None
-            said = Outcome(self.task, error=f"a worker process {died}")
-        if isinstance(said, UserError):
-            raise said
-        if said is None:
+            heard = Outcome(self.tasks[0], error=f"a worker process {died}")
+        if isinstance(heard, UserError):
+            raise heard
+        if heard is None:
             self.is_open = True
             return None
-        assert isinstance(said, Outcome)
-        self.task = None
-        return said
+        assert isinstance(heard, Outcome)
+        self.tasks.pop(0)
+        return heard
 
     def leave(self) -> None:
+        """Let it unload its model, and end it if it takes too long."""
         self.pipe.close()
         wait([self.process.sentinel], timeout=LEAVE_S)
         self.kill()
@@ -171,19 +280,22 @@ class _Worker:
         self.process.join()
 
 
-def _speaking(workers: list[_Worker]) -> list[_Worker]:
-    """Wait until at least one worker that is at work has said something or died."""
-    busy = [worker for worker in workers if worker.task]
-    ready = wait([*(worker.pipe for worker in busy), *(worker.process.sentinel for worker in busy)])
-    return [worker for worker in busy if worker.pipe in ready or worker.process.sentinel in ready]
+# --- in the worker ------------------------------------------------------------------------------------------
 
 
-# --- in the worker ----------------------------------------------------------------------------------------------------
-
-
-def _serve(pipe: Connection, stage: Stage, parent: int, log_file: Path, level: int) -> None:
+def _serve(
+    pipe: Connection,
+    stage: Stage,
+    store: Store,
+    gpus: tuple[str, ...],
+    parent: int,
+    log_file: Path,
+    level: int,
+) -> None:
     die_with(parent)
     os.setpgid(0, 0)  # its parent ends it with all that it starts
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     with open(
         log_file, "ab"
     ) as file:  # what libraries print belongs there, not between the lines of the progress
@@ -200,70 +312,71 @@ def _serve(pipe: Connection, stage: Stage, parent: int, log_file: Path, level: i
         except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
             log.warning("%s: %s", stage.name, traceback.format_exc())
             given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
-            return pipe.send(
-                InputError(
-                    f"stage {stage.name} cannot start, {given}: {_said(error)}",
-                    f"more of it is in {log_file}",
-                )
-            )
+            words = f"more of it is in {log_file}"
+            return pipe.send(InputError(f"stage {stage.name} cannot start, {given}: {said(error)}", words))
         pipe.send(None)
-        while (task := _next(pipe)) is not None:
+        inbox = _Inbox(pipe, store)
+        if stage.ahead:
+            work.next_task = inbox.peek  # type: ignore[attr-defined]  # of the work of such a stage
+        while following := inbox.next():
             try:
-                pipe.send(attempt(stage, task, work))
+                pipe.send(attempt(store, stage, following[0], work, following[1]))
             except UserError as error:
                 pipe.send(error)
 
 
-def _next(pipe: Connection) -> Task | None:
-    """The next task; None where there will be none."""
-    try:
-        task: Task = pipe.recv()
-    except EOFError:
-        return None
-    return task
+class _Inbox:
+    """The tasks that come through the pipe, and a look at the next one before its time."""
+
+    def __init__(self, pipe: Connection, store: Store) -> None:
+        self.pipe, self.store = pipe, store
+        self.waiting: tuple[Task, AbstractContextManager[Task] | None] | None = None
+
+    def next(self) -> tuple[Task, AbstractContextManager[Task] | None] | None:
+        """The next task, and its inputs where they are at hand; None where there will be none."""
+        following, self.waiting = self.waiting, None
+        if following:
+            return following
+        try:
+            return self.pipe.recv(), None
+        except EOFError:
+            return None
+
+    def peek(self) -> Task | None:
+        """The next task with its inputs at hand, once, if there is one already."""
+        if self.waiting or not self.pipe.poll():
+            return None
+        try:
+            task: Task = self.pipe.recv()
+        except EOFError:
+            return None
+        self.waiting = task, None
+        try:
+            stack = ExitStack()
+            here = stack.enter_context(working(self.store, task))
+        except FileNotFoundError:
+            return None  # which is told when its turn comes
+        self.waiting = task, _Prepared(here, stack)
+        return here
 
 
-def attempt(stage: Stage, task: Task, work: Work) -> Outcome:
-    """Do one task and commit it, or say what went wrong with it.
+class _Prepared:
+    """What `working` gave, entered before its time."""
 
-    Raises:
-        UserError: no other task of the stage could be done either.
-    """
-    _sweep(task)
-    try:
-        with telling_of_a_full_disk(task.run):
-            start = time.monotonic()
-            rows = work(task)
-            return Outcome(task, commit(stage, task, rows, time.monotonic() - start))
-    except UserError:
-        _sweep(task)
-        if damaged := damaged_input(task):
-            return Outcome(task, error=damaged, damaged=True)
-        raise
-    except Exception as error:  # noqa: BLE001 - the one shard boundary: whatever it was, the other shards go on
-        log.warning("%s %s: %s", stage.name, task.name, traceback.format_exc())
-        _sweep(task)
-        damaged = damaged_input(task)
-        return Outcome(
-            task, error=damaged or _said(error), damaged=bool(damaged), final=isinstance(error, ShardError)
-        )
+    def __init__(self, here: Task, stack: ExitStack) -> None:
+        self.here, self.stack = here, stack
 
+    def __enter__(self) -> Task:
+        return self.here
 
-def _sweep(task: Task) -> None:
-    """Remove what an attempt that did not end has written."""
-    for leftover in task.folder.glob(f".{task.name}.*.part"):
-        leftover.unlink()
-
-
-def _said(error: Exception) -> str:
-    """In one line; what recapkit raises on purpose says all by itself."""
-    return (str(error) if isinstance(error, RecapError) else f"{type(error).__name__}: {error}").splitlines()[
-        0
-    ]
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
 
 
 def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies: a build killed with -9 leaves no writer behind."""
+    """Ask the kernel to kill this process when its parent dies: a build killed with -9 leaves no writer
+    behind.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died before we asked
         os._exit(1)

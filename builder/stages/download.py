@@ -3,7 +3,7 @@
 Reads   source.
 Writes  `<shard>.tar` in img2dataset's webdataset layout (jpg, txt, json per sample, in row order);
         `<shard>.parquet` with the columns of `SCHEMA`.
-Survey  no uid may occur twice in the whole run.
+Asks    no uid may occur twice in the whole run.
 Raises  Outage, where it is this machine's network that failed and not the web: such a shard is not data.
 
 Resizing, face blurring, X-Robots-Tag and the tar layout are img2dataset's. Ours is the fetching: one deadline
@@ -42,9 +42,10 @@ import yarl
 from PIL import Image
 from pydantic import Field
 
-from builder import sql
-from builder.core import Count, Json, Seconds, Stage, Status, Task, Work, read_rows, write_parquet
+from builder.core import Count, Object, Question, Resources, Seconds, Stage, Status, Task, Work
 from builder.errors import InputError
+from builder.files import read_rows, write_parquet
+from builder.stages.imagetar import images
 from builder.stages.network import (
     NOT_PUBLIC,
     RESOLVER_SHARE,
@@ -54,6 +55,7 @@ from builder.stages.network import (
     is_nameserver,
     is_off_limits,
 )
+from builder.stages.questions import Uids
 from builder.urls import as_fetched
 
 SCHEMA = pa.schema(
@@ -73,62 +75,56 @@ SCHEMA = pa.schema(
 USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1)"
 RESIZE_MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")  # img2dataset's
 _PILLOW_SAYS_NO = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    MemoryError,
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-)
+    OSError, ValueError, SyntaxError, MemoryError, RuntimeError, AttributeError, TypeError, LookupError,
+    ArithmeticError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download(Stage):
-    """How URLs become images. `timeout_s` covers everything about one URL: DNS, redirects, retries and the body."""
+    """How URLs become images. `timeout_s` covers all about one URL: DNS, redirects, retries and the body."""
 
-    name: ClassVar[str] = "download"
-    version: ClassVar[int] = 2
-    reads: ClassVar[tuple[str, ...]] = ("source",)
-    surveys: ClassVar[tuple[str, ...]] = ("source",)
+    version: ClassVar[int] = 3
+    costly: ClassVar[bool] = True
+    effort: ClassVar[tuple[str, ...]] = (
+        "timeout_s", "retries", "concurrency", "workers", "nameservers", "hold_above",
+    )  # fmt: skip
     once: ClassVar[tuple[str, ...]] = ("accept_failures",)
     libraries: ClassVar[tuple[str, ...]] = (
-        "pyarrow",
-        "img2dataset",
-        "aiohttp",
-        "aiodns",
-        "webdataset",
-        "opencv-python-headless",
-    )
+        "pyarrow", "img2dataset", "aiohttp", "aiodns", "webdataset", "opencv-python-headless",
+    )  # fmt: skip
 
+    name: str = "download"
     image_px: Count = 512
     resize_mode: str = "keep_ratio_largest"  # img2dataset's names
     resize_only_if_bigger: bool = True
     encode_quality: Annotated[int, Field(ge=1, le=100)] = 95
     blur_faces: bool = True  # where the metadata has face_bboxes
-    verify_sha256: bool = (
-        True  # another image than the metadata's is hash_mismatch; off: kept under its measured hash
-    )
+    # Another image than the metadata's is hash_mismatch; off: kept under its measured hash.
+    verify_sha256: bool = True
     timeout_s: Seconds = 10.0
     retries: Annotated[int, Field(ge=0)] = 2
     max_bytes: Count = 50_000_000
     max_pixels: Count = 64_000_000  # an image with alpha counts fourfold
-    allow_private: tuple[
-        str, ...
-    ] = ()  # networks that may be connected to though they are not public, for example 127.0.0.1/32
+    # Networks that may be connected to though they are not public, for example 127.0.0.1/32.
+    allow_private: tuple[str, ...] = ()
     disallowed_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     user_agent_token: str = "recapkit"
     concurrency: Count = 64  # URLs in flight per worker
     workers: Count | None = None  # processes; one per core unless given
     nameservers: tuple[str, ...] = ()  # IP or IP:PORT, asked instead of the system's
+    # Rows of a block, as a share, that may fail by transport.
+    hold_above: Annotated[float, Field(gt=0, le=1)] = 0.5
     accept_failures: bool = False  # commit also what looks like an outage of this machine's network
 
-    def settings(self) -> dict[str, Json]:
-        keyless = ("concurrency", "nameservers")
-        return {name: value for name, value in super().settings().items() if name not in keyless}
+    def reads(self) -> tuple[str, ...]:
+        return ("source",)
+
+    def asks(self) -> tuple[Question, ...]:
+        return (Uids(),)
+
+    def resources(self) -> Resources:
+        return Resources(cpus=0.5, memory_gib=0.7)  # it waits for the net half of its time, or more
 
     def portable(self) -> Stage:
         return replace(self, nameservers=())  # this machine's
@@ -138,33 +134,17 @@ class Download(Stage):
 
     def check(self) -> None:
         if self.resize_mode not in RESIZE_MODES:
-            raise InputError(
-                f"there is no resize_mode '{self.resize_mode}'", f"img2dataset has: {', '.join(RESIZE_MODES)}"
-            )
+            hint = f"img2dataset has: {', '.join(RESIZE_MODES)}"
+            raise InputError(f"there is no resize_mode '{self.resize_mode}'", hint)
         for network in self.allow_private:
             try:
                 ipaddress.ip_network(network)
             except ValueError as error:
-                raise InputError(
-                    f"allow_private: {error}", "for example allow_private=127.0.0.1/32"
-                ) from error
+                hint = "for example allow_private=127.0.0.1/32"
+                raise InputError(f"allow_private: {error}", hint) from error
         for server in self.nameservers:
             if not is_nameserver(server):
                 raise InputError(f"nameservers: '{server}' is no address", "for example nameservers=1.1.1.1")
-
-    def survey(self, task: Task) -> Mapping[str, int]:
-        source = sql.table(task.all_inputs("source"))
-        with sql.connect(task.folder) as con:
-            ((rows,),) = con.sql(f"select count(*) from {source}").fetchall()
-            twice = con.sql(
-                f"select uid, min((shard, row)), max((shard, row)) from {source} group by uid having count(*) > 1 limit 1"
-            ).fetchall()
-        for uid, first, last in twice:
-            raise InputError(
-                f"uid {uid} occurs twice: shard {first[0]} row {first[1]} and shard {last[0]} row {last[1]}; it must identify one row",
-                "remove them: duckdb -c \"copy (select distinct on (uid) * from 'in.parquet') to 'out.parquet'\" (no uid: URL and caption)",
-            )
-        return {"rows": rows}
 
     @contextmanager
     def open(self) -> Iterator[Work]:
@@ -175,9 +155,11 @@ class Download(Stage):
 
             def work(task: Task) -> Mapping[str, int]:
                 rows = list(read_rows(task.input("source")))
-                with tempfile.TemporaryFile(dir=task.folder) as spool:  # images in the order of arrival
-                    done = runner.run(fetcher.shard(rows, spool, decoder))
-                    return _write(task, rows, done, spool)
+                with tempfile.TemporaryFile(dir=task.scratch) as spool:  # images in the order of arrival
+                    kept = _kept(task, spool)
+                    again = [row for row in rows if row["uid"] not in kept]
+                    fetched = iter(runner.run(fetcher.shard(again, spool, decoder)))
+                    return _write(task, rows, [kept.get(row["uid"]) or next(fetched) for row in rows], spool)
 
             yield work
 
@@ -202,7 +184,8 @@ class _Fetcher:
         from img2dataset.blurrer import BoundingBoxBlurrer
         from img2dataset.downloader import is_disallowed
 
-        # It would redirect the whole process's output around each image, and two threads would undo one another's redirection.
+        # It would redirect the whole process's output around each image, and two threads would undo one
+        # another's redirection.
         resizer.SuppressStdoutStderr = nullcontext
         self.settings, self.is_disallowed = settings, is_disallowed
         self.allowed = [ipaddress.ip_network(network) for network in settings.allow_private]
@@ -213,10 +196,7 @@ class _Fetcher:
         )  # fmt: skip
 
     async def shard(
-        self,
-        rows: list[dict[str, Any]],
-        spool: Any,
-        decoder: ThreadPoolExecutor,
+        self, rows: list[dict[str, Any]], spool: Any, decoder: ThreadPoolExecutor
     ) -> list[_Image]:
         """One result per row.
 
@@ -233,21 +213,14 @@ class _Fetcher:
             await network.close()
 
     async def fetch_all(
-        self,
-        network: Network,
-        rows: list[dict[str, Any]],
-        spool: Any,
-        decoder: ThreadPoolExecutor,
+        self, network: Network, rows: list[dict[str, Any]], spool: Any, decoder: ThreadPoolExecutor
     ) -> list[_Image]:
         """One result per row; `concurrency` URLs at a time."""
         results: list[_Image | None] = [None] * len(rows)
         queue = iter(enumerate(rows))
         loop = asyncio.get_running_loop()
         connector = aiohttp.TCPConnector(
-            limit=0,
-            ttl_dns_cache=300,
-            socket_factory=self.connect_to,
-            resolver=network,
+            limit=0, ttl_dns_cache=300, socket_factory=self.connect_to, resolver=network
         )
         async with aiohttp.ClientSession(
             connector=connector,
@@ -273,7 +246,7 @@ class _Fetcher:
         return [result for result in results if result is not None]
 
     def connect_to(self, address: aiohttp.AddrInfoType) -> socket.socket:
-        """A socket for the very address that will be connected to; redirects and DNS answers all come through here."""
+        """A socket for the very address that is connected to: redirects and DNS answers all come here."""
         family, kind, proto, _, sockaddr = address
         if not self.may_connect(ipaddress.ip_address(sockaddr[0])):
             raise PermissionError(errno.EACCES, f"{sockaddr[0]} is {NOT_PUBLIC}")
@@ -281,17 +254,15 @@ class _Fetcher:
 
     def may_connect(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         public = ip.is_global and not ip.is_multicast
-        if isinstance(
-            ip, ipaddress.IPv6Address
-        ):  # an IPv4 address in IPv6 clothes counts as what it leads to
+        if isinstance(ip, ipaddress.IPv6Address):
+            # An IPv4 address in IPv6 clothes counts as what it leads to.
             inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
             if ip in ipaddress.ip_network("64:ff9b::/96"):
                 inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
             if inner:
                 return self.may_connect(inner)
-            public = public and ip in ipaddress.ip_network(
-                "2000::/3"
-            )  # all that is global unicast; Python's table lacks some that is not
+            # All that is global unicast; Python's table lacks some that is not.
+            public = public and ip in ipaddress.ip_network("2000::/3")
         return public or any(ip.version == net.version and ip in net for net in self.allowed)
 
     async def fetch(
@@ -320,38 +291,25 @@ class _Fetcher:
     async def attempt(
         self, session: aiohttp.ClientSession, url: yarl.URL
     ) -> tuple[bytes | None, _Image, float | None]:
-        """Body, failure, and how long to wait at least before trying again; None where trying again is no use."""
+        """Body, failure, and how long to wait at least before trying again; None where that is no use."""
         body = bytearray()
         try:
             async with session.get(url, timeout=aiohttp.ClientTimeout(total=None)) as response:
                 status = response.status
                 if status == 429 or status >= 500:
                     after = response.headers.get("Retry-After", "")
-                    return (
-                        None,
-                        _Image(Status.UNAVAILABLE, f"HTTP {status}"),
-                        float(after) if after.isdecimal() else 0.0,
-                    )
+                    wait_s = float(after) if after.isdecimal() else 0.0
+                    return None, _Image(Status.UNAVAILABLE, f"HTTP {status}"), wait_s
                 if status != 200:
                     return None, _Image(Status.DEAD_LINK, f"HTTP {status}"), None
-                if self.directives and self.is_disallowed(
-                    _Headers(response.headers), self.settings.user_agent_token.lower(), self.directives
-                ):
-                    return (
-                        None,
-                        _Image(
-                            Status.OPTED_OUT,
-                            f"X-Robots-Tag: {', '.join(response.headers.getall('X-Robots-Tag'))}",
-                        ),
-                        None,
-                    )
+                headers, token = _Headers(response.headers), self.settings.user_agent_token.lower()
+                if self.directives and self.is_disallowed(headers, token, self.directives):
+                    reason = f"X-Robots-Tag: {', '.join(response.headers.getall('X-Robots-Tag'))}"
+                    return None, _Image(Status.OPTED_OUT, reason), None
                 limit = self.settings.max_bytes
                 if (response.content_length or 0) > limit:
-                    return (
-                        None,
-                        _Image(Status.TOO_LARGE, f"{response.content_length} bytes, over {limit}"),
-                        None,
-                    )
+                    reason = f"{response.content_length} bytes, over {limit}"
+                    return None, _Image(Status.TOO_LARGE, reason), None
                 async for chunk in response.content.iter_any():
                     body += chunk
                     if len(body) > limit:
@@ -383,10 +341,9 @@ class _Fetcher:
                 if not all(isinstance(side, int) and 0 < side < 2**31 for side in (width, height)):
                     raise ValueError("impossible size")
                 alpha = header.has_transparency_data
-                if (
-                    width * height * (4 if alpha else 1) > self.settings.max_pixels
-                ):  # img2dataset flattens alpha in float64
-                    reason = f"{width}x{height} pixels{' with alpha' if alpha else ''}, over {self.settings.max_pixels}"
+                limit = self.settings.max_pixels
+                if width * height * (4 if alpha else 1) > limit:  # img2dataset flattens alpha in float64
+                    reason = f"{width}x{height} pixels{' with alpha' if alpha else ''}, over {limit}"
                     return _Image(Status.TOO_LARGE, reason, sha256, (width, height)), None
                 if self.settings.verify_sha256 and row["sha256"] and row["sha256"] != sha256:
                     reason = "not the image of the metadata"
@@ -394,9 +351,8 @@ class _Fetcher:
                 if ";16" in f"{header.mode} {header.tile}":
                     body = _eight_bits(header)
         except _PILLOW_SAYS_NO as error:
-            return _Image(
-                Status.UNDECODABLE, "empty body" if not body else type(error).__name__, sha256
-            ), None
+            reason = type(error).__name__ if body else "empty body"
+            return _Image(Status.UNDECODABLE, reason, sha256), None
         try:
             faces = _faces(row["face_bboxes"] or []) if self.settings.blur_faces else []
         except ValueError as error:  # unblurred it may not be kept
@@ -467,6 +423,26 @@ def _eight_bits(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def _kept(task: Task, spool: Any) -> dict[str, _Image]:
+    """Of a shard some of whose rows are done again, by uid: the others, with their images in the spool."""
+    if not task.again:
+        return {}
+    files = {Object.parse(name).suffix: task.files[name] for name in task.earlier}
+    jpgs, kept = images(files[".tar"]), {}
+    for row in read_rows(files[".parquet"]):
+        image = _Image(
+            Status(row["status"]), row["error"], row["image_sha256"],
+            (row["image_width"], row["image_height"]), (row["width"], row["height"]),
+        )  # fmt: skip
+        if image.status is Status.OK:
+            _, jpg = next(jpgs)
+            image.span = (spool.tell(), len(jpg))
+            spool.write(jpg)
+        if row["status"] not in task.again:
+            kept[row["uid"]] = image
+    return kept
+
+
 def _printable(reason: str | None) -> str | None:
     """A reason quotes what a server sent: cut, and valid Unicode."""
     return reason and reason[:100].encode("utf-8", "replace").decode()
@@ -483,8 +459,10 @@ def _write(task: Task, rows: list[dict[str, Any]], images: list[_Image], spool: 
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
             key = compute_key(index, int(task.name), digits, 5)
             result = {
-                "uid": row["uid"], "url": row["url"], "status": str(image.status), "error": _printable(image.error), "key": key,
-                "image_sha256": image.sha256, "image_width": image.served_size[0], "image_height": image.served_size[1],
+                "uid": row["uid"], "url": row["url"],
+                "status": str(image.status), "error": _printable(image.error), "key": key,
+                "image_sha256": image.sha256,
+                "image_width": image.served_size[0], "image_height": image.served_size[1],
                 "width": image.size[0], "height": image.size[1],
             }  # fmt: skip
             table.append(result)
@@ -493,14 +471,8 @@ def _write(task: Task, rows: list[dict[str, Any]], images: list[_Image], spool: 
                 about = {name: row[name] for name in ("uid", "url", "org_caption")} | {
                     name: result[name] for name in result if name != "error"
                 }
-                jpg = spool.read(image.span[1])
-                tar.write(
-                    {
-                        "__key__": key,
-                        "jpg": jpg,
-                        "txt": row["org_caption"].encode(),
-                        "json": json.dumps(about, indent=4).encode(),
-                    }
-                )
+                jpg, text = spool.read(image.span[1]), row["org_caption"].encode()
+                more = json.dumps(about, indent=4).encode()
+                tar.write({"__key__": key, "jpg": jpg, "txt": text, "json": more})
     write_parquet(pa.Table.from_pylist(table, SCHEMA), task.output())
     return Counter(str(image.status) for image in images)

@@ -1,4 +1,7 @@
-"""The network as one shard sees it: names are looked up without threads, and an outage of this machine is told from dead links."""
+"""The network as one shard sees it.
+
+Names are looked up without threads, and an outage of this machine is told from dead links.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""select: the rows and columns that are published, coalesced into large shards, and a ledger of all the others.
+"""select: the rows and columns that are published, coalesced into large shards, and a ledger of all others.
 
-Reads   source, download, caption, score, of `shards_per_file` shards at a time.
+Reads   source, download, dedup, every caption, score, of `shards_per_file` shards at a time.
+Asks    measured: which images are behind more URLs than the dedup stage allows, in the whole run.
 Writes  `<file>.parquet` with the columns of `SCHEMA`, rows that are ok;
         `<file>.ledger.parquet` with the columns of `LEDGER`, every source row; of removed ones only that.
 
-The schema is pinned: all columns of Recap-DataComp-1B with its types, and ours; then, for each caption beyond the first
-that the recipe makes, its text and how it ended. A later append never rewrites a file.
+The schema is pinned: all columns of Recap-DataComp-1B with its types, and ours; then, for each caption beyond
+the first that the recipe makes, its text and how it ended. A later append never rewrites a file.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder import sql
-from builder.core import Count, Recipe, Stage, Status, Task, Work, write_parquet
+from builder.core import Count, Question, Recipe, Stage, Status, Task, Work
 from builder.errors import RecipeError
+from builder.files import write_parquet
+from builder.stages.dedup import Dedup
+from builder.stages.questions import Measured, is_sha256, of_images
 
 COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("uid", pa.string(), "DataComp's id of the row: join on this"),
@@ -52,18 +58,14 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("clip_l14_similarity_score", pa.float32(), "from the metadata: cosine by OpenAI's ViT-L/14"),
 )
 SCHEMA = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
-PUBLISHED_BEFORE = (
-    "re_caption_condition_diverse_topk",
-)  # a caption that has columns of its own in the schema
+PUBLISHED_BEFORE = ("re_caption_condition_diverse_topk",)  # it has columns of its own in the schema
 ROW_GROUP_ROWS = 100_000  # about 100 MB before compression
-LEDGER = pa.schema(
-    [("uid", pa.string()), ("url", pa.string()), ("status", pa.string()), ("error", pa.string())]
-)
+LEDGER = pa.schema([(name, pa.string()) for name in ("uid", "url", "status", "error")])
 
 
-def columns(captions: tuple[str, ...] = ()) -> tuple[tuple[str, pa.DataType, str], ...]:
-    """(name, type, what it is) of the published columns of a recipe that makes these captions beyond `re_caption`."""
-    extra = [name for name in captions if name not in SCHEMA.names]
+def columns(captions: tuple[str, ...] | None = ()) -> tuple[tuple[str, pa.DataType, str], ...]:
+    """(name, type, what it is) of the published columns, where a recipe makes these beyond `re_caption`."""
+    extra = [name for name in captions or () if name not in SCHEMA.names]
     return COLUMNS + tuple(
         column
         for name in extra
@@ -75,7 +77,7 @@ def columns(captions: tuple[str, ...] = ()) -> tuple[tuple[str, pa.DataType, str
     )
 
 
-def schema(captions: tuple[str, ...] = ()) -> pa.Schema:
+def schema(captions: tuple[str, ...] | None = ()) -> pa.Schema:
     return pa.schema([(name, kind) for name, kind, _ in columns(captions)])
 
 
@@ -87,98 +89,139 @@ def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
     """
     select = recipe.stage("select")
     if not isinstance(select, Select):
-        raise RecipeError(
-            f"recipe {recipe.name}: its stage select is another", "use builder.stages.select.Select"
-        )
+        reason = f"recipe {recipe.name}: its stage select is another"
+        raise RecipeError(reason, "use builder.stages.select.Select")
     return {"data": schema(select.captions), "ledger": LEDGER}
 
 
 _WORD = r"[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+"  # between white space, Unicode's
 _JOIN = """
-select source.uid, source.url, re_caption, org_caption, image_sha256 as sha256, key,
-       re_caption_cosine as re_clip_score, org_caption_cosine as org_clip_score,
-       len(regexp_extract_all(re_caption, '{word}')) as re_length, len(regexp_extract_all(org_caption, '{word}')) as org_length,
-       re_caption_finish_reason as re_finish_reason, re_caption_num_tokens as re_num_tokens,
-       re_caption_cut as re_clip_cut, org_caption_cut as org_clip_cut, width, height,
-       clip_b32_similarity_score, clip_l14_similarity_score, score.status as status, score.error as error{captions}
-from source positional join download positional join caption positional join score
+with joined as (
+    select source.uid, source.url, re_caption.re_caption, org_caption, image_sha256 as sha256, key,
+           re_caption_cosine as re_clip_score, org_caption_cosine as org_clip_score,
+           len(regexp_extract_all(re_caption.re_caption, '{word}')) as re_length,
+           len(regexp_extract_all(org_caption, '{word}')) as org_length,
+           re_caption_finish_reason as re_finish_reason, re_caption_num_tokens as re_num_tokens,
+           re_caption_cut as re_clip_cut, org_caption_cut as org_clip_cut, width, height,
+           clip_b32_similarity_score, clip_l14_similarity_score,
+           score.status as scored, score.error as scored_error,
+           download.status as downloaded, dedup.status as deduplicated{captions},
+           row_number() over () as position
+    from {stages}
+)
+select joined.*, if({placeholder}, 'duplicate_image', scored) as status,
+       if({placeholder}, 'one image behind ' || urls || ' URLs', scored_error) as error
+from joined left join placeholders on joined.sha256 = placeholders.sha256 order by position
 """
+# Of the whole run, whatever was known when a row was captioned: what is published does not depend on timing.
+_PLACEHOLDER = "urls is not null and downloaded = 'ok' and deduplicated <> 'removed'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Stage):
     """`shards_per_file` source shards become one published file: aim at 200,000 rows, 220-430 MB.
 
-    `captions` are the caption specs that are published besides `re_caption`.
+    `captions` are published besides `re_caption`: all that the recipe makes unless given. `max_urls` is that
+    of dedup.
     """
 
-    name: ClassVar[str] = "select"
-    reads: ClassVar[tuple[str, ...]] = ("source", "download", "caption", "score")
+    version: ClassVar[int] = 2
+    groups: ClassVar[bool] = True
+    once: ClassVar[tuple[str, ...]] = ("max_urls",)  # that of dedup; the answer that it leads to is an input
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
 
+    name: str = "select"
     shards_per_file: Count = 20
-    captions: tuple[str, ...] = ()
+    captions: tuple[str, ...] | None = None
+    max_urls: Count | None = None
 
     @property
     def shards_per_task(self) -> int:
         return self.shards_per_file
 
     def __post_init__(self) -> None:
-        for name in self.captions:
+        for name in self.captions or ():
             if name in SCHEMA.names and name not in PUBLISHED_BEFORE:
-                raise RecipeError(
-                    f"select.captions names '{name}', which is a column of every version",
-                    "give the caption another name",
-                )
+                reason = f"select.captions names '{name}', which is a column of every version"
+                raise RecipeError(reason, "give the caption another name")
+
+    def after(self, earlier: tuple[Stage, ...]) -> Stage:
+        made = tuple(name for stage in earlier for name in stage.makes_captions() if name != "re_caption")
+        asked = [stage.max_urls for stage in earlier if isinstance(stage, Dedup)]
+        captions = made if self.captions is None else self.captions
+        return replace(self, captions=captions, max_urls=asked[0] if asked else None)
 
     def names_captions(self) -> tuple[str, ...]:
-        return ("re_caption", *self.captions)
+        return ("re_caption", *(self.captions or ()))
+
+    def reads(self) -> tuple[str, ...]:
+        return ("source", "download.parquet", "dedup", *self.names_captions(), "score")
+
+    def asks(self) -> tuple[Question, ...]:
+        return (Measured(max_urls=self.max_urls),) if self.max_urls else ()
 
     @contextmanager
     def open(self) -> Iterator[Work]:
-        join, target = (
-            _JOIN.format(word=_WORD, captions="".join(map(_caption_sql, self.captions))),
-            schema(self.captions),
-        )
+        stages = [name.partition(".")[0] for name in self.reads()]
+        others = " positional join ".join(sql.identifier(name) for name in stages)
+        more = "".join(map(_caption_sql, self.captions or ()))
+        join = _JOIN.format(word=_WORD, captions=more, stages=others, placeholder=_PLACEHOLDER)
+        uids = (f"{sql.identifier(name)}.uid" for name in stages[1:])
+        agree = " and ".join(f"source.uid is not distinct from {uid}" for uid in uids)
+        target = schema(self.captions)
         with sql.connect(threads=1) as con:
 
             def work(task: Task) -> Mapping[str, int]:
                 parts = []
-                for files in zip(*(task.all_inputs(stage) for stage in self.reads), strict=True):
-                    for stage, file in zip(self.reads, files, strict=True):
-                        con.execute(f"create or replace temp view {stage} as from {sql.table(file)}")
-                    ((same, rows),) = con.sql(
-                        "select count(*) filter (source.uid is not distinct from download.uid and source.uid is not distinct from caption.uid "
-                        "and source.uid is not distinct from score.uid), count(*) from source positional join download "
-                        "positional join caption positional join score"
-                    ).fetchall()
+                for files in zip(*(task.all_inputs(stage) for stage in stages), strict=True):
+                    for stage, file in zip(stages, files, strict=True):
+                        view = sql.identifier(stage)
+                        con.execute(f"create or replace temp view {view} as from {sql.table(file)}")
+                    con.register("placeholders", self._placeholders(con, task))
+                    counts = con.sql(f"select count(*) filter ({agree}), count(*) from {others}")
+                    ((same, rows),) = counts.fetchall()
                     if same != rows:
-                        raise ValueError(
-                            f"the stages of shard {files[0].stem} do not hold the same rows: {same} of {rows} agree"
-                        )
+                        reason = f"the stages of shard {files[0].name} do not hold the same rows"
+                        raise ValueError(f"{reason}: {same} of {rows} agree")
                     parts.append(con.sql(join).to_arrow_table())
                 table = pa.concat_tables(parts)
                 ledger = table.select(LEDGER.names)
                 removed = pc.equal(ledger["status"], Status.REMOVED)
                 for index, name in enumerate(("uid", "url")):  # of what was taken down nothing is told
                     ledger = ledger.set_column(index, name, pc.if_else(removed, None, ledger[name]))
-                write_parquet(
-                    ledger.cast(LEDGER), task.output(".ledger.parquet"), row_group_size=ROW_GROUP_ROWS
-                )
+                _write(ledger.cast(LEDGER), task.output(".ledger.parquet"))
                 published = table.filter(pc.equal(table["status"], "ok"))
                 for field in target:
                     if field.name not in published.column_names:
                         published = published.append_column(field, pa.nulls(len(published), field.type))
-                write_parquet(
-                    published.select(target.names).cast(target), task.output(), row_group_size=ROW_GROUP_ROWS
-                )
+                _write(published.select(target.names).cast(target), task.output())
                 return Counter(table["status"].to_pylist())
 
             yield work
 
+    def _placeholders(self, con: duckdb.DuckDBPyConnection, task: Task) -> pa.Table:
+        """(sha256, urls) of this shard's images that are behind too many URLs of the run."""
+        if not self.max_urls:
+            return pa.table({"sha256": pa.array([], pa.string()), "urls": pa.array([], pa.int64())})
+        return con.sql(
+            f"""select distinct image_sha256 as sha256, urls
+                from (select image_sha256, {of_images("image_sha256")}
+                      from download where {is_sha256("image_sha256")})
+                     join {sql.table(task.input("measured"))} using (high, low)"""
+        ).to_arrow_table()
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    write_parquet(table, path, row_group_size=ROW_GROUP_ROWS)
+
 
 def _caption_sql(name: str) -> str:
-    """What a further caption adds to the join. The published alt-text-conditioned one has columns of its own in the schema."""
+    """What a further caption adds to the join.
+
+    The published alt-text-conditioned one has columns of its own in the schema.
+    """
+    column = f"{sql.identifier(name)}.{sql.identifier(name)}"
     if name == "re_caption_condition_diverse_topk":
-        return f", {name}, len(regexp_extract_all({name}, '{_WORD}')) as re_condition_length"
-    return "".join(f", {sql.identifier(name + suffix)}" for suffix in ("", "_finish_reason", "_num_tokens"))
+        return f", {column}, len(regexp_extract_all({column}, '{_WORD}')) as re_condition_length"
+    more = (sql.identifier(name + suffix) for suffix in ("_finish_reason", "_num_tokens"))
+    return "".join(f", {each}" for each in (column, *more))

@@ -2,7 +2,8 @@
 
 Reads   parquet, CSV or TSV files in DataComp's layout or another one with a URL and a caption column.
 Writes  `<shard>.parquet` with the columns of `SCHEMA`.
-Survey  finds the files, checks their columns and cuts them into slices of `rows_per_shard`, across file borders.
+Index   finds the files, checks their columns and cuts what is new in them into slices of `rows_per_shard`,
+        across file borders: a batch (`builder/index.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -28,23 +29,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from builder.core import (
-    Count,
-    Json,
-    Record,
-    Stage,
-    Status,
-    Task,
-    Work,
-    from_json,
-    matching,
-    read_file,
-    sha256_file,
-    sha256_known,
-    write_parquet,
-)
+from builder.commit import commit, working
+from builder.core import RUN, Count, Json, Record, Stage, Status, Task, Work, task_key
 from builder.errors import InputError, RecipeError, ShardError
+from builder.files import matching, sha256_file, sha256_known, write_parquet
+from builder.index import SLICES, Index, Slice, batch_records, load
 from builder.stages.texttable import TextTable
+from builder.store import Store
+from builder.typed import from_json
 from builder.urls import as_fetched
 
 SCHEMA = pa.schema(
@@ -93,17 +85,19 @@ LAYOUTS: Mapping[
 class Source(Stage):
     """Where the rows come from.
 
-    `files` is a folder, a glob or one file, local or any fsspec URL. `layout` is found by the columns unless it is named.
-    `url_column`, `caption_column` and `uid_column` name columns in tables of any other layout; those of a table without
-    a header are column0, column1 and so on. `encoding` is that of CSV and TSV files. `subset` is a file of uids in
-    DataComp's format (.npy, dtype u8,u8, sorted), as `recap select` writes it: other rows are left out.
+    `files` is a folder, a glob or one file, local or any fsspec URL. `layout` is found by the columns unless
+    it is named. `url_column`, `caption_column` and `uid_column` name columns in tables of any other layout;
+    those of a table without a header are column0, column1 and so on. `encoding` is that of CSV and TSV files.
+    `subset` is a file of uids in DataComp's format (.npy, dtype u8,u8, sorted), as `recap select` writes it:
+    other rows are left out.
     """
 
-    name: ClassVar[str] = "source"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
+    effort: ClassVar[tuple[str, ...]] = ("files", "rows_per_shard", "limit")  # they shape the index
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "yarl")
     paths: ClassVar[tuple[str, ...]] = ("files", "subset")
 
+    name: str = "source"
     files: str
     layout: str = "auto"
     url_column: str | None = None
@@ -120,20 +114,18 @@ class Source(Stage):
             raise RecipeError("source.files holds a NUL character", "name a folder, a glob or a file")
 
     def settings(self) -> dict[str, Json]:
-        settings: dict[str, Json] = {
-            "layout": self.layout,
-            "columns": [self.url_column, self.caption_column, self.uid_column],
-        }
-        settings |= {"encoding": self.encoding} if self.encoding != "utf-8" else {}
-        settings |= {"delimiter": self.delimiter} if self.delimiter else {}
+        settings = super().settings()
         if self.subset and not Path(self.subset).is_file():
             raise InputError(
                 f"there is no subset {self.subset}", "make one: recap select PLACE STRATEGY --out FOLDER"
             )
         return settings | ({"subset": sha256_known(Path(self.subset))} if self.subset else {})
 
-    def has_survey(self) -> bool:
-        return True
+    def index_settings(self) -> dict[str, Json]:
+        """What shapes the slices."""
+        return {name: value for name, value in self.settings().items() if name != "subset"} | {
+            "rows_per_shard": self.rows_per_shard
+        }
 
     def check(self) -> None:
         try:
@@ -148,22 +140,123 @@ class Source(Stage):
         if self.subset:
             _subset(self.subset)
 
-    def survey_inputs(self, run: Path) -> dict[str, str]:
+    def extend(self, store: Store, *, restart: Callable[[str], None]) -> Index:
+        """The index, with what is new in the metadata as another batch.
+
+        `restart` is called with the reason before an index that no longer fits the metadata or the settings
+        is made anew: it may raise.
+        """
         try:
             files = self.find()
         except InputError:
-            if record := Record.read(run / "source" / "survey.json"):
-                return dict(
-                    record.inputs
-                )  # the metadata is gone; a run that needs it no more can still be looked at and published
+            if batch_records(store, self.name):
+                return load(
+                    store, self.name, self.limit
+                )  # the metadata is gone; what is built can still be looked at
             raise
-        hashes = _Hashes(run / "source" / ".files.json")
-        inputs = {name: hashes.of(fs, path) for name, fs, path in files}
+        hashes = _Hashes(store, f"{self.name}/{RUN}/files")
+        found = {name: hashes.of(fs, path) for name, fs, path in files}
         hashes.save()
-        return inputs | {"rows_per_shard": str(self.rows_per_shard), "limit": str(self.limit)}
+        if reason := self._no_longer(batch_records(store, self.name), found):
+            restart(reason)
+            for name in (name for name in store.names(f"{self.name}/{RUN}") if name.endswith(".json")):
+                store.delete(f"{self.name}/{RUN}/{name}")
+        self._convert_again(store, files)
+        index = load(store, self.name, None)
+        covered, left = index.covered(), None if self.limit is None else self.limit - index.num_rows()
+        more = [(n, fs, path) for n, fs, path in files if n not in covered or covered[n][0] < covered[n][1]]
+        if more and (left is None or left > 0):
+            outside = {name: found[name] for name, _, _ in more}
+            name, settings = f"{len(index.batches):05d}", self.index_settings()
+            key = task_key(self, name, {}, outside | {"first": str(len(index)), "limit": str(left)}, settings)
+            task = Task(self.name, RUN, name, key, outside=outside, settings=settings)
+            with working(store, task) as here:
+                begin = {name: covered.get(name, (0, 0))[0] for name in outside}
+                if slices := self.cut(here, more, begin, len(index), left):
+                    write_parquet(pa.Table.from_pylist(slices, SLICES), here.output())
+                    used = {one["file"]: outside[one["file"]] for one in slices}
+                    rows = {"rows": sum(one["stop"] - one["start"] for one in slices)}
+                    commit(store, self, replace(here, outside=used), rows, 0.0)
+        index = load(store, self.name, self.limit)
+        if not len(index):
+            raise InputError(f"{self.files} has no rows", "name other files: metadata='path/*.parquet'")
+        return index
+
+    def _convert_again(self, store: Store, files: list[tuple[str, fsspec.AbstractFileSystem, str]]) -> None:
+        """Tables that were converted and are not there any more."""
+        there, found = set(store.names(f"{self.name}/{RUN}")), {name: (fs, path) for name, fs, path in files}
+        batches = batch_records(store, self.name)
+        lost = {o for batch in batches for o in batch.outputs if o.rpartition("/")[2] not in there}
+        if not lost:
+            return
+        for table in load(store, self.name, None).batches:
+            pairs = zip(table["stored"].to_pylist(), table["file"].to_pylist(), strict=True)
+            for stored, file in sorted({(stored, file) for stored, file in pairs if stored in lost}):
+                scratch = store.scratch()
+                self.text_table(file, *found[file]).to_parquet(str(scratch / "converted.parquet"))
+                store.put(scratch / "converted.parquet", stored)
+                shutil.rmtree(scratch)
+
+    def _no_longer(self, batches: list[Record], found: Mapping[str, str]) -> str:
+        """Why the index does not fit any more; empty where it does."""
+        for batch in batches:
+            for name in sorted(batch.settings.keys() | self.index_settings().keys()):
+                before, now = batch.settings.get(name), self.index_settings().get(name)
+                if before != now:
+                    default = "its default"
+                    return f"source.{name} was {before or default} and is {now or default}"
+            for name, sha256 in batch.outside.items():
+                if found.get(name) != sha256:
+                    return (
+                        f"metadata file {name} {'is another' if name in found else 'is not there any more'}"
+                    )
+        return ""
+
+    def cut(
+        self,
+        task: Task,
+        files: list[tuple[str, fsspec.AbstractFileSystem, str]],
+        begin: Mapping[str, int],
+        shard: int,
+        left: int | None,
+    ) -> list[dict[str, Any]]:
+        """The slices of a batch: of each file the rows from `begin` on, `left` of them in all, from `shard`
+        on.
+        """
+        slices, room = [], self.rows_per_shard
+        for number, (name, fs, path) in enumerate(files):
+            if left == 0:
+                break
+            local, stored = path, None
+            if _ending(path) != "parquet":
+                local, stored = str(task.output(f".{number}.parquet")), task.object(f".{number}.parquet")
+                self.text_table(name, fs, path).to_parquet(local)
+            with _open_parquet(name, fs if stored is None else fsspec.filesystem("file"), local) as file:
+                num_rows = file.metadata.num_rows
+                self.columns(name, file.schema_arrow.names)
+            sha256 = task.outside[name] if stored is None else sha256_file(Path(local))
+            start = begin[name]
+            while start < num_rows and left != 0:
+                take = min(num_rows - start, room, num_rows if left is None else left)
+                slices.append(
+                    {
+                        "shard": shard, "file": name, "sha256": sha256, "stored": stored,
+                        "start": start, "stop": start + take, "file_rows": num_rows,
+                    }
+                )  # fmt: skip
+                start, room, left = start + take, room - take, None if left is None else left - take
+                if room == 0:
+                    shard, room = shard + 1, self.rows_per_shard
+        return slices
+
+    def task_inputs(self, slices: list[Slice]) -> tuple[dict[str, str], dict[str, str]]:
+        """Of a shard: objects of the run, and slices of files, -> sha256."""
+        objects = {one.stored: one.sha256 for one in slices if one.stored}
+        return objects, {f"{one.stored or one.file}[{one.start}:{one.stop}]": one.sha256 for one in slices}
 
     def num_rows(self) -> int | None:
-        """Rows of all files by their footers, at most `limit`; None where a file is no parquet and would have to be read.
+        """Rows of all files by their footers, at most `limit`; None where a file is no parquet and would have
+        to be read.
 
         Raises:
             InputError: a file is no table, or has no columns of URL and caption.
@@ -213,44 +306,8 @@ class Source(Stage):
             raise InputError(f"{self.files} cannot be looked at: {_line(error)}", where) from error
         if not found:
             raise InputError(f"no parquet, csv or tsv file at {self.files}", where)
-        root = _common_folder(found)
+        root = _literal(fs, path)
         return [(p[len(root) :].lstrip("/"), fs, p) for p in sorted(found)]
-
-    def survey(self, task: Task) -> Mapping[str, int]:
-        slices, left = [], self.limit
-        shard, room = 0, self.rows_per_shard
-        for index, (name, fs, path) in enumerate(self.find()):
-            local = path
-            if _ending(path) != "parquet":
-                local = str(task.output(f".{index}.parquet"))
-                self.text_table(name, fs, path).to_parquet(local)
-            with _open_parquet(name, fs if local == path else fsspec.filesystem("file"), local) as file:
-                num_rows = file.metadata.num_rows
-                self.columns(name, file.schema_arrow.names)
-            stored = name if local == path else f"source/survey.{index}.parquet"
-            sha256 = task.inputs[name] if local == path else sha256_file(Path(local))
-            start = 0
-            while start < num_rows and left != 0:
-                take = min(num_rows - start, room, num_rows if left is None else left)
-                slices.append(
-                    {"shard": shard, "file": stored, "sha256": sha256, "start": start, "stop": start + take}
-                )
-                start, room, left = start + take, room - take, None if left is None else left - take
-                if room == 0:
-                    shard, room = shard + 1, self.rows_per_shard
-        if not slices:
-            raise InputError(f"{self.files} has no rows", "name other files: metadata='path/*.parquet'")
-        write_parquet(pa.Table.from_pylist(slices), task.output())
-        return {"shards": slices[-1]["shard"] + 1, "rows": sum(s["stop"] - s["start"] for s in slices)}
-
-    def shard_inputs(self, run: Path, index: int) -> dict[str, str]:
-        return {f"{file}[{start}:{stop}]": sha for file, sha, start, stop in _slices_of(run)[index]}
-
-    def rows_of_shards(self, run: Path) -> list[int]:
-        """Rows of the metadata in each shard, as surveyed."""
-        return [
-            sum(stop - start for _, _, start, stop in slices) for _, slices in sorted(_slices_of(run).items())
-        ]
 
     @contextmanager
     def open(self) -> Iterator[Work]:
@@ -259,10 +316,11 @@ class Source(Stage):
 
         def work(task: Task) -> Mapping[str, int]:
             parts = []
-            for spec in task.inputs:
+            for spec in task.outside:
                 name, _, span = spec.rpartition("[")
                 start, stop = (int(x) for x in span.rstrip("]").split(":"))
-                fs, path = files.get(name) or (fsspec.filesystem("file"), str(task.run / name))
+                local = task.files.get(name)  # what was no parquet
+                fs, path = (fsspec.filesystem("file"), str(local)) if local else files[name]
                 parts.append(self.read(name, fs, path, start, stop))
             table = pa.concat_tables(parts)
             if subset is not None:
@@ -305,12 +363,10 @@ class Source(Stage):
             f"source.{SETTING[ours]}={shlex.quote(lower[names[0]])}" for ours, names in near.items() if names
         ]
         shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if found[20:] else "")
-        raise InputError(
-            f"{name}: no column {' and no column '.join(repr(theirs) for theirs in missing.values())}; found: {shown}",
-            f"did you mean {' '.join(meant)}?"
-            if meant
-            else "name yours: source.url_column=... source.caption_column=... (and source.uid_column=... if there is one)",
-        )
+        names = " and no column ".join(repr(theirs) for theirs in missing.values())
+        own = "source.url_column=... source.caption_column=... (and source.uid_column=... if there is one)"
+        hint = f"did you mean {' '.join(meant)}?" if meant else f"name yours: {own}"
+        raise InputError(f"{name}: no column {names}; found: {shown}", hint)
 
     def read(self, name: str, fs: fsspec.AbstractFileSystem, path: str, start: int, stop: int) -> pa.Table:
         """Rows [start, stop) of one file, with our columns; touches only the row groups that hold them.
@@ -344,9 +400,8 @@ class Source(Stage):
                     arrays[ours] = _cast(column, SCHEMA.field(ours).type)
                     arrays[ours].validate(full=True)  # text in it may be no UTF-8
             except (pa.ArrowException, OverflowError) as error:
-                raise ShardError(
-                    f"{name}: column '{theirs}' is {table[theirs].type}, not {SCHEMA.field(ours).type}: {_line(error)}"
-                ) from error
+                kinds = f"{table[theirs].type}, not {SCHEMA.field(ours).type}"
+                raise ShardError(f"{name}: column '{theirs}' is {kinds}: {_line(error)}") from error
             if ours == "org_caption":
                 arrays["org_caption_repaired"] = repaired
         found = arrays["url"].to_pylist()
@@ -411,7 +466,9 @@ def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
 
 
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Whole numbers may come as floats or as their text, missing ones as NaN: pandas does that to a column with a gap."""
+    """Whole numbers may come as floats or as their text, missing ones as NaN: pandas does that to a column
+    with a gap.
+    """
     if pa.types.is_integer(kind) and (pa.types.is_string(values.type) or pa.types.is_floating(values.type)):
         values = values.cast(pa.float64())
         values = pc.if_else(pc.is_nan(values), None, values)
@@ -425,12 +482,11 @@ def _ending(path: str) -> str | None:
     )
 
 
-def _common_folder(paths: list[str]) -> str:
-    folders = [path.rsplit("/", 1)[0] for path in paths]
-    root = folders[0]
-    while any(folder != root and not folder.startswith(root + "/") for folder in folders):
-        root = root.rsplit("/", 1)[0]
-    return root
+def _literal(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The folder that a path or a pattern begins with: files that come later have names below it too."""
+    while path and not fs.isdir(path):
+        path = path.rpartition("/")[0]
+    return path.rstrip("/")
 
 
 @contextmanager
@@ -452,28 +508,18 @@ def _open_parquet(name: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterat
         yield file
 
 
-def _slices_of(run: Path) -> dict[int, list[tuple[str, str, int, int]]]:
-    survey = run / "source" / "survey.parquet"
-    return _slices(survey, survey.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _slices(survey: Path, mtime_ns: int) -> dict[int, list[tuple[str, str, int, int]]]:
-    slices: dict[int, list[tuple[str, str, int, int]]] = {}
-    for row in pq.read_table(survey).to_pylist():
-        slices.setdefault(row["shard"], []).append((row["file"], row["sha256"], row["start"], row["stop"]))
-    return slices
-
-
 class _Hashes:
-    """sha256 of input files, remembered by size and modification time as git's index does; a remote file counts by what its store says of it."""
+    """sha256 of input files, remembered by size and modification time as git's index does.
 
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
+    A remote file counts by what its store says of it.
+    """
+
+    def __init__(self, store: Store, cache: str) -> None:
+        self.store, self.cache = store, cache
         self.known: dict[str, list[Json]] = {}
-        if cache.is_file():
+        if data := store.read(cache):
             with suppress(InputError):  # cut off by a crash of the machine: they are computed again
-                self.known = from_json(dict[str, list[Any]], read_file(cache), what=str(cache))
+                self.known = from_json(dict[str, list[Any]], data, what=cache)
         self.seen: dict[str, list[Json]] = {}
 
     def of(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -486,10 +532,8 @@ class _Hashes:
         return str(self.seen[path][2])
 
     def save(self) -> None:
-        if self.cache.parent.exists() and self.seen != self.known:
-            part = self.cache.with_suffix(".part")
-            part.write_text(json.dumps(self.seen))
-            part.replace(self.cache)
+        if self.seen != self.known:
+            self.store.write(self.cache, json.dumps(self.seen).encode())
 
 
 def _subset(path: str) -> np.ndarray[Any, Any]:

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from builder.core import encoding_of
 from builder.errors import InputError
+from builder.files import encoding_of
 
 MAX_FIELD_CHARACTERS, MAX_HEAD_CHARACTERS = 1 << 24, 1 << 20
 BATCH_ROWS = 10_000
@@ -32,7 +32,8 @@ _UNREADABLE = (csv.Error, UnicodeError, OSError, EOFError, zlib.error)
 class TextTable:
     """A table's file and how to read it. `known` are names that a header may have.
 
-    `numbered`: without one, columns are column0 and so on. `headless`: these are asked for; unless the first line has one of them, it is a row.
+    `numbered`: without one, columns are column0 and so on. `headless`: these are asked for; unless the first
+    line has one of them, it is a row.
     """
 
     name: str
@@ -49,7 +50,8 @@ class TextTable:
         """(names of the columns, rows).
 
         Raises:
-            InputError: a line that is no row, text in another encoding, or no header and columns that could be anything.
+            InputError: a line that is no row, text in another encoding, or no header and columns that
+                could be anything.
         """
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
         encoding = (
@@ -178,7 +180,8 @@ class TextTable:
         if len(first) != 2 or all(map(_is_url, first)):
             url = next(f"column{n}" for n, cell in enumerate(first) if _is_url(cell))
             raise InputError(
-                f"{self.name} has no header, and {len(first)} columns: which are URL and caption is not known",
+                f"{self.name} has no header, and {len(first)} columns: "
+                "which are URL and caption is not known",
                 f"name them: source.url_column={url} source.caption_column=column...",
             )
         return ["url" if _is_url(cell) else "caption" for cell in first]

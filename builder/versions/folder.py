@@ -9,9 +9,8 @@ from pathlib import Path
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from builder.commit import lock, sync
-from builder.core import sha256_file
 from builder.errors import DamagedError, InputError, VersionError, command
+from builder.files import lock, sha256_file, sync
 from builder.versions.version import (
     MANIFEST,
     VERSION,
@@ -31,19 +30,16 @@ class Folder:
         TARGET/v0.1.0/    README.md, recipe.json, stats.json, manifest.json, plots/, data/, ledger/
         TARGET/latest     symbolic link to the newest
 
-    A version is put together under a name that nobody loads, verified there, and moved into place by one rename.
+    A version is put together under a name that nobody loads, verified there, and moved into place by one
+    rename.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def versions(self) -> list[str]:
-        names = [
-            path.name[1:]
-            for path in self.path.glob("v*.*.*")
-            if VERSION.fullmatch(path.name[1:]) and path.is_dir()
-        ]
-        return sorted(names, key=by_number)
+        found = (path.name[1:] for path in self.path.glob("v*.*.*") if path.is_dir())
+        return sorted((version for version in found if VERSION.fullmatch(version)), key=by_number)
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
         return LocalFileSystem(), os.path.abspath(self.path / f"v{version}")
@@ -53,39 +49,29 @@ class Folder:
 
     def publish(self, staged: Staged, *, dry_run: bool = False, rebase: bool = False) -> Published:
         """Raises:
-        VersionError: the version exists with other bytes, or what was staged is not what the manifest promises.
+        VersionError: the version exists with other bytes, or what was staged is not as the manifest says.
         """
         final, rows = self.path / staged.tag, staged.manifest["rows"]["train"]
         self.path.mkdir(parents=True, exist_ok=True)
-        with lock(
-            self.path / ".lock",
-            f"another publish is at work in {self.path}",
-            "wait for it, then type the same command again",
-        ):
+        busy = f"another publish is at work in {self.path}"
+        with lock(self.path / ".lock", busy, "wait for it, then type the same command again"):
             for leftover in self.path.glob(".staging-*"):
                 shutil.rmtree(leftover)
             if final.exists():
-                if (
-                    content(LocalFileSystem(), str(final), MANIFEST)
-                    != (staged.folder / MANIFEST).read_bytes()
-                ):
-                    raise VersionError(
-                        f"{final} exists and holds other bytes; a version never changes",
-                        f"publish under a new one: --version {next_version(self.versions())}",
-                    )
+                there = content(LocalFileSystem(), str(final), MANIFEST)
+                if there != (staged.folder / MANIFEST).read_bytes():
+                    hint = f"publish under a new one: --version {next_version(self.versions())}"
+                    raise VersionError(f"{final} exists and holds other bytes; a version never changes", hint)
                 self._point_at_latest()
                 return Published(str(final), rows, False)
             if dry_run:
                 size = sum(size for _, size in staged.promised().values())
-                return Published(
-                    str(final), rows, False, plan={"files": len(staged.promised()), "bytes": size}
-                )
+                plan = {"files": len(staged.promised()), "bytes": size}
+                return Published(str(final), rows, False, plan=plan)
             staged.check_beside(self.versions())
             if (latest := self.path / "latest").exists() and not latest.is_symlink():
-                raise InputError(
-                    f"{latest} is there, and no link to a version",
-                    "move it away: it is where the newest version is found",
-                )
+                hint = "move it away: it is where the newest version is found"
+                raise InputError(f"{latest} is there, and no link to a version", hint)
             staging = self.path / f".staging-{staged.tag}"
             held = {} if all((staged.folder / name).exists() for name in staged.files) else self._held()
             for name, (sha256, size) in staged.promised().items():
@@ -93,14 +79,10 @@ class Folder:
                 copies = [staged.folder / name] if (staged.folder / name).exists() else held.get(sha256, [])
                 if not any(_link_if_whole(copy, staging / name, sha256, size) for copy in copies):
                     if copies:
-                        raise DamagedError(
-                            f"{copies[0]} is not what the manifest says: it was changed",
-                            "get it from a copy, or make it again",
-                        )
-                    raise DamagedError(
-                        f"no version in {self.path} holds {name} any more",
-                        f"see what is left: {command('recap', 'verify', self.path)}",
-                    )
+                        reason = f"{copies[0]} is not what the manifest says: it was changed"
+                        raise DamagedError(reason, "get it from a copy, or make it again")
+                    hint = f"see what is left: {command('recap', 'verify', self.path)}"
+                    raise DamagedError(f"no version in {self.path} holds {name} any more", hint)
             for path in sorted(staging.rglob("*"), reverse=True):
                 if path.is_file():
                     path.chmod(0o444)

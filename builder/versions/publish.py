@@ -6,8 +6,8 @@
     RUN/versions/v0.1.0.json written last: the key of what was staged
     RUN/versions/v0.1.0.published.json   where it was published, and the commit there
 
-Staging links the run's files, adds statistics, card and manifest, and checks all of it before anything is sent. It is
-done once: after a crash only the sending goes on.
+Staging links the run's files, adds statistics, card and manifest, and checks all of it before anything is
+sent. It is done once: after a crash only the sending goes on.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from analysis import plots, report, views
-from builder import run as runs
 from builder import sql, tombstones
-from builder.commit import lock, write_atomically
-from builder.core import Recipe, Record, from_json, read_rows, sha256_file, write_parquet
+from builder.commit import forget
+from builder.core import Recipe, Record
 from builder.errors import DamagedError, InputError, MovedError, VersionError, command, telling_of_a_full_disk
+from builder.files import lock, read_rows, sha256_file, write_atomically, write_parquet
+from builder.places import parts, run_parts
+from builder.run import RECIPE, Run
 from builder.stages.select import schemas
+from builder.typed import from_json
 from builder.versions.folder import link
 from builder.versions.targets import removed_from, split, target_of
 from builder.versions.version import MANIFEST, Published, Staged, Target, check_version, manifest_of
@@ -42,13 +45,16 @@ from cards.croissant import croissant
 
 PREVIEW_ROWS = 1000
 PREVIEW = "data/preview-00000-of-00001.parquet"
-SECRETS = r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36,}|\bsk-[A-Za-z0-9_-]{32,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+SECRETS = (
+    r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36,}|\bsk-[A-Za-z0-9_-]{32,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A parquet file of a version. `path` is None where the target holds it already and nobody needs it here."""
+    """A parquet file of a version. `path` is None where the target holds it and nobody needs it here."""
 
     path: Path | None
     sha256: str
@@ -57,159 +63,152 @@ class Shard:
 
 
 def publish(
-    run: Path, target: str, version: str, *, dry_run: bool = False, rebase: bool = False
+    place: str | Path, target: str, version: str, *, dry_run: bool = False, rebase: bool = False
 ) -> Published:
     """Publish a finished run as `version` in `target`, a folder or `hf://datasets/user/name`.
 
     Raises:
-        VersionError: the version exists with other bytes, the run has no row to publish, or what was staged does not verify.
+        VersionError: the version exists with other bytes, the run has no row to publish, or what was staged
+            does not verify.
         InputError: the run is not finished.
     """
     check_version(version)
     if named := split(target)[1]:
-        raise InputError(
-            f"{target} is a version", f"name the target alone, and --version {named}: {split(target)[0]}"
-        )
+        hint = f"name the target alone, and --version {named}: {split(target)[0]}"
+        raise InputError(f"{target} is a version", hint)
     where = target_of(target)
-    runs.finished(run)
-    (run / "versions").mkdir(exist_ok=True)
-    with (
-        telling_of_a_full_disk(run),
-        lock(
-            run / "versions" / ".lock",
-            f"another publish of {run} is at work",
-            "wait for it, then type the same command again",
-        ),
-    ):
+    run = Run.open(place)
+    run.check_finished()
+    versions = run.local("versions")
+    versions.mkdir(exist_ok=True)
+    busy, hint = f"another publish of {place} is at work", "wait for it, then type the same command again"
+    with telling_of_a_full_disk(place), lock(versions / ".lock", busy, hint):
         published = _published(where, run, version, dry_run=dry_run, rebase=rebase)
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}
-            write_atomically(
-                run / "versions" / f"v{version}.published.json", json.dumps(about, indent=1) + "\n"
-            )
+            write_atomically(versions / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
         return published
 
 
-def _published(where: Target, run: Path, version: str, *, dry_run: bool, rebase: bool) -> Published:
+def _published(where: Target, run: Run, version: str, *, dry_run: bool, rebase: bool) -> Published:
+    selected = dict(run.shards("select"))
     while True:
         beside = where.versions()
         removed = removed_from(where, version)
         try:
-            staged = stage(run, version, removed)
+            staged = stage(run, version, removed, selected)
         except (InputError, OSError, pa.ArrowException, duckdb.Error) as error:  # a file that cannot be read
-            raise _damaged(run, version) or error from error
+            raise _damaged(run, selected, version) or error from error
         try:
             return where.publish(replace(staged, beside=beside), dry_run=dry_run, rebase=rebase)
         except DamagedError as error:
-            raise _damaged(run, version) or error from error
+            raise _damaged(run, selected, version) or error from error
         except MovedError:  # somebody removed rows, perhaps; if nobody did, what was staged is found again
             continue
 
 
-def _damaged(run: Path, version: str) -> VersionError | None:
-    """What to do where a file to publish no longer has the bytes of its record; its record goes, so that a build makes it again."""
-    select = runs.plan(runs.load_recipe(run), run)["select"]
+def _damaged(run: Run, selected: Mapping[str, Record], version: str) -> VersionError | None:
+    """What to do where a file to publish no longer has the bytes of its record.
+
+    Its record goes, so that a build makes it again.
+    """
     damaged = []
-    for name, record in select.done.items():
-        for output in (
-            output for output, sha256 in record.outputs.items() if sha256_file(run / output) != sha256
-        ):
-            damaged.append(output)
-            (run / "select" / f"{name}.json").unlink(missing_ok=True)
+    for task, record in selected.items():
+        folder, _, name = task.rpartition("/")
+        for output, sha256 in record.outputs.items():
+            path = run.local(output)
+            if not path.is_file() or sha256_file(path) != sha256:
+                damaged.append(output)
+                forget(run.store, folder, name)
     if not damaged:
         return None
-    (run / "versions" / f"v{version}.json").unlink(missing_ok=True)
-    hint = f"make it again, then publish: {command('recap', 'build', run / 'recipe.json', '--run', run)}"
-    return VersionError(f"{run}/{damaged[0]} no longer has the bytes of its record", hint)
+    run.local(f"versions/v{version}.json").unlink(missing_ok=True)
+    again = command("recap", "build", run.local(RECIPE), "--run", Path(run.place))
+    reason = f"{run.place}/{damaged[0]} no longer has the bytes of its record"
+    return VersionError(reason, f"make it again, then publish: {again}")
 
 
-def stage(run: Path, version: str, removed: pa.Table) -> Staged:
-    """Put a version's files together in RUN/versions, or find them there. `removed` are the target's tombstones."""
-    recipe = runs.load_recipe(run).portable()
-    folder, record = run / "versions" / f"v{version}", run / "versions" / f"v{version}.json"
-    plans = runs.plan(runs.load_recipe(run), run)
-    select = plans["select"]
-    key = _key(recipe, version, select.shards(), removed)
+def stage(run: Run, version: str, removed: pa.Table, selected: Mapping[str, Record] | None = None) -> Staged:
+    """Put a version's files together in RUN/versions, or find them there.
+
+    `removed` are the target's tombstones, `selected` the records of the stage select in order, where at hand.
+    """
+    recipe = run.recipe.portable()
+    selected = dict(run.shards("select")) if selected is None else selected
+    folder, record = run.local(f"versions/v{version}"), run.local(f"versions/v{version}.json")
+    key = _key(recipe, version, list(selected.values()), removed)
     if staged := _staged(folder, version, record, key):
         return staged
     record.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    shards, found = _shards(run, select), views.parts(run)
+    shards, found = _shards(run, selected), run_parts(run, (), selected.values())
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
-        raise VersionError(
-            f"no row of {run} is ok: there is nothing to publish",
-            f"see why: {command('recap', 'status', run)}",
-        )
-    staged = put_together(folder, recipe, version, shards, preview, found, removed, _made(plans))
+        hint = f"see why: {command('recap', 'status', Path(run.place))}"
+        raise VersionError(f"no row of {run.place} is ok: there is nothing to publish", hint)
+    staged = put_together(folder, recipe, version, shards, preview, found, removed, _made(run))
     check(staged, found, removed)
     write_atomically(record, json.dumps({"key": key}) + "\n")
     return staged
 
 
 def _staged(folder: Path, version: str, record: Path, key: str) -> Staged | None:
-    """What was staged under that key, if nobody has changed it: sizes of all files, sha256 of the small ones."""
+    """What was staged under that key, if nobody changed it: sizes of all files, sha256 of the small ones."""
     try:
         if from_json(dict[str, str], record.read_bytes(), what=str(record)).get("key") != key:
             return None
         staged = Staged(folder, version, manifest_of(LocalFileSystem(), str(folder)))
         for name, file in staged.files.items():
             path = folder / name
-            if path.stat().st_size != file["bytes"] or (
-                path.suffix != ".parquet" and sha256_file(path) != file["sha256"]
-            ):
+            small = path.suffix != ".parquet"
+            if path.stat().st_size != file["bytes"] or (small and sha256_file(path) != file["sha256"]):
                 return None
     except (OSError, InputError):
         return None
     return staged
 
 
-def _shards(run: Path, select: runs.StagePlan) -> dict[str, list[Shard]]:
+def _shards(run: Run, selected: Mapping[str, Record]) -> dict[str, list[Shard]]:
     shards: dict[str, list[Shard]] = {"data": [], "ledger": []}
-    for done in select.shards():
+    for done in selected.values():
         for name, sha256 in done.outputs.items():
-            kind, rows = (
-                ("ledger", sum(done.rows.values()))
-                if name.endswith(".ledger.parquet")
-                else ("data", done.rows.get("ok", 0))
-            )
-            shards[kind].append(Shard(run / name, sha256, done.bytes[name], rows))
+            is_ledger = name.endswith(".ledger.parquet")
+            rows = sum(done.rows.values()) if is_ledger else done.rows.get("ok", 0)
+            shard = Shard(run.local(name), sha256, done.bytes[name], rows)
+            shards["ledger" if is_ledger else "data"].append(shard)
     return shards
 
 
-def _made(plans: runs.Plans) -> dict[str, Any]:
-    """From the records of the shards: library -> version of what made them, of several all; stage -> first and last day, UTC."""
+def _made(run: Run) -> dict[str, Any]:
+    """From the records of the shards, and the index of the source.
+
+    `made_with`: library -> version of what made them, of several all. `made_on`: stage -> first and last day,
+    UTC. `batches`: how the metadata came, in order.
+    """
     libraries: dict[str, set[str]] = {}
     days: dict[str, set[str]] = {}
-    for stage, plan in plans.items():
-        for record in plan.shards():
+    for stage in run.stage_names():
+        for _, record in run.shards(stage):
             if record.day:
                 days.setdefault(stage, set()).add(record.day)
             for name, number in record.versions.items():
                 libraries.setdefault(name, set()).add(number)
-    return {
+    made: dict[str, Any] = {
         "made_with": {name: " and ".join(sorted(numbers)) for name, numbers in sorted(libraries.items())},
         "made_on": {stage: [min(found), max(found)] for stage, found in days.items()},
     }
+    if not run.is_first_version:
+        made["batches"] = [run.index.of_batch(number) for number in range(len(run.index.batches))]
+    return made
 
 
 def _key(recipe: Recipe, version: str, shards: list[Record], removed: pa.Table) -> str:
     """Of all that the staged bytes depend on, the code that describes them included."""
     kinds = (".py", ".sql", ".txt")
-    code = [
-        sha256_file(path)
-        for folder in ("analysis", "cards")
-        for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in kinds
-    ]
-    content = [
-        version,
-        recipe.to_json(),
-        [shard.outputs for shard in shards],
-        removed.to_pylist(),
-        code,
-        sha256_file(Path(__file__)),
-    ]
+    described = (path for folder in ("analysis", "cards") for path in sorted((ROOT / folder).rglob("*")))
+    code = [sha256_file(path) for path in described if path.suffix in kinds]
+    outputs = [shard.outputs for shard in shards]
+    content = [version, recipe.to_json(), outputs, removed.to_pylist(), code, sha256_file(Path(__file__))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -219,11 +218,14 @@ def put_together(
     version: str,
     shards: Mapping[str, list[Shard]],
     preview: list[dict[str, Any]],
-    parts: views.Parts,
+    found: views.Parts,
     removed: pa.Table,
     made: Mapping[str, Any],
 ) -> Staged:
-    """Write a version into `folder`: links to its shards, and what describes them. `parts` is where its rows can be read."""
+    """Write a version into `folder`: links to its shards, and what describes them.
+
+    `found` is where its rows can be read.
+    """
     files: dict[str, dict[str, Any]] = {}
     for kind, of_kind in shards.items():
         (folder / kind).mkdir(parents=True)
@@ -254,7 +256,7 @@ def put_together(
     }
     tombstones.write(removed, folder / tombstones.FILE)
     write_atomically(folder / "recipe.json", recipe.to_json())
-    describe(folder, recipe, manifest, parts, preview[0])
+    describe(folder, recipe, manifest, found, preview[0])
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if (name := str(path.relative_to(folder))) not in files:
             files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
@@ -265,25 +267,25 @@ def put_together(
     return Staged(folder, version, manifest)
 
 
-def preview_card(run: Path) -> Path:
+def preview_card(place: str | Path) -> Path:
     """The card, its plots and statistics of a run as it is, in RUN/card. Returns the path of README.md."""
-    folder, found = run / "card", views.parts(run)
-    plans = runs.plan(runs.load_recipe(run), run)
-    shards = _shards(run, plans["select"])
+    run = Run.open(place)
+    folder, found = run.local("card"), parts(place)
+    shards = _shards(run, dict(run.shards("select")))
     sample = next((row for file in found.published for row in read_rows(Path(file))), {})
     rows = {"train": sum(s.rows for s in shards["data"]), "ledger": sum(s.rows for s in shards["ledger"])}
     sizes = {"train": sum(s.bytes for s in shards["data"]), "ledger": sum(s.bytes for s in shards["ledger"])}
-    manifest = {"rows": rows | {"preview": min(PREVIEW_ROWS, rows["train"])}, "bytes": sizes, **_made(plans)}
-    describe(folder, runs.load_recipe(run).portable(), manifest, found, sample)
+    manifest = {"rows": rows | {"preview": min(PREVIEW_ROWS, rows["train"])}, "bytes": sizes, **_made(run)}
+    describe(folder, run.recipe.portable(), manifest, found, sample)
     return folder / "README.md"
 
 
 def describe(
-    folder: Path, recipe: Recipe, manifest: Mapping[str, Any], parts: views.Parts, sample: Mapping[str, Any]
+    folder: Path, recipe: Recipe, manifest: Mapping[str, Any], found: views.Parts, sample: Mapping[str, Any]
 ) -> None:
     """Write statistics, plots, card and, of a version, croissant.json."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    statistics = report.stats(parts)
+    statistics = report.stats(found)
     write_atomically(folder / "stats.json", report.to_json(statistics))
     plots.draw(statistics, folder / "plots")
     # From the file, as anybody recomputes it.
@@ -293,11 +295,12 @@ def describe(
         write_atomically(folder / "croissant.json", croissant(recipe, manifest))
 
 
-# --- before anything is sent ------------------------------------------------------------------------------------------
+# --- before anything is sent --------------------------------------------------------------------------------
 
 
-def check(staged: Staged, parts: views.Parts, removed: pa.Table) -> None:
-    """One schema, rows as the records say, no uid twice, nothing that was removed, no secret, a card that loads and agrees.
+def check(staged: Staged, found: views.Parts, removed: pa.Table) -> None:
+    """One schema, rows as the records say, no uid twice, nothing that was removed, no secret, a card that
+    loads and agrees.
 
     Raises:
         VersionError: says which file and what is wrong with it.
@@ -305,60 +308,48 @@ def check(staged: Staged, parts: views.Parts, removed: pa.Table) -> None:
     folder, promised = staged.folder, staged.manifest["rows"]
     expected = schemas(Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8")))
     for name, file in staged.files.items():
-        if (
-            name.endswith(".parquet")
-            and (folder / name).exists()
-            and (kind := name.partition("/")[0]) in expected
-        ):
+        kind = name.partition("/")[0]
+        if name.endswith(".parquet") and kind in expected and (folder / name).exists():
             footer = pq.ParquetFile(folder / name)
             if not footer.schema_arrow.equals(expected[kind]):
                 raise VersionError(f"{folder / name} has another schema: {footer.schema_arrow.names}")
             if footer.metadata.num_rows != file["rows"]:
-                raise VersionError(
-                    f"{folder / name} has {footer.metadata.num_rows} rows, its record says {file['rows']}"
-                )
+                number = footer.metadata.num_rows
+                raise VersionError(f"{folder / name} has {number} rows, its record says {file['rows']}")
     statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
     counted = (
         report.rows(statistics, "images")[0]["rows"],
         sum(row["rows"] for row in report.rows(statistics, "rows_by_status")),
     )
-    if counted != (promised["train"], promised["ledger"]):
-        raise VersionError(
-            f"the card speaks of {counted} rows, the data has {(promised['train'], promised['ledger'])}"
-        )
+    there = (promised["train"], promised["ledger"])
+    if counted != there:
+        raise VersionError(f"the card speaks of {counted} rows, the data has {there}")
     for path in (path for path in folder.rglob("*") if path.suffix in (".md", ".json")):
-        if found := re.search(SECRETS, path.read_text(encoding="utf-8")):
-            raise VersionError(
-                f"{path} holds what looks like a secret: {found.group()[:6]}...",
-                "remove it from the recipe or the data",
-            )
-    with views.connect(parts) as con:
+        if secret := re.search(SECRETS, path.read_text(encoding="utf-8")):
+            reason = f"{path} holds what looks like a secret: {secret.group()[:6]}..."
+            raise VersionError(reason, "remove it from the recipe or the data")
+    with views.connect(found) as con:
         for uid, times in con.sql(
             "select uid, count(*) from ledger where uid is not null group by uid having count(*) > 1 limit 1"
         ).fetchall():
             raise VersionError(f"uid {uid} occurs {times} times in the ledger")
         con.register("tombstones", removed)
         named = f"({tombstones.named('published')}) union all ({tombstones.named('ledger', 'null')})"
-        if removed.num_rows and (
-            number := con.sql(f"select count(distinct row) from ({named})").fetchall()[0][0]
-        ):
+        count = f"select count(distinct row) from ({named})"
+        if removed.num_rows and (number := con.sql(count).fetchall()[0][0]):
+            reason = f"{number} rows are named by tombstones of the target"
+            hint = f"build without them: recap build ... dedup.tombstones={tombstones.FILE}"
             raise VersionError(
-                f"{number} rows are named by tombstones of the target: they were removed from an earlier version",
-                f"build without them: recap build ... dedup.tombstones={tombstones.FILE} (the file of the target's newest version)",
+                f"{reason}: they were removed from an earlier version",
+                f"{hint} (the file of the target's newest version)",
             )
-        texts = [
-            sql.identifier(name)
-            for name, kind in zip(expected["data"].names, expected["data"].types, strict=True)
-            if kind == pa.string()
-        ]
+        texts = [sql.identifier(field.name) for field in expected["data"] if field.type == pa.string()]
         pattern = SECRETS.replace(r"\b", "")
         for view, columns in (("published", texts), ("ledger", ["url", "error"])):
             looks = f"regexp_matches(concat_ws(' ', {', '.join(columns)}), {sql.literal(pattern)})"
             for (uid,) in con.sql(f"select uid from {view} where {looks} limit 1").fetchall():
-                raise VersionError(
-                    f"the row {uid} of {view} holds what looks like a secret",
-                    "take it out: give its uid to recap remove, or to dedup.tombstones",
-                )
+                hint = "take it out: give its uid to recap remove, or to dedup.tombstones"
+                raise VersionError(f"the row {uid} of {view} holds what looks like a secret", hint)
     if all((folder / name).exists() for name in staged.files):
         _loads(folder, promised)
 
@@ -367,11 +358,8 @@ def _loads(folder: Path, rows: Mapping[str, int]) -> None:
     """Every config and split of the card, through `datasets`."""
     import datasets
 
-    for config, split_name, key in (
-        ("default", "preview", "preview"),
-        ("default", "train", "train"),
-        ("ledger", "train", "ledger"),
-    ):
+    splits = (("default", "preview", "preview"), ("default", "train", "train"), ("ledger", "train", "ledger"))
+    for config, split_name, key in splits:
         stream = datasets.load_dataset(str(folder), config, split=split_name, streaming=True)
         if rows[key] and next(iter(stream), None) is None:
             raise VersionError(f"{folder}: datasets loads no row of {config}/{split_name}")

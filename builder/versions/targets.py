@@ -51,7 +51,7 @@ def target_of(text: str) -> Target:
 
 
 def version_files(place: str) -> tuple[AbstractFileSystem, str]:
-    """File system and root of `TARGET@v1.2.0`, of the newest version of a target, or of a version's own folder."""
+    """File system and root of `TARGET@v1.2.0`, of a target's newest version, or of a version's own folder."""
     text, version = split(place)
     check_named(text)
     if version is None and Path(text, MANIFEST).exists():
@@ -59,9 +59,8 @@ def version_files(place: str) -> tuple[AbstractFileSystem, str]:
     target = target_of(text)
     versions = target.versions()
     if not versions or (version and version not in versions):
-        raise InputError(
-            f"{text} has no version {version or ''}".rstrip(), f"it has: {', '.join(versions) or 'none'}"
-        )
+        reason = f"{text} has no version {version or ''}".rstrip()
+        raise InputError(reason, f"it has: {', '.join(versions) or 'none'}")
     return target.files(version or versions[-1])
 
 
@@ -75,7 +74,7 @@ def open_version(place: str) -> Version:
 
 
 def removed_from(target: Target, version: str) -> pa.Table:
-    """What `version` of a target may not hold: what any of its versions removed; of one that is there already, what it removed."""
+    """What `version` of a target may not hold: what any version removed or, if it is there, what it did."""
     versions = target.versions()
     found = [tombstones.table({})]
     for known in [version] if version in versions else versions:

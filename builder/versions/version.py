@@ -13,17 +13,16 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
-from builder.core import Name, Recipe, from_json, sha256_file
+from builder.core import Name, Recipe
 from builder.errors import InputError, MovedError, VersionError
+from builder.files import sha256_file
+from builder.typed import from_json
 
 HUB = "hf://datasets/"
 MANIFEST = "manifest.json"
 VERSION = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
-OURS = (
-    "data/",
-    "ledger/",
-    "plots/",
-)  # folders of a version: nothing that is not in its manifest may lie there
+# Folders of a version: nothing that is not in its manifest may lie there.
+OURS = ("data/", "ledger/", "plots/")
 _NAMES = (
     r"^(README\.md|(recipe|stats|croissant)\.json|tombstones\.parquet|plots/\w[\w.-]*"
     r"|data/(train|preview)-[0-9]{5,}-of-[0-9]{5,}\.parquet|ledger/train-[0-9]{5,}-of-[0-9]{5,}\.parquet)$"
@@ -39,6 +38,11 @@ class File(TypedDict):
     rows: NotRequired[NonNegativeInt]
 
 
+class Batch(TypedDict):
+    files: NonNegativeInt
+    rows: NonNegativeInt
+
+
 class Splits(TypedDict):
     train: NonNegativeInt
     preview: NonNegativeInt
@@ -46,7 +50,10 @@ class Splits(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What a version promises. It may come from a stranger: its files are inside the version, and of the kinds that one has."""
+    """What a version promises.
+
+    It may come from a stranger: its files are inside the version, and of the kinds that one has.
+    """
 
     name: Name
     version: Annotated[str, Field(pattern=f"^{VERSION.pattern}$")]
@@ -54,13 +61,14 @@ class Manifest(TypedDict):
     bytes: Splits
     content: NotRequired[_Label]
     made_with: NotRequired[dict[_Label, _Label]]
+    batches: NotRequired[list[Batch]]  # of the metadata, in the order in which they came
     made_on: NotRequired[dict[_Label, Annotated[list[_Label], Field(max_length=2)]]]
     files: dict[Annotated[str, Field(pattern=_NAMES)], File]
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A version that is ready to go. A file that a target holds already, by its sha256, may be absent from `folder`."""
+    """A version that is ready to go. A file that a target has, by its sha256, may be absent from `folder`."""
 
     folder: Path
     version: str
@@ -71,13 +79,10 @@ class Staged:
         """Raises:
         MovedError: the target has got another version since, which may have removed rows.
         """
-        if self.beside is not None and (
-            come := [version for version in versions if version not in self.beside]
-        ):
-            raise MovedError(
-                f"version {come[-1]} was published while {self.version} was put together",
-                "type the same command again",
-            )
+        come = [] if self.beside is None else [known for known in versions if known not in self.beside]
+        if come:
+            reason = f"version {come[-1]} was published while {self.version} was put together"
+            raise MovedError(reason, "type the same command again")
 
     @property
     def tag(self) -> str:
@@ -145,16 +150,12 @@ def opened(fs: AbstractFileSystem, root: str) -> Version:
 
 
 def manifest_of(fs: AbstractFileSystem, root: str) -> dict[str, Any]:
-    manifest: dict[str, Any] = dict(
-        from_json(Manifest, content(fs, root, MANIFEST), what=f"{root}/{MANIFEST}")
-    )
-    for name in (
-        name for name, file in manifest["files"].items() if name.endswith(".parquet") and "rows" not in file
-    ):
-        raise InputError(
-            f"{root}/{MANIFEST} cannot be used: files.{name} has no rows",
-            "get it again from where it was published",
-        )
+    path = f"{root}/{MANIFEST}"
+    manifest: dict[str, Any] = dict(from_json(Manifest, content(fs, root, MANIFEST), what=path))
+    for name, file in manifest["files"].items():
+        if name.endswith(".parquet") and "rows" not in file:
+            reason = f"{path} cannot be used: files.{name} has no rows"
+            raise InputError(reason, "get it again from where it was published")
     return manifest
 
 
@@ -164,17 +165,14 @@ def content(fs: AbstractFileSystem, root: str, name: str) -> bytes:
     Raises:
         InputError: it is missing, or no regular file inside the version.
     """
+    hint = "get it from a copy, or delete what is left of that version"
     if isinstance(fs, LocalFileSystem) and not is_inside(root, name):
         reason = "is no regular file of this folder" if os.path.lexists(f"{root}/{name}") else "is missing"
-        raise InputError(
-            f"{root}/{name} {reason}", "get it from a copy, or delete what is left of that version"
-        )
+        raise InputError(f"{root}/{name} {reason}", hint)
     try:
         read: bytes = fs.cat_file(f"{root}/{name}")
     except FileNotFoundError as error:
-        raise InputError(
-            f"{root}/{name} is missing", "get it from a copy, or delete what is left of that version"
-        ) from error
+        raise InputError(f"{root}/{name} is missing", hint) from error
     return read
 
 

@@ -17,7 +17,7 @@ from recipes.demo import web
 
 
 def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
-    """Serve a small web, build, publish version 0.1.0 next to the run, load it back. Returns the exit status."""
+    """Serve a small web, build, publish 0.1.0 next to the run, load it back. Returns the exit status."""
     import datasets
 
     start = time.monotonic()
@@ -52,6 +52,7 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
     click.echo("\nWhat became of every URL:\n")
     for r in statistics["rows_by_status"]["rows"]:
         click.echo(f"  {r['status']:<16} {r['rows']:>6} {r['percent']:>6} %")
+    models = "captioner=FOLDER_OR_HUB_ID@REVISION clip=FOLDER_OR_HUB_ID@REVISION"
     click.echo(
         f"""
 Done in {time.monotonic() - start:.0f} s. Where it lies:
@@ -64,7 +65,7 @@ What to type next:
 
   recap sql {folder} "select org_caption, re_caption from published limit 5"
   python -c "import datasets; print(datasets.load_dataset('{folder}', split='train')[0])"
-  recap build recap_datacomp_1b metadata='your/*.parquet' captioner=FOLDER_OR_HUB_ID@REVISION clip=FOLDER_OR_HUB_ID@REVISION --limit 1000
+  recap build recap_datacomp_1b metadata='your/*.parquet' {models} --limit 1000
 """
     )
     return 0

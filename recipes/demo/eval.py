@@ -3,21 +3,22 @@
     python -m recipes.demo.eval             # 500 scenes, a minute on 2 cores
     python -m recipes.demo.eval --json
 
-Captioner: share of the (colour, shape) pairs of a scene that its caption names, and of the named ones that are not
-there; captions that end in a whole sentence. CLIP: recall at 1 among 500 recaption-style captions (exact descriptions),
-and mean cosines of recaptions and of alt text. The pictures go through JPEG and through the same stages as in a build.
+Captioner: share of the (colour, shape) pairs of a scene that its caption names, and of the named ones that
+are not there; captions that end in a whole sentence. CLIP: recall at 1 among 500 recaption-style captions
+(exact descriptions), and mean cosines of recaptions and of alt text. The pictures go through JPEG and through
+the same stages as in a build.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from builder.stages.caption import Caption, Engine
+from builder.captions.vllm import Engine
+from builder.stages.caption import Caption
 from builder.stages.score import Clip, Score
 from recipes.datasets import demo
 from recipes.demo import world
@@ -27,28 +28,28 @@ FIRST_SEED = world.HELD_OUT + 900_000_000  # far from the demo's own scenes
 
 def captioner_quality(num_scenes: int = 500) -> tuple[dict[str, Any], list[str]]:
     """Statistics, and the captions."""
-    settings = demo().stage("caption")
+    settings = demo().stage("re_caption")
     assert isinstance(settings, Caption)
     engine = Engine(settings)
     scenes = [world.scene(FIRST_SEED + n) for n in range(num_scenes)]
-    requests: Iterator[tuple[str, bytes, dict[str, Any]]] = (
+    replies = engine.replies(
         (str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes)
     )
-    found = {int(n): captions["re_caption"] for n, captions in engine.captions(requests)}
+    found = {int(n): reply for n, reply in replies.items()}
     engine.close()
     there = named = right = whole = stopped = 0
     for n, scene in enumerate(scenes):
-        pairs = world.named_pairs(found[n]["text"])
+        pairs = world.named_pairs(found[n].text.strip())
         there, named, right = there + len(scene.pairs), named + len(pairs), right + len(pairs & scene.pairs)
-        whole += found[n]["text"].endswith(".")
-        stopped += found[n]["finish_reason"] == "stop"
+        whole += found[n].text.strip().endswith(".")
+        stopped += found[n].finish_reason == "stop"
     return {
         "scenes": num_scenes,
         "pairs_named_percent": round(100 * right / there, 2),
         "named_but_not_there_percent": round(100 * (named - right) / max(named, 1), 2),
         "whole_sentences_percent": round(100 * whole / num_scenes, 2),
         "stopped_percent": round(100 * stopped / num_scenes, 2),
-    }, [found[n]["text"] for n in range(num_scenes)]
+    }, [found[n].text.strip() for n in range(num_scenes)]
 
 
 def clip_quality(recaptions: list[str]) -> dict[str, Any]:

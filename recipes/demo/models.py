@@ -1,7 +1,7 @@
-"""The tiny models' shapes: a tokenizer, a LLaVA-LLaMA3 and an open_clip model, in the layouts of the published ones.
+"""The tiny models' shapes: a tokenizer, a LLaVA-LLaMA3 and an open_clip model, in the published layouts.
 
-Everything that vLLM, transformers and open_clip read from a checkpoint folder is written here, so the demo's models go
-through the same loading code as the 8B captioner and ViT-L/14.
+Everything that vLLM, transformers and open_clip read from a checkpoint folder is written here, so the demo's
+models go through the same loading code as the 8B captioner and ViT-L/14.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ IMAGE_PX, PATCH_PX, WIDTH, HEADS = 64, 8, 128, 4
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI CLIP's
 CLIP_CONTEXT = 80  # the longest description has 72 tokens
 
-# The special tokens, chat template and split pattern of Llama 3; <image> and <pad> as LLaVA adds them. <|end_of_text|>
-# has the highest id: open_clip's argmax pooling finds it.
+# The special tokens, chat template and split pattern of Llama 3; <image> and <pad> as LLaVA adds them.
+# <|end_of_text|> has the highest id: open_clip's argmax pooling finds it.
 SPECIAL = (
     "<|begin_of_text|>",
     "<|start_header_id|>",
@@ -48,11 +48,17 @@ SPECIAL = (
     "<pad>",
     "<|end_of_text|>",
 )
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
@@ -86,7 +92,7 @@ def train_tokenizer(vocab_size: int = 1024, num_scenes: int = 4000) -> Tokenizer
 
 
 def with_specials(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFast:
-    """The tokenizer in transformers' clothes; `template` says what surrounds a text, for example `<|begin_of_text|> $A`."""
+    """The tokenizer in transformers' clothes; `template` is what surrounds a text: `<|begin_of_text|> $A`."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -105,22 +111,26 @@ def with_specials(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFas
 
 
 def captioner(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
-    """A fresh LLaVA-1.5 on Llama 3 in miniature: CLIP ViT (layer -2, no CLS), 2-layer MLP, decoder with GQA and RoPE base 500,000."""
+    """A fresh LLaVA-1.5 on Llama 3 in miniature.
+
+    CLIP ViT (layer -2, no CLS), 2-layer MLP, decoder with GQA and RoPE base 500,000.
+    """
     vision = CLIPVisionConfig(
         hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=5, num_attention_heads=HEADS,
         image_size=IMAGE_PX, patch_size=PATCH_PX, projection_dim=WIDTH,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=3,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS // 2, head_dim=WIDTH // HEADS, max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"), eos_token_id=tokenizer.token_to_id("<|eot_id|>"),
-        pad_token_id=tokenizer.token_to_id("<pad>"),
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=3 * WIDTH,
+        num_hidden_layers=3, num_attention_heads=HEADS, num_key_value_heads=HEADS // 2,
+        head_dim=WIDTH // HEADS, max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, rms_norm_eps=1e-5,
+        tie_word_embeddings=False, bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"),
+        eos_token_id=tokenizer.token_to_id("<|eot_id|>"), pad_token_id=tokenizer.token_to_id("<pad>"),
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.token_to_id("<image>"),
-        vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=(IMAGE_PX // PATCH_PX) ** 2,
-        projector_hidden_act="gelu", tie_word_embeddings=False,
+        vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_seq_length=(IMAGE_PX // PATCH_PX) ** 2, projector_hidden_act="gelu", tie_word_embeddings=False,
     )  # fmt: skip
     return LlavaForConditionalGeneration(config)
 
@@ -128,7 +138,7 @@ def captioner(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
 def save_captioner(
     model: LlavaForConditionalGeneration, tokenizer: Tokenizer, folder: Path, *, px: int = IMAGE_PX
 ) -> None:
-    """Write a checkpoint folder that vLLM serves: config, generation config, processor, chat template, safetensors."""
+    """Write a checkpoint folder that vLLM serves: configs, processor, chat template, safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     config.architectures, config.dtype = ["LlavaForConditionalGeneration"], torch.float32
@@ -154,7 +164,7 @@ def save_captioner(
 
 
 def published_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers 5 renamed LLaVA's weights; the published checkpoints, and so vLLM, have the names of version 4."""
+    """transformers 5 renamed LLaVA's weights; published checkpoints, and so vLLM, have version 4's names."""
     renamed = {}
     for name, tensor in state.items():
         name = name.removeprefix("model.")
@@ -173,10 +183,14 @@ def clip_config(vocab_size: int) -> dict[str, Any]:
     return {
         "model_cfg": {
             "embed_dim": WIDTH,
-            "vision_cfg": {"image_size": IMAGE_PX, "layers": 5, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH_PX},
+            "vision_cfg": {
+                "image_size": IMAGE_PX, "layers": 5, "width": WIDTH, "head_width": WIDTH // HEADS,
+                "patch_size": PATCH_PX,
+            },
             "text_cfg": {
-                "context_length": CLIP_CONTEXT, "vocab_size": vocab_size, "width": WIDTH, "heads": HEADS, "layers": 3,
-                "hf_tokenizer_name": "recipes/demo/weights/clip", "tokenizer_kwargs": {"clean": "whitespace"},
+                "context_length": CLIP_CONTEXT, "vocab_size": vocab_size, "width": WIDTH, "heads": HEADS,
+                "layers": 3, "hf_tokenizer_name": "recipes/demo/weights/clip",
+                "tokenizer_kwargs": {"clean": "whitespace"},
             },
             "quick_gelu": True,
         },
@@ -213,7 +227,12 @@ def clip_vision_weights(vision: Mapping[str, torch.Tensor]) -> dict[str, torch.T
             renamed[f"{there}attn.in_proj_{side}"] = torch.cat(
                 [vision[f"{here}self_attn.{p}_proj.{side}"] for p in "qkv"]
             )
-            for ours, theirs in (("attn.out_proj", "self_attn.out_proj"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
-                                 ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2")):  # fmt: skip
+            for ours, theirs in (
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+            ):
                 renamed[f"{there}{ours}.{side}"] = vision[f"{here}{theirs}.{side}"]
     return renamed

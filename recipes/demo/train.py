@@ -3,9 +3,9 @@
     python -m recipes.demo.train            # both, into recipes/demo/weights; under an hour on 2 cores
     python -m recipes.demo.train clip       # CLIP alone, on the captioner that lies there
 
-The captioner is trained in LLaVA's two stages: (1) feature alignment on short captions, plain format; (2) detailed
-captions in the chat format. Nothing comes pretrained here, so stage 1 also trains the ViT and the decoder, and stage 2
-keeps the ViT frozen, as LLaVA does. CLIP's image tower starts from the captioner's ViT.
+The captioner is trained in LLaVA's two stages: (1) feature alignment on short captions, plain format; (2)
+detailed captions in the chat format. Nothing comes pretrained here, so stage 1 also trains the ViT and the
+decoder, and stage 2 keeps the ViT frozen, as LLaVA does. CLIP's image tower starts from the captioner's ViT.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A small web of the procedural world, with DataComp-shaped metadata and the faults of the real one.
 
-    python -m recipes.demo.web runs/demo-web --rows 2000     # writes the metadata if it is not there, and serves until Ctrl-C
+    python -m recipes.demo.web runs/demo-web --rows 2000  # writes missing metadata, serves until Ctrl-C
 
 Every picture is drawn when it is asked for. `truth.json` says for each uid which fault was planted.
 """
@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,7 +49,10 @@ FAULTS = {  # share of rows -> what the server does
 
 
 def make(folder: Path, *, rows: int = 2000, seed: int = 0, port: int = PORT, num_files: int = 2) -> None:
-    """Write `metadata/<32 hex>.parquet` with DataComp's columns, and `truth.json`; the same arguments write the same bytes."""
+    """Write `metadata/<32 hex>.parquet` with DataComp's columns, and `truth.json`.
+
+    The same arguments write the same bytes.
+    """
     rng = random.Random(seed)
     table, truth = [], {}
     for n in range(rows):
@@ -89,8 +92,8 @@ def make(folder: Path, *, rows: int = 2000, seed: int = 0, port: int = PORT, num
 
 
 @contextmanager
-def serve(folder: Path, port: int = PORT) -> Iterator[Counter[str]]:
-    """Answer the URLs of `make` until the block ends; gives the requests counted by path.
+def serve(folder: Path, port: int = PORT, gone: Collection[str] = ()) -> Iterator[Counter[str]]:
+    """Answer the URLs of `make` until the block ends, but for the uids in `gone`; gives the requests by path.
 
     Raises:
         InputError: the port is taken.
@@ -103,7 +106,7 @@ def serve(folder: Path, port: int = PORT) -> Iterator[Counter[str]]:
         def do_GET(self) -> None:
             seen[self.path] += 1
             match = re.fullmatch(r"/(\w+)/([0-9a-f]{32})\.jpg", self.path)
-            if not match or match[2] not in truth:
+            if not match or match[2] not in truth or match[2] in gone:
                 return self.answer(404)
             fault, uid = match[1], match[2]
             if fault == "changed":

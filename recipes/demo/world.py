@@ -2,8 +2,9 @@
 
     python -m recipes.demo.world 7          # writes scene-7.png and prints its captions
 
-A scene is a pure function of its seed: 1-4 objects (shape, colour, size, pattern, one of nine places) on a patterned
-background, about 10^14 of them. Seeds below `HELD_OUT` are for training, the rest for the demo and for measuring.
+A scene is a pure function of its seed: 1-4 objects (shape, colour, size, pattern, one of nine places) on a
+patterned background, about 10^14 of them. Seeds below `HELD_OUT` are for training, the rest for the demo and
+for measuring.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ TONES = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: `place` is a cell of the 3x3 grid in reading order, `dx`, `dy` its jitter within the cell."""
+    """One object: `place` is a cell of the 3x3 grid in reading order, `dx`, `dy` its jitter in the cell."""
 
     shape: str
     colour: str
@@ -106,7 +107,7 @@ def scene(seed: int) -> Scene:
     return Scene(seed, rng.choice(GROUNDS), rng.choice(list(TONES)), things)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 
 def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
@@ -119,8 +120,10 @@ def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
         return [(x, y - r), (x + 0.95 * r, y + 0.75 * r), (x - 0.95 * r, y + 0.75 * r)]
     if shape == "cross":
         k = 0.36 * r
-        return [(x - k, y - r), (x + k, y - r), (x + k, y - k), (x + r, y - k), (x + r, y + k), (x + k, y + k),
-                (x + k, y + r), (x - k, y + r), (x - k, y + k), (x - r, y + k), (x - r, y - k), (x - k, y - k)]  # fmt: skip
+        return [
+            (x - k, y - r), (x + k, y - r), (x + k, y - k), (x + r, y - k), (x + r, y + k), (x + k, y + k),
+            (x + k, y + r), (x - k, y + r), (x - k, y + k), (x - r, y + k), (x - r, y - k), (x - k, y - k),
+        ]  # fmt: skip
     radii = [1.08 * r if k % 2 == 0 else 0.45 * r for k in range(10)]  # star
     return [(x + q * sin(k * pi / 5), y - q * cos(k * pi / 5)) for k, q in enumerate(radii)]
 
@@ -195,15 +198,20 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-# --- captions ---------------------------------------------------------------------------------------------------------
+# --- captions -----------------------------------------------------------------------------------------------
 
 _NUMBER = ("no objects", "one object", "two objects", "three objects", "four objects")
 _OPENERS = {  # the background decides the opening, so that a captioner can vary as the pictures do
-    "plain": ("The image shows {n} on a plain {tone} background.", "On a plain {tone} background there is {list0}."),
-    "gradient": ("A {tone} gradient fills the background of this picture of {n}.", "The picture shows {n} in front of a {tone} gradient."),
-    "checkered": ("This is a picture of {n} on a {tone} checkered background.", "A {tone} checkered pattern lies behind {n}."),
-    "lined": ("{N} can be seen on a background of {tone} lines.", "The background is lined in {tone}, with {n} on it."),
-    "speckled": ("The scene contains {n} over a speckled {tone} background.", "Speckles cover the {tone} background behind {n}."),
+    "plain": ("The image shows {n} on a plain {tone} background.",
+              "On a plain {tone} background there is {list0}."),
+    "gradient": ("A {tone} gradient fills the background of this picture of {n}.",
+                 "The picture shows {n} in front of a {tone} gradient."),
+    "checkered": ("This is a picture of {n} on a {tone} checkered background.",
+                  "A {tone} checkered pattern lies behind {n}."),
+    "lined": ("{N} can be seen on a background of {tone} lines.",
+              "The background is lined in {tone}, with {n} on it."),
+    "speckled": ("The scene contains {n} over a speckled {tone} background.",
+                 "Speckles cover the {tone} background behind {n}."),
 }  # fmt: skip
 _SENTENCES = ("There is {a} {where}.", "{A} sits {where}.", "{Where} is {a}.", "{A} can be seen {where}.")
 
@@ -217,7 +225,7 @@ def _upper(text: str) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """A long, exact caption: a sentence about the background, one for each thing, one relation where there are two.
+    """A long, exact caption: a sentence on the background, one for each thing, one relation if there are two.
 
     `rng` chooses among wordings; every choice is also tilted by what is visible, as a human's would be.
     """
@@ -260,7 +268,7 @@ def named_pairs(caption: str) -> frozenset[str]:
     return frozenset(f"{colour} {shape}" for colour, shape in _NAMED.findall(caption.lower()))
 
 
-# --- alt text, as found -----------------------------------------------------------------------------------------------
+# --- alt text, as found -------------------------------------------------------------------------------------
 
 _FOREIGN = (  # template, colours in the order of COLOURS, shapes in the order of SHAPES
     (
@@ -282,7 +290,10 @@ _FOREIGN = (  # template, colours in the order of COLOURS, shapes in the order o
 
 
 def alt_text(scene: Scene, rng: random.Random) -> str:
-    """Alt text as the web has it: useful, terse, file names, shop spam, other languages, about another picture."""
+    """Alt text as the web has it.
+
+    Useful, terse, file names, shop spam, other languages, about another picture.
+    """
     thing = rng.choice(scene.things)
     kinds: list[tuple[float, Callable[[], str]]] = [
         (0.30, lambda: " and ".join(t.name for t in scene.things) + f" on {scene.tone}"),

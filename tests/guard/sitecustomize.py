@@ -1,6 +1,7 @@
-"""On the path of every Python process that the tests start: nothing may try to reach anything but this machine.
+"""On the path of every Python process that tests start: nothing may try to reach anything but this machine.
 
-A process that tries is refused, and the attempt is written to the file named by RECAP_TEST_CONNECTIONS; the run fails.
+A process that tries is refused, and the attempt is written to the file named by RECAP_TEST_CONNECTIONS; the
+run fails.
 """
 
 import ipaddress
@@ -40,3 +41,6 @@ def _audit(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_audit)
+
+if os.environ.get("RECAP_TEST_ASKED"):
+    import asked  # noqa: F401

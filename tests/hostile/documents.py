@@ -124,7 +124,8 @@ def _broken(
 ) -> list[object]:
     arguments = prepare(s)
     version, run = s.here / "published/v0.1.0", s.here / "run"
-    breaks((version if version.exists() else run) / file)
+    folder = version if version.exists() else run
+    breaks(next(folder.glob(file)) if "*" in file else folder / file)
     return arguments
 
 
@@ -297,12 +298,12 @@ def fields() -> Iterator[Case]:
         ("a setting with a NUL", changed("stages.0.files", "a\0b"), "files"),
     ]  # fmt: skip
     for name, breaks, place in recipe:
-        command: Callable[[Situation], list[object]] = lambda s: [
+        command: Callable[[Situation], list[object]] = lambda s: [  # noqa: E731
             "plan",
             s.run() / "recipe.json",
             "--run",
             s.here / "other",
-        ]  # noqa: E731
+        ]
         yield Case(
             f"recipe.json: {name}", partial(_broken, breaks, "recipe.json", command), ("recipe.json", place)
         )
@@ -322,7 +323,7 @@ RECORDS: Mapping[str, Break] = {
     "a link to itself": BROKEN["a link to itself"],
     "of a number of rows that is text": changed("rows", {"ok": "many"}),
     "of rows that are a list": changed("rows", []),
-    "of bytes that are text": changed("bytes/source|00000.parquet", "many"),
+    "of bytes that are text": changed("bytes", {"source/00000/00000.parquet": "many"}),
     "of outputs that are a list": changed("outputs", ["source/00000.parquet"]),
     "of outputs elsewhere": changed("outputs", {"../../../../etc/passwd": "0" * 64}),
     "of outputs without bytes": changed("bytes", {}),
@@ -338,7 +339,7 @@ def records() -> Iterator[Case]:
         also = None if "of a day" in kind else _named_or_left
         yield Case(
             f"a record is {kind}: status",
-            partial(_broken, breaks, "source/00000.json", STATUS["status"]),
+            partial(_broken, breaks, "source/00000/00000.json", STATUS["status"]),
             (),
             code=(0, 2),
             also=also,
@@ -349,29 +350,28 @@ def records() -> Iterator[Case]:
             "plan": lambda s: ["plan", s.run() / "recipe.json", "--run", s.here / "run"],
         }
         for command, prepare in again.items():
-            broken_record = partial(_broken, RECORDS[kind], "source/00000.json", prepare)
+            broken_record = partial(_broken, RECORDS[kind], "source/00000/00000.json", prepare)
             if command == "publish":
                 yield Case(f"a record is {kind}: publish", broken_record, either("00000.json", "/run "))
             else:
                 yield Case(f"a record is {kind}: plan", broken_record, (), code=(0, 2), also=_named_or_left)
     for kind in ("not UTF-8", "a folder", "of rows that are a list"):
         yield Case(
-            f"a survey's record is {kind}: status",
-            partial(_broken, RECORDS[kind], "source/survey.json", STATUS["status"]),
+            f"an index's record is {kind}: status",
+            partial(_broken, RECORDS[kind], "source/run/00000.json", STATUS["status"]),
             (),
             code=(0, 2),
         )
     for kind in ("cut off", "a folder"):
         yield Case(
-            f"a survey is {kind}: status",
-            partial(_broken, BROKEN[kind], "source/survey.parquet", STATUS["status"]),
-            (),
-            code=(0, 2),
+            f"an index is {kind}: status",
+            partial(_broken, BROKEN[kind], "source/run/00000.*.parquet", STATUS["status"]),
+            either("source/run/00000."),
         )
     for kind in ("a list", "a folder", "a FIFO", "nested 10,000 deep"):
         yield Case(
             f"the hashes of the inputs are {kind}: status",
-            partial(_broken, BROKEN[kind], "source/.files.json", STATUS["status"]),
+            partial(_broken, BROKEN[kind], "source/run/files", STATUS["status"]),
             (),
             code=(0, 2),
         )
@@ -379,7 +379,7 @@ def records() -> Iterator[Case]:
         prepare = STATUS["status"]
         yield Case(
             f"a reason of failure is {kind}: status",
-            partial(_broken, BROKEN[kind], "source/00009.failed", prepare),
+            partial(_broken, BROKEN[kind], "source/00000/00009.failed", prepare),
             (),
             code=(0, 2),
         )

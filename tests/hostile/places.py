@@ -269,7 +269,7 @@ def _of_another(s: Situation) -> Path:
 
 def _unfinished(s: Situation) -> list[object]:
     run = s.run()
-    (run / "score/00001.json").unlink()
+    (run / "score/00000/00001.json").unlink()
     return ["publish", run, s.here / "out", "--version", "0.1.0"]
 
 
@@ -349,7 +349,8 @@ def odd_names() -> Iterator[Case]:
         run = s.run(name)
         for other in ("run1", "run2", "run 2"):
             shutil.copytree(run, s.here / other, copy_function=os.link)
-            s.file(f"{other}/select/00000.parquet", b"another run's")
+            for output in (s.here / other / "select" / "00000").glob("00000.????????.parquet"):
+                s.file(output, b"another run's")
         return run
 
     for name in NAMES:

@@ -412,8 +412,8 @@ def _no_file(s: Situation, _: Outcome) -> None:
 
 def _failed_with_colours(s: Situation) -> list[object]:
     run = s.run()
-    (run / "score/00001.json").unlink()
-    s.file(run / "score/00001.failed", f"{RED}{BELL}\n")
+    (run / "score/00000/00001.json").unlink()
+    s.file(run / "score/00000/00001.failed", f"{RED}{BELL}\n")
     return ["status", run]
 
 

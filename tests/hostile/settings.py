@@ -163,74 +163,63 @@ def _planned(text: str | bytes, s: Situation) -> list[object]:
     return ["plan", f"{s.file('mine.py', text)}:mine", f"metadata={s.parquet()}", "--run", s.here / "run"]
 
 
-# --- caption specs ----------------------------------------------------------------------------------------------------
+# --- caption stages ---------------------------------------------------------------------------------------------------
 
-SPECS = """
-from dataclasses import replace
-
-from builder.stages.caption import Caption, CaptionSpec
+CAPTIONS = """
+from builder.stages.caption import Caption
 from builder.core import Recipe
 from recipes.datasets import recap_datacomp_1b
 
 
 def mine(*, metadata: str, captioner: str, clip: str) -> Recipe:
     recipe = recap_datacomp_1b(metadata=metadata, captioner=captioner, clip=clip)
-    specs = ({specs})
-    return replace(recipe, stages=tuple(replace(stage, specs=specs) if isinstance(stage, Caption) else stage for stage in recipe.stages))
+    source, download, dedup, _, score, select = recipe.stages
+
+    def one(**settings: object) -> Caption:
+        return Caption(**{"model": captioner} | settings)
+
+    return Recipe("mine", (source, download, dedup, *({captions}), type(score)(model=clip), type(select)()))
 """
 
 
-def specs() -> Iterator[Case]:
-    first = "CaptionSpec()"
+def captions() -> Iterator[Case]:
+    odd = ("status", "uid", "error", "org_caption", "re caption", "", "Re_Caption", "url", "1st", 'a"b')
+    odd += ("source", "reply_key", "uids", "versions")
     cases: list[tuple[str, str, Place | tuple[Place, ...]]] = [
-        (f"named {name!r}", f"{first}, CaptionSpec(name={name!r}),", (name.strip() or "name"))
-        for name in (
-            "status",
-            "uid",
-            "error",
-            "org_caption",
-            "re caption",
-            "",
-            "Re_Caption",
-            "url",
-            "1st",
-            'a"b',
-        )
+        (f"named {name!r}", f"one(), one(name={name!r}),", (name.strip() or "name")) for name in odd
     ]
     cases += [
-        ("named twice the same", f"{first}, CaptionSpec(name='short'), CaptionSpec(name='short'),", "short"),
+        ("named twice the same", "one(), one(name='short'), one(name='short'),", "short"),
         (
             "named as another's reason to finish",
-            f"{first}, CaptionSpec(name='re_caption_finish_reason'),",
+            "one(), one(name='re_caption_finish_reason'),",
             "re_caption_finish_reason",
         ),
-        ("none", "", either("specs", "re_caption")),
-        ("a placeholder that is none", "CaptionSpec(prompt='Describe {foo}.'),", "{foo}"),
-        (
-            "a placeholder of a column that is not there yet",
-            "CaptionSpec(prompt='Improve {re_caption}.'),",
-            "{re_caption}",
-        ),
+        ("none", "", "re_caption"),
+        ("a placeholder that is none", "one(prompt='Describe {{foo}}.'),", "{foo}"),
+        ("a placeholder that is not there yet", "one(prompt='Improve {{re_caption}}.'),", "{re_caption}"),
         (
             "a placeholder twice, one of them misspelt",
-            "CaptionSpec(prompt='Describe {org_caption} as {org_captoin}.'),",
+            "one(prompt='Describe {{org_caption}} as {{org_captoin}}.'),",
             "{org_captoin}",
         ),
-        ("no token", "CaptionSpec(max_tokens=0),", "max_tokens"),
-        ("a cold temperature", "CaptionSpec(temperature=-1),", "temperature"),
-        ("a temperature that is none", "CaptionSpec(temperature=float('nan')),", "temperature"),
-        ("a negative top_k", "CaptionSpec(top_k=-5),", "top_k"),
-        ("at least more than at most", "CaptionSpec(min_tokens=200, max_tokens=100),", "min_tokens"),
-        ("a setting that is none", "CaptionSpec(colour='red'),", "colour"),
-        ("re_caption is none of them", "CaptionSpec(name='short'),", "re_caption"),
+        ("no token", "one(max_tokens=0),", "max_tokens"),
+        ("a cold temperature", "one(temperature=-1),", "temperature"),
+        ("a temperature that is none", "one(temperature=float('nan')),", "temperature"),
+        ("a negative top_k", "one(top_k=-5),", "top_k"),
+        ("at least more than at most", "one(min_tokens=200, max_tokens=100),", "min_tokens"),
+        ("a setting that is none", "one(colour='red'),", "colour"),
+        ("re_caption is none of them", "one(name='short'),", "re_caption"),
     ]
     for name, text, place in cases:
-        yield Case(f"caption spec: {name}", partial(_with_specs, text), place)
+        yield Case(
+            f"captions: {name}", partial(_with_captions, text.replace("{{", "{").replace("}}", "}")), place
+        )
 
 
-def _with_specs(specs: str, s: Situation) -> list[object]:
+def _with_captions(text: str, s: Situation) -> list[object]:
     arguments = of_datacomp("plan", s)
-    return ["plan", f"{s.recipe(SPECS.replace('{specs}', specs))}:mine", *arguments[2:]]
+    return ["plan", f"{s.recipe(CAPTIONS.replace('{captions}', text))}:mine", *arguments[2:]]
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -275,5 +264,5 @@ def options() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     yield from values()
     yield from recipes()
-    yield from specs()
+    yield from captions()
     yield from options()

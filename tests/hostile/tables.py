@@ -171,7 +171,8 @@ def _readable(s: Situation) -> list[object]:
 
 
 def _captions_are_captions(s: Situation, _: Outcome) -> None:
-    found = pq.read_table(s.here / "run" / "source" / "00000.parquet")
+    (path,) = (s.here / "run" / "source" / "00000").glob("00000.*.parquet")
+    found = pq.read_table(path)
     assert found["url"].to_pylist() == [f"http://a.example/{n}.jpg" for n in range(1, 6)]
     assert found["org_caption"].to_pylist() == [
         "caption 1",
@@ -358,8 +359,8 @@ def _rows(first: int) -> dict[str, list[str]]:
 
 
 def _others_went_on(s: Situation, _: Outcome) -> None:
-    assert (s.here / "run/source/00000.json").exists()
-    assert not (s.here / "run/source/00001.json").exists()
+    assert (s.here / "run/source/00000/00000.json").exists()
+    assert not (s.here / "run/source/00000/00001.json").exists()
 
 
 def _one_of_two(s: Situation) -> list[object]:

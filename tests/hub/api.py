@@ -1,4 +1,4 @@
-"""What the stand-in for the Hub answers to each call, by route; every handler applies its call wholly or raises Refused."""
+"""What the stand-in for the Hub answers, by route; a handler applies its call wholly or raises Refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LFS_BYTES = 10_000_000  # any larger file is one
 
 
 class Api:
-    """The handlers. Page sizes and `part_size` (from which LFS uploads come in parts) may be set at any time."""
+    """The handlers. Page sizes and `part_size`, from which LFS uploads come in parts, may be set any time."""
 
     url: str
 
@@ -49,7 +49,7 @@ class Api:
     def _web(self, repo: Repo) -> str:
         return f"{self.url}/{'' if repo.kind == 'models' else f'{repo.kind}/'}{repo.id}"
 
-    # --- repositories -------------------------------------------------------------------------------------------------
+    # --- repositories ---------------------------------------------------------------------------------------
 
     def _whoami(self, ask: Ask) -> Answer:
         token = {
@@ -141,7 +141,7 @@ class Api:
             | {"siblings": siblings, "usedStorage": sum(file.size for file in head.files.values())}
         )
 
-    # --- contents -----------------------------------------------------------------------------------------------------
+    # --- contents -------------------------------------------------------------------------------------------
 
     def _preupload(self, ask: Ask) -> Answer:
         files = self._repo(ask).at(ask.fields["rev"]).files
@@ -325,7 +325,8 @@ class Api:
         if file is None or value.get("size", file.size) != file.size:
             raise Refused(
                 400,
-                f"no such object was uploaded: {value['path']} with sha256 {value['oid']} and {value.get('size')} bytes",
+                f"no such object was uploaded: {value['path']} "
+                f"with sha256 {value['oid']} and {value.get('size')} bytes",
             )
         if lie:
             copy = self.store.incoming()
@@ -433,7 +434,7 @@ class Api:
         headers["content-range"] = f"bytes {start}-{whole.stop - 1}/{file.size}"
         return whole
 
-    # --- refs ---------------------------------------------------------------------------------------------------------
+    # --- refs -----------------------------------------------------------------------------------------------
 
     def _refs(self, ask: Ask) -> Answer:
         refs = self._repo(ask).refs
@@ -508,7 +509,7 @@ class Api:
         ]
         return answer(items, headers=self._next(ask, "p", page + 1) if (page + 1) * size < len(log) else {})
 
-    # --- discussions --------------------------------------------------------------------------------------------------
+    # --- discussions ----------------------------------------------------------------------------------------
 
     def _open(self, repo: Repo, author: str, title: str, text: str, *, pull: bool, base: str) -> Discussion:
         num = max(repo.discussions, default=0) + 1
@@ -539,7 +540,8 @@ class Api:
         found = [
             d for d in sorted(repo.discussions.values(), key=lambda d: -d.num)
             if kind in ("all", "pull_request" if d.is_pull_request else "discussion")
-            and status in ("all", "open" if d.status in ("open", "draft") else "closed") and ask.query.get("author", d.author) == d.author
+            and status in ("all", "open" if d.status in ("open", "draft") else "closed")
+            and ask.query.get("author", d.author) == d.author
         ]  # fmt: skip
         start = int(ask.query.get("p", 0)) * self.discussions_page
         shown = [self._summary(repo, d) for d in found[start : start + self.discussions_page]]

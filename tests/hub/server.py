@@ -1,23 +1,30 @@
-"""A stand-in for the Hub on this machine, for the real `huggingface_hub`, `hf_xet` and `datasets`: set HF_ENDPOINT and go.
+"""A stand-in for the Hub on this machine, for the real `huggingface_hub`, `hf_xet` and `datasets`.
+
+Set HF_ENDPOINT and go.
 
     python tests/hub/server.py DIR [--port N]     to try things out; state stays in DIR
-    with Hub(folder) as hub: ...                  in tests; `hub.faults` makes calls go wrong, `hub.repo("me/demo")` shows the state
+    with Hub(folder) as hub: ...                  in tests; `hub.faults` makes calls go wrong,
+                                                  `hub.repo("me/demo")` shows the state
 
 There is (names as in `Call.route` and `Fault.route`; data sets and models):
 
-    whoami, create_repo, delete_repo, info, validate_yaml        lists of repositories, settings, likes, private repositories: 501
-    preupload, lfs_batch, lfs_put, lfs_part, lfs_complete,       any token may write anywhere; LFS content is shared by all repositories
-    lfs_verify, lfs_duplicate, xet_token, commit                 .gitignore is not looked at
+    whoami, create_repo, delete_repo, info, validate_yaml        lists of repositories, settings, likes,
+                                                                 private repositories: 501
+    preupload, lfs_batch, lfs_put, lfs_part, lfs_complete,       any token may write anywhere; LFS content is
+    lfs_verify, lfs_duplicate, xet_token, commit                 shared by all repositories; .gitignore is not
+                                                                 looked at
     branch, delete_branch, tag, delete_tag, refs, super_squash   converts: none
-    commits, tree, paths_info, resolve                           security scans, folder sizes, 302 to a CDN: no
+    commits, tree, paths_info, resolve                           security scans, folder sizes, 302 to a CDN:
+                                                                 no
     create_discussion, discussions, discussion, comment,         editing and hiding of comments, diffs: no
     status_change, title_change, merge
-    dataset_viewer                                               always 404: `datasets` asks it for loads of main (see Hub.env)
+    dataset_viewer                                               always 404: `datasets` asks it for loads of
+                                                                 main (see Hub.env)
     unknown                                                      anything else: 501
 
-Xet: a client gets a `local://` store of hf_xet, so contents do not pass through this server and are in no byte count. hf_xet lets one
-process at a time open a store and keeps it open to its end: a second process that uploads meanwhile gets a store of its own, whose files are
-served over plain HTTP only.
+Xet: a client gets a `local://` store of hf_xet, so contents do not pass through this server and are in no
+byte count. hf_xet lets one process at a time open a store and keeps it open to its end: a second process that
+uploads meanwhile gets a store of its own, whose files are served over plain HTTP only.
 """
 
 from __future__ import annotations
@@ -57,7 +64,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong at the `call`-th call of a route since the fault was appended, or at every one (0). Route "*" is any.
+    """What goes wrong at the `call`-th call of a route since the fault was appended, or at every one (0).
+
+    Route "*" is any. The actions:
 
     status               answer `status`, `headers` and `message`, without applying the call
     applied_then_status  apply the call, then answer `status` (504)
@@ -66,10 +75,12 @@ class Fault:
     slow                 wait `wait_s`, then go on
     expired              401 as for a token that has expired
     rate_limit           429 that asks to wait `wait_s`
-    second_writer        somebody else commits a change of `path` ("other.txt") to main before the call is handled
-    wrong_bytes          one byte of what is uploaded is stored flipped; in a commit that of `path`, or of its first file
-    call, call_after     `function()` in a thread, before or after handling. A call whose client dies meanwhile is applied all the same, but
-                         for an upload, whose body is read after `call`; with a "drop" at the same call it is not
+    second_writer        somebody else changes `path` ("other.txt") on main before the call is handled
+    wrong_bytes          one byte of what is uploaded is stored flipped; in a commit that of `path`, or of its
+                         first file
+    call, call_after     `function()` in a thread, before or after handling. A call whose client dies
+                         meanwhile is applied all the same, but for an upload, whose body is read after
+                         `call`; with a "drop" at the same call it is not
 
     Several may meet at one call. A HEAD of a file counts as a call of "resolve".
     """
@@ -122,7 +133,7 @@ class Hub(Api):
         self.server.should_exit = True
         self.thread.join()
 
-    # --- for tests ----------------------------------------------------------------------------------------------------
+    # --- for tests ------------------------------------------------------------------------------------------
 
     def user(self, name: str) -> str:
         """The token of a user, who is there from then on."""
@@ -143,13 +154,14 @@ class Hub(Api):
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             # `datasets` counts loads by a request to a bucket of Amazon's unless it is told not to.
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-            # For a load of main it asks http://datasets-server.127.0.0.1:PORT, and nothing turns that off (datasets.config.USE_PARQUET_EXPORT
-            # is no variable). As the proxy for all names but its own this server answers that itself, and nobody looks the name up.
+            # For a load of main it asks http://datasets-server.127.0.0.1:PORT, and nothing turns that off
+            # (datasets.config.USE_PARQUET_EXPORT is no variable). As the proxy for all names but its own this
+            # server answers that itself, and nobody looks the name up.
             "http_proxy": self.url,
             "no_proxy": "127.0.0.1,localhost",
         }
 
-    # --- HTTP ---------------------------------------------------------------------------------------------------------
+    # --- HTTP -----------------------------------------------------------------------------------------------
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)

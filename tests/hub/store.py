@@ -1,12 +1,12 @@
-"""What the stand-in for the Hub remembers: repositories as commits and refs, contents by hash, the Xet store that clients write.
+"""What the stand-in for the Hub remembers: repositories as commits and refs, contents by hash, Xet stores.
 
     DIR/users.json                      token -> name
     DIR/repos/datasets/me/demo/         repo.json (refs, discussions), commits/OID.json
     DIR/content/ab/abcd...              one content; by sha256, a regular file by its git blob id
     DIR/incoming/                       uploads that are not complete
-    DIR/wrong.json                      announced sha256 -> the sha256 that is really stored (fault "wrong_bytes")
-    DIR/cas, DIR/cas-1, ...             Xet stores; only one process at a time can have one open, so a second one gets another
-    DIR/views/N                         a store as it was when a read token was given: its files linked, its database copied
+    DIR/wrong.json                      announced sha256 -> the sha256 that is stored (fault "wrong_bytes")
+    DIR/cas, DIR/cas-1, ...             Xet stores; one process at a time can open one, a second gets another
+    DIR/views/N                         a store as a read token found it: files linked, the database copied
 
 Every change is written before it is answered for, so a server that is killed goes on where it stood.
 """
@@ -32,7 +32,9 @@ import psutil
 _DOWNLOAD = """
 import hf_xet, json, sys
 endpoint, wanted = sys.argv[1], json.load(sys.stdin)
-with hf_xet.XetSession().new_file_download_group(endpoint=endpoint, token="-", token_expiry_unix_secs=9999999999) as group:
+with hf_xet.XetSession().new_file_download_group(
+    endpoint=endpoint, token="-", token_expiry_unix_secs=9999999999
+) as group:
     for hash, size, path in wanted:
         group.start_download_file(hf_xet.XetFileInfo(hash, size), path)
 """
@@ -293,7 +295,10 @@ class Store:
         return lfs_file(sha256, self._place(sha256).stat().st_size) if self._place(sha256).exists() else None
 
     def path(self, file: File) -> Path:
-        """Where a file's content lies; what only the Xet store holds is taken out of it, with all else that is there."""
+        """Where a file's content lies.
+
+        What only the Xet store holds is taken out of it, with all else that is there.
+        """
         place = self._place(file.key)
         if not place.exists():
             cas = self.xet[file.key][2]
@@ -317,7 +322,10 @@ class Store:
         return view
 
     def writable(self, port: int) -> Path:
-        """A Xet store for the process at the other end of a connection: the one it got before, or one that no other has open."""
+        """A Xet store for the process at the other end of a connection.
+
+        It is the one that it got before, or one that no other has open.
+        """
         pid = next(
             (
                 c.pid

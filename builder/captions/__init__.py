@@ -1,0 +1,1 @@
+"""How captions are made: engines, and the replies that they gave."""

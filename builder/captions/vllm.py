@@ -1,0 +1,280 @@
+"""vLLM in this process, with a steady number of requests in flight: the next shard's are fed while the last
+of one finish.
+
+So decoding images overlaps with generating, and the engine does not drain at the end of a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from builder.captions.replies import Reply, reply_key
+from builder.errors import InputError
+from builder.model import hub_model, identity, model_folder
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from builder.stages.caption import Caption
+
+MAX_QUOTED_CHARACTERS = 20_000  # of the row in a prompt; what no model reads need not be tokenized
+_MARKED = re.compile(
+    "\ue000([a-zA-Z_]\\w*)\ue001"
+)  # a placeholder in a rendered prompt: its template may have braces
+
+
+@dataclass
+class Job:
+    """What is asked for one shard: (uid, image, row) each. `deliver` gets what became of it, in any order."""
+
+    requests: Iterator[tuple[str, bytes, Mapping[str, Any]]]
+    known: Mapping[str, Reply]  # replies that are there already, by their keys
+    deliver: Callable[[str, Reply], None]
+    more: bool = True  # requests that nobody has looked at yet
+    asked: int = 0  # requests in the engine
+    is_broken: bool = False  # begun ahead of its time, and then its input could not be read
+
+    def is_done(self) -> bool:
+        return not self.more and not self.asked
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request in the engine."""
+
+    job: Job
+    uid: str
+    engines_id: str  # the engine's own name of it
+    key: str
+    prompt_cut: bool
+
+
+def begins(tokenizer: Any) -> list[int]:
+    """The token, if any, that a tokenizer begins a text with; a chat template may leave it to the tokenizer
+    or write it.
+    """
+    first: list[int] = tokenizer.encode("a")[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+class Engine:
+    """One model and one prompt."""
+
+    def __init__(self, settings: Caption) -> None:
+        settings.check()
+        self.settings = settings
+        folder = model_folder(settings.model)
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache()))
+        os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = (
+            "1"  # a count beside each request's tokens; vLLM goes on with them
+        )
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:  # a second process would only take turns with the first one
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from transformers import AutoProcessor
+        from vllm import LLM, SamplingParams
+        from vllm.exceptions import VLLMClientError
+
+        name, revision = (str(folder), None) if folder else hub_model(settings.model)
+        self.llm = LLM(
+            model=name, revision=revision, tokenizer_revision=revision, dtype=settings.dtype,
+            max_model_len=settings.max_model_len, gpu_memory_utilization=settings.gpu_memory_utilization,
+            limit_mm_per_prompt={"image": 1}, mm_processor_cache_gb=0, enable_prefix_caching=False,
+            disable_log_stats=True, seed=0, enforce_eager=not on_gpu,
+        )  # fmt: skip
+        self.engine = self.llm.llm_engine
+        template = AutoProcessor.from_pretrained(name, revision=revision)
+        self.tokenizer, self.refused = template.tokenizer, (ValueError, VLLMClientError)
+        self.begins = begins(self.tokenizer)
+        self.made_by = f"{identity(settings.model)} {settings.dtype}"
+        marked = re.sub(r"\{([a-zA-Z_]\w*)\}", "\ue000\\1\ue001", settings.prompt)
+        content = [{"type": "image"}, {"type": "text", "text": marked}]
+        message = [{"role": "user", "content": content}]
+        self.rendered = template.apply_chat_template(message, add_generation_prompt=True)
+        self.sampling = SamplingParams(
+            temperature=settings.temperature, top_k=settings.top_k,
+            max_tokens=settings.max_tokens, min_tokens=settings.min_tokens,
+        )  # fmt: skip
+        self.jobs: list[Job] = []
+        self.asked: dict[str, _Asked] = {}
+        self.number = 0
+        self.room = 0  # tokens that are left for what a prompt quotes
+        self._watch()
+        self._try_out()
+
+    def _watch(self) -> None:
+        """Note in `not_finite` the requests, by the engine's ids, that had logits that are not numbers."""
+        self.not_finite: set[str] = set()
+        core = self.engine.engine_core
+        get_output = core.get_output
+
+        def watched() -> Any:
+            found = get_output()
+            self.not_finite.update(output.request_id for output in found.outputs if output.num_nans_in_logits)
+            return found
+
+        core.get_output = watched
+
+    def _try_out(self) -> None:
+        """One token for an empty picture, to see that the prompt fits and that the weights are whole.
+
+        Raises:
+            InputError: it does not, or they are not.
+        """
+        picture, limit = Image.new("RGB", (64, 64)), self.engine.model_config.max_model_len
+        prompt, _ = self.prompt(picture, dict.fromkeys(self.settings.quotes(), ""))
+        (rendered,) = self.engine.renderer.render_cmpl([prompt])
+        taken = len(rendered["prompt_token_ids"])
+        self.room = limit - self.settings.max_tokens - taken
+        if self.room < 0:
+            name, reply = self.settings.name, self.settings.max_tokens
+            reason = f"caption '{name}': prompt and picture take {taken} tokens, the reply {reply}"
+            reason = f"{reason}, in all at most {limit}"
+            raise InputError(reason, f"make the prompt or max_tokens smaller, or {name}.max_model_len larger")
+        params = self.sampling.clone()
+        params.max_tokens, params.min_tokens = 1, 1
+        self.llm.generate([prompt], params, use_tqdm=False)
+        if self.not_finite:
+            reason = f"the logits of model {self.settings.model} are not finite: its weights are damaged"
+            raise InputError(reason, "copy its *.safetensors again")
+
+    def prompt(self, picture: Image.Image, row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """What vLLM takes, and whether text of the row was cut to fit.
+
+        It takes tokens, for the chat template has put the special ones in place. Text of the row is data: in
+        it special tokens and placeholders are characters like others.
+        """
+        ids: list[int] = []
+        room, cut = self.room, False
+        for number, part in enumerate(_MARKED.split(self.rendered)):
+            if number % 2 == 0:
+                ids += self.tokenizer.encode(part, add_special_tokens=False)
+                continue
+            text = str(row[part])
+            quoted = self.tokenizer.encode(
+                text[:MAX_QUOTED_CHARACTERS], add_special_tokens=False, split_special_tokens=True
+            )
+            cut = cut or len(quoted) > room or len(text) > MAX_QUOTED_CHARACTERS
+            ids += quoted[:room]
+            room -= len(quoted[:room])
+        if ids[:1] != self.begins:
+            ids = self.begins + ids
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, cut
+
+    def params(self, uid: str) -> SamplingParams:
+        """How to decode a row's caption; where that is at random, the row's uid is the seed."""
+        if not self.settings.temperature:
+            return self.sampling
+        params = self.sampling.clone()
+        params.seed = int.from_bytes(
+            hashlib.sha256(f"{self.settings.name} {uid}".encode()).digest()[:4], "big"
+        )
+        return params
+
+    def replies(self, requests: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> dict[str, Reply]:
+        """uid -> what the model says of each (uid, image, row)."""
+        found: dict[str, Reply] = {}
+        self.finish(Job(iter(requests), {}, found.__setitem__))
+        return found
+
+    def finish(self, job: Job, more: Callable[[], Job | None] = lambda: None) -> None:
+        """Do a job to its end. Where it leaves room in the engine, `more` is asked for the next one, which is
+        begun.
+
+        Whatever goes wrong, no request is left in the engine.
+        """
+        if job not in self.jobs:
+            self.jobs.append(job)
+        try:
+            while not job.is_done():
+                self._fill(job, more)
+                for output in self.engine.step() if self.asked else ():
+                    if output.finished:
+                        self._deliver(self.asked.pop(output.request_id), output.outputs[0])
+            self.jobs.remove(job)
+        except BaseException:
+            self.engine.abort_request(list(self.asked))
+            self.asked.clear()
+            self.jobs.clear()
+            raise
+
+    def _fill(self, current: Job, more: Callable[[], Job | None]) -> None:
+        """Ask until `in_flight` requests are in the engine."""
+        for job in list(self.jobs):
+            try:
+                while job.more and len(self.asked) < self.settings.in_flight:
+                    self._ask(job)
+            except Exception:
+                if job is current:
+                    raise
+                self._give_up(job)  # what is wrong with the next shard is told when its turn comes
+        if len(self.asked) < self.settings.in_flight and (job_ahead := more()):
+            self.jobs.append(job_ahead)
+
+    def _give_up(self, job: Job) -> None:
+        job.is_broken = True
+        self.jobs.remove(job)
+        names = [name for name, asked in self.asked.items() if asked.job is job]
+        self.engine.abort_request(names)
+        for name in names:
+            del self.asked[name]
+
+    def _ask(self, job: Job) -> None:
+        """The next request of a job: answered by what is known, or put to the engine."""
+        following = next(job.requests, None)
+        if following is None:
+            job.more = False
+            return
+        uid, image, row = following
+        try:
+            picture = Image.open(io.BytesIO(image)).convert("RGB")
+        except (OSError, ValueError) as error:
+            job.deliver(uid, Reply(error=f"the image cannot be decoded: {error}"))
+            return
+        prompt, cut = self.prompt(picture, row)
+        params = self.params(uid)
+        sampling = {
+            "temperature": params.temperature, "top_k": params.top_k, "max_tokens": params.max_tokens,
+            "min_tokens": params.min_tokens, "seed": params.seed,
+        }  # fmt: skip
+        key = reply_key(self.made_by, prompt["prompt_token_ids"], sampling, image)
+        if known := job.known.get(key):
+            job.deliver(
+                uid, known if known.prompt_cut == cut else Reply(**{**vars(known), "prompt_cut": cut})
+            )
+            return
+        self.number += 1
+        name = str(self.number)
+        try:
+            (rendered,) = self.engine.renderer.render_cmpl([prompt])
+            engines_id = self.engine.add_request(name, rendered, params)
+        except self.refused as error:  # a picture of a size that takes more tokens than the model has
+            job.deliver(uid, Reply(error=f"the model does not take it: {str(error).splitlines()[0][:200]}"))
+            return
+        job.asked += 1
+        self.asked[name] = _Asked(job, uid, engines_id, key, cut)
+
+    def _deliver(self, asked: _Asked, output: Any) -> None:
+        asked.job.asked -= 1
+        if asked.engines_id in self.not_finite:
+            self.not_finite.discard(asked.engines_id)
+            reply = Reply(error="the model's logits are not finite")
+        else:
+            number = len(output.token_ids)
+            reply = Reply(output.text, output.finish_reason, number, asked.prompt_cut, asked.key)
+        asked.job.deliver(asked.uid, reply)
+
+    def close(self) -> None:
+        self.engine.engine_core.shutdown()

@@ -1,0 +1,29 @@
+"""What this machine has to share out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Cores, GPUs and memory, as far as this process may use them."""
+
+    cpus: float
+    gpus: tuple[str, ...]  # as CUDA_VISIBLE_DEVICES names them
+    memory_gib: float
+
+    @classmethod
+    def here(cls) -> Machine:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        return cls(len(os.sched_getaffinity(0)), gpus(), memory)
+
+
+def gpus() -> tuple[str, ...]:
+    """GPUs that may be used, without loading a library that would take hold of them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(name for name in chosen.split(",") if name.strip() not in ("", "-1"))
+    return tuple(map(str, range(len(list(Path("/dev").glob("nvidia[0-9]*"))))))

@@ -1,0 +1,329 @@
+"""The ready queue: which task comes next, deepest stage first, block by block.
+
+    phase 0    source of all blocks: metadata are small, and no uid may occur twice
+    phase 1    download, dedup, captions, scores: they overlap; a block or two are at work at a time
+    phase 2    select, which applies what only the whole run could tell
+
+A stage that waits for an answer over the whole run begins a phase; the recipe decides where. An executor
+takes tasks and says what became of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import duckdb
+import pyarrow as pa
+
+from builder.commit import compact, drop, working
+from builder.core import RUN, TRANSPORT, Object, Question, Record, Stage, Task
+from builder.index import Block
+from builder.plan import PART, BlockPlan, Plan, questions
+from builder.store import Store
+
+log = logging.getLogger(__name__)
+BLOCKS_AT_WORK = 2
+ENOUGH_TO_JUDGE = 10  # shards of a block, after which it may be held back
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended: a record, or the last line of what went wrong."""
+
+    task: Task
+    record: Record | None = None
+    error: str = ""
+    damaged: bool = False  # an input was damaged and has to be made again first
+    final: bool = False  # trying again would not help
+
+
+Left = dict[str, set[str]]
+"""Block -> stages that have something to do there."""
+
+
+class Schedule:
+    """What is to do of a plan.
+
+    `left` says which stages have something to do in a block, where that is known; `hold_above` is the share
+    of rows that may fail by transport before a block is held back; `only` are tasks to do and nothing else.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        left: Left | None = None,
+        hold_above: float = 1.0,
+        drop_images: bool = False,
+        only: Iterable[Task] | None = None,
+    ) -> None:
+        self.plan, self.hold_above, self.drop_images = plan, hold_above, drop_images
+        self.stages = {stage.name: stage for stage in plan.line}
+        self.store: Store = plan.store
+        self.damaged = False
+        self.held: dict[str, str] = {}  # block -> why
+        self.totals: dict[str, list[int]] = {
+            name: [0, 0] for name in self.stages
+        }  # tasks done, and all, of opened blocks
+        self._phases = _phases(plan)
+        self._phase, self._blocks = -1, deque[Block]()
+        self._open: dict[str, BlockPlan] = {}
+        self._ready: dict[str, deque[Task]] = {name: deque() for name in self.stages}
+        self._running: dict[tuple[str, str, str], Task] = {}
+        self._left = left
+        self._asked: set[tuple[str, int]] = set()
+        self._early = _Early(plan)
+        self._only = only is not None
+        for task in only or ():
+            self._ready[task.stage].append(task)
+            self.totals[task.stage][1] += 1
+
+    # --- what an executor does ------------------------------------------------------------------------------
+
+    def take(self, may: Callable[[Stage], bool] = lambda _: True) -> Task | None:
+        """The next task of a stage that may run; None while there is none."""
+        while True:
+            for name in reversed(self.stages):
+                if self._ready[name] and may(self.stages[name]):
+                    task = self._ready[name].popleft()
+                    self._running[task.stage, task.block, task.name] = task
+                    return replace(task, hints=self._early.hints(self.stages[name], task))
+            if not self._more():
+                return None
+
+    def give_back(self, task: Task) -> None:
+        """It was not done, and is to be tried again."""
+        del self._running[task.stage, task.block, task.name]
+        self._ready[task.stage].append(task)
+
+    def waits(self, stage: Stage) -> bool:
+        """Is there more to come for a stage in the blocks at work?"""
+        if self._ready[stage.name]:
+            return True
+        shallower = list(self.stages)[: list(self.stages).index(stage.name)]
+        coming = any(task.stage in shallower for task in self._running.values())
+        coming = coming or any(self._ready[name] for name in shallower)
+        return coming and any(block.stages[stage.name].waiting for block in self._open.values())
+
+    def is_over(self, stage: Stage) -> bool:
+        """Will nothing more come for a stage?"""
+        if self._ready[stage.name] or self._phases[stage.name] > self._phase:
+            return False
+        coming = any(block.stages[stage.name].waiting for block in self._open.values())
+        return not coming and (not self._blocks or self._phases[stage.name] < self._phase)
+
+    def is_ready(self) -> list[Stage]:
+        """Stages with tasks that only wait to be taken, deepest first."""
+        return [self.stages[name] for name in reversed(self.stages) if self._ready[name]]
+
+    def done(self, outcome: Outcome) -> None:
+        """What follows from a task's end."""
+        task = outcome.task
+        del self._running[task.stage, task.block, task.name]
+        self.damaged |= outcome.damaged
+        if self._only:
+            self.totals[task.stage][0] += outcome.record is not None
+            return
+        if task.block == RUN:
+            if outcome.record:
+                self.plan.answers[task.stage, int(task.name)] = outcome.record
+                self._left = None  # what has another answer may have to be done again, wherever it is
+            return
+        block = self._open[task.block]
+        if outcome.record:
+            self.totals[task.stage][0] += 1
+            block.records[task.stage][task.name] = outcome.record
+            block.place(self.stages[task.stage], task.name)
+            self._judge(block, task.stage)
+            if task.name == PART:
+                self._forget_answers(task.stage, block.block.batch)
+            for stage, name in block.dependents(task.stage, task.name):
+                if (
+                    self._is_now(stage)
+                    and task.block not in self.held
+                    and (follows := block.place(stage, name))
+                ):
+                    self._ready[stage.name].append(follows)
+            self._early.part_done(task.stage, block.block)
+        if not any(key[1] == task.block for key in self._running) and not self._has_ready(task.block):
+            self._close(block)
+
+    # --- blocks and phases ----------------------------------------------------------------------------------
+
+    def _is_now(self, stage: Stage) -> bool:
+        return self._phases[stage.name] <= self._phase
+
+    def _has_ready(self, block: str) -> bool:
+        return any(task.block == block for queue in self._ready.values() for task in queue)
+
+    def _more(self) -> bool:
+        """Open another block, or begin the next phase; False where neither is possible yet."""
+        if self._only:
+            return False
+        if self._blocks and len(self._open) < BLOCKS_AT_WORK:
+            self._open_block(self._blocks.popleft())
+            return True
+        if self._blocks or self._running or any(self._ready.values()):
+            return False
+        if answers := list(self._answers_to_find()):
+            for task in answers:
+                self._ready[task.stage].append(task)
+            return True
+        if self._phase == max(self._phases.values()):
+            return False
+        self._phase += 1
+        self._blocks = deque(block for block in self.plan.index.blocks if self._has_work(block.name))
+        return True
+
+    def _has_work(self, block: str) -> bool:
+        """May there be something to do in a block in this phase?"""
+        if block in self.held:
+            return False
+        of_phase = {name for name, phase in self._phases.items() if phase == self._phase}
+        return self._left is None or bool(self._left[block] & of_phase)
+
+    def _open_block(self, block: Block) -> None:
+        opened = BlockPlan(self.plan, block)
+        of_phase = [stage for stage in self.plan.line if self._phases[stage.name] == self._phase]
+        self._open[block.name] = opened
+        for stage in self.plan.line:
+            found = opened.stages[stage.name]
+            if stage in of_phase:
+                self.totals[stage.name][0] += len(found.done)
+                self.totals[stage.name][1] += len(found)
+                self._ready[stage.name] += found.todo.values()
+            if PART in found.done:
+                self._early.part_done(stage.name, block)
+        for stage in of_phase:
+            self._judge(opened, stage.name)
+        if not self._has_ready(block.name):
+            self._close(opened)
+
+    def _close(self, block: BlockPlan) -> None:
+        name = block.block.name
+        del self._open[name]
+        if self.drop_images and name not in self.held:
+            self._drop_images(block)
+        for stage in self.plan.line:
+            if self._phases[stage.name] == self._phase and not block.stages[stage.name].left():
+                compact(self.store, f"{stage.name}/{name}")
+
+    def _drop_images(self, block: BlockPlan) -> None:
+        """Delete the tars of shards whose readers are all done."""
+        readers = [stage for stage in self.plan.recipe.stages if "download" in stage.reads()]
+        if not readers or not self._is_now(readers[-1]):
+            return
+        for shard, record in block.stages["download"].done.items():
+            there = [
+                n for n in record.outputs if Object.parse(n).suffix == ".tar" and n not in record.dropped
+            ]
+            if there and all(shard in block.stages[reader.name].done for reader in readers):
+                drop(self.store, f"download/{block.block.name}", shard, record, ".tar")
+
+    # --- what only the whole run can answer -----------------------------------------------------------------
+
+    def _forget_answers(self, question: str, batch: int) -> None:
+        """A part is another one: what was answered from it counts no more."""
+        for known in [known for known in self.plan.answers if known[0] == question and known[1] >= batch]:
+            del self.plan.answers[known]
+
+    def _answers_to_find(self) -> Iterator[Task]:
+        """Answers of this phase whose parts are all there."""
+        for question in questions(self.plan.recipe):
+            for batch in sorted({block.batch for block in self.plan.index.blocks}):
+                known = (question.name, batch) in self.plan.answers or (question.name, batch) in self._asked
+                if self._phases[question.name] == self._phase and not known:
+                    self._asked.add((question.name, batch))
+                    parts = self.plan.parts(question, batch)
+                    if parts is not None and not self.plan.find_answer(question, batch, parts):
+                        yield self.plan.answer_task(question, batch, parts)
+
+    # --- failures of this machine, or of the web on a bad day -----------------------------------------------
+
+    def _judge(self, block: BlockPlan, stage: str) -> None:
+        """Hold a block back in which too many rows failed by transport: it is no data yet."""
+        if stage != "download" or self.hold_above >= 1 or block.block.name in self.held:
+            return
+        plan = block.stages["download"]
+        if len(plan.done) < min(ENOUGH_TO_JUDGE, len(plan)):
+            return
+        rows = sum((Counter(record.rows) for record in plan.done.values()), Counter[str]())
+        failed = sum(rows[status] for status in TRANSPORT)
+        if failed <= self.hold_above * rows.total():
+            return
+        self.held[block.block.name] = (
+            f"{failed:,} of {rows.total():,} rows of block {block.block.name} failed by transport "
+            f"({', '.join(f'{rows[status]:,} {status}' for status in TRANSPORT)})"
+        )
+        for name, queue in self._ready.items():
+            if name not in ("source", "download"):
+                self._ready[name] = deque(task for task in queue if task.block != block.block.name)
+
+
+def _phases(plan: Plan) -> dict[str, int]:
+    """Stage or question -> the phase in which it can be done: after the answers that it needs."""
+    phases: dict[str, int] = {}
+    for stage in plan.line:
+        if isinstance(stage, Question):
+            phases[stage.name] = phases[stage.of]
+            continue
+        read = [phases[name.partition(".")[0]] for name in stage.reads()]
+        asked = [phases[question.of] + 1 for question in stage.asks()]
+        phases[stage.name] = max([0, *read, *asked])
+    return phases
+
+
+class _Early:
+    """What the blocks that are there say to a question before all have been asked; looked up again as their
+    number doubles.
+
+    It may save captions. Which ones depends on timing, so it enters no key, and changes nothing that is
+    published.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.hinting = {stage.hint for stage in plan.recipe.stages if stage.hint}
+        self.parts: dict[str, dict[str, Block]] = {}
+        self.asked: dict[tuple[str, int], int] = {}
+        self.found: dict[tuple[str, int], str] = {}  # (question, batch) -> object
+        self.batches = {block.name: block.batch for block in plan.index.blocks}
+
+    def part_done(self, question: str, block: Block) -> None:
+        if question in self.hinting:
+            self.parts.setdefault(question, {})[block.name] = block
+
+    def hints(self, stage: Stage, task: Task) -> tuple[str, ...]:
+        """Objects for a task of a stage that asks for them: never from rows that came later than its own."""
+        if not stage.hint:
+            return ()
+        asked = (stage.hint, self.batches[task.block])
+        if asked in self.plan.answers:
+            return tuple(self.plan.answers[asked].outputs)
+        blocks = [block for block in self.parts.get(stage.hint, {}).values() if block.batch <= asked[1]]
+        if blocks and len(blocks) >= 2 * self.asked.get(asked, 0):
+            self.asked[asked] = len(blocks)
+            if found := self._ask(*asked, blocks):
+                self.found[asked] = found
+        return (self.found[asked],) if asked in self.found else ()
+
+    def _ask(self, name: str, batch: int, blocks: list[Block]) -> str | None:
+        (question,) = (question for question in questions(self.plan.recipe) if question.name == name)
+        parts: dict[str, str] = {}
+        for block in blocks:
+            record = self.plan.part_record(question, block)
+            parts |= record.outputs if record else {}
+        task = replace(self.plan.answer_task(question, batch, parts), name=f"early-{batch}")
+        try:
+            with working(self.plan.store, task) as here:
+                question.answer(here)
+                self.plan.store.put(here.output(), task.object(".parquet"))
+        except (OSError, pa.ArrowException, duckdb.Error) as error:
+            log.info(
+                "%s: nothing is known early: %s", name, error
+            )  # whoever needs the answer is told what is wrong
+            return None
+        return task.object(".parquet")

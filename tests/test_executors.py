@@ -1,0 +1,246 @@
+"""Worker processes by cores, GPUs and memory: a loaded model stays as long as something is to come for it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from builder import index
+from builder.core import Recipe, Resources, Stage, Task, Work
+from builder.executors import local as executor
+from builder.executors.local import local
+from builder.files import write_parquet
+from builder.machine import Machine, gpus
+from builder.run import Result, Run, build
+from builder.stages.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Stage):
+    """Notes when it is loaded, where, and what it does; `share` of a GPU, for as many workers as fit."""
+
+    notes: str
+    after_stage: str
+    share: float = 1.0
+    cpus: float = 0.1
+    workers: int = 1
+    gib: float = 0.0
+    seconds: float = 0.0
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.after_stage,)
+
+    def num_workers(self) -> int:
+        return self.workers
+
+    def resources(self) -> Resources:
+        return Resources(cpus=self.cpus, gpus=self.share, memory_gib=self.gib)
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        note(self.notes, f"load {self.name} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
+
+        def work(task: Task) -> Mapping[str, int]:
+            note(
+                self.notes,
+                f"do {self.name} {task.name} {os.environ.get('CUDA_VISIBLE_DEVICES', '')} {os.getpid()}",
+            )
+            time.sleep(self.seconds)
+            write_parquet(pa.table({"uid": [task.name]}), task.output())
+            return {"ok": 1}
+
+        yield work
+        note(self.notes, f"left {self.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eager(Stage):
+    """Takes the next task before it is done with one, and raises once, at shard 1."""
+
+    ahead: ClassVar[bool] = True
+
+    name: str = "eager"
+    notes: str
+    raises: bool = False
+
+    def reads(self) -> tuple[str, ...]:
+        return ("source",)
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        yield EagerWork(self)
+
+
+class EagerWork:
+    next_task: Callable[[], Task | None]
+
+    def __init__(self, stage: Eager) -> None:
+        self.stage = stage
+
+    def __call__(self, task: Task) -> Mapping[str, int]:
+        end = time.monotonic() + 5
+        following = None
+        while following is None and time.monotonic() < end and task.name != "00003":
+            following = self.next_task()
+            time.sleep(0.01)
+        note(self.stage.notes, f"do {task.name} before {following.name if following else 'the end'}")
+        if following:
+            assert following.input("source").exists()
+        if task.name == "00001" and self.stage.raises and not Path(self.stage.notes + ".raised").exists():
+            Path(self.stage.notes + ".raised").touch()
+            raise ValueError("once")
+        write_parquet(pa.table({"uid": [task.name]}), task.output())
+        return {"ok": 1}
+
+
+def note(file: str, line: str) -> None:
+    with open(file, "a") as notes:
+        notes.write(line + "\n")
+
+
+@pytest.fixture
+def metadata(tmp_path: Path) -> Path:
+    rows = 12
+    uids = [f"{n:032x}" for n in range(rows)]
+    pq.write_table(
+        pa.table({"uid": uids, "url": ["http://h/"] * rows, "text": ["a"] * rows}), tmp_path / "in.parquet"
+    )
+    return tmp_path / "in.parquet"
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of four shards on a machine with one GPU and much of all else."""
+    monkeypatch.setattr(index, "BLOCK", 4)
+    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(16, ("0",), 64)))
+
+
+def built(metadata: Path, *stages: Stage) -> Result:
+    source = Source(files=str(metadata), rows_per_shard=1)
+    result = build(Recipe("models", (source, *stages)), metadata.parent / "run", executor=local)
+    assert result.failed == {}
+    return result
+
+
+def told(notes: Path) -> Counter[str]:
+    return Counter(" ".join(line.split()[:2]) for line in notes.read_text().splitlines())
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_loaded_model_is_changed_once_a_block(metadata: Path, tmp_path: Path) -> None:
+    """Two models that each take the whole GPU, and three blocks: six loads for 24 tasks."""
+    notes = str(tmp_path / "notes")
+    first = Model(name="first", notes=notes, after_stage="source")
+    built(metadata, first, Model(name="second", notes=notes, after_stage="first"))
+    found = told(tmp_path / "notes")
+    assert found["do first"] == found["do second"] == 12
+    assert found["load first"] <= 3
+    assert found["load second"] <= 3
+    lines = [line.split()[:2] for line in (tmp_path / "notes").read_text().splitlines()]
+    there: set[str] = set()
+    for what, name in lines:  # they are never there at the same time
+        there = there | {name} if what == "load" else there - {name} if what == "left" else there
+        assert len(there) == 1 or what == "left"
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_models_that_share_a_gpu_stay_both(metadata: Path, tmp_path: Path) -> None:
+    notes = str(tmp_path / "notes")
+    first = Model(name="first", notes=notes, after_stage="source", share=0.9)
+    built(metadata, first, Model(name="second", notes=notes, after_stage="first", share=0.1))
+    found = told(tmp_path / "notes")
+    assert (found["load first"], found["load second"]) == (1, 1)
+    assert "load first 0" in (tmp_path / "notes").read_text()
+
+
+def test_every_gpu_gets_a_worker_of_its_own(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(16, ("3", "5"), 64)))
+    notes = str(tmp_path / "notes")
+    built(metadata, Model(name="first", notes=notes, after_stage="source", workers=2, seconds=0.3))
+    loads = [line for line in (tmp_path / "notes").read_text().splitlines() if line.startswith("load")]
+    assert sorted(loads) == ["load first 3", "load first 5"]
+
+
+def test_memory_is_shared_out_too(metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers of 5 GiB each do not fit in 8; one that wants more than there is is tried alone.
+
+    Without a GPU both run all the same.
+    """
+    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(16, (), 8)))
+    notes = str(tmp_path / "notes")
+    first = Model(name="first", notes=notes, after_stage="source", workers=4, gib=5)
+    built(metadata, first, Model(name="second", notes=notes, after_stage="first", gib=50))
+    found = told(tmp_path / "notes")
+    assert found["load first"] == 1
+    assert found["do second"] == 12
+
+
+def test_a_worker_for_which_nothing_more_comes_leaves(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(16, (), 64)))
+    notes = str(tmp_path / "notes")
+    first = Model(name="first", notes=notes, after_stage="source")
+    built(metadata, first, Model(name="second", notes=notes, after_stage="first", seconds=0.4))
+    lines = (tmp_path / "notes").read_text().splitlines()
+    last = max(n for n, line in enumerate(lines) if line.startswith("do second"))
+    assert lines.index("left first") < last
+
+
+def test_many_small_tasks_do_not_keep_a_large_one_waiting(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two small workers would always be at work; beside a large one there is room for one of them."""
+    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(2, (), 64)))
+    notes = str(tmp_path / "notes")
+    small = Model(name="small", notes=notes, after_stage="source", workers=2, cpus=0.5, seconds=0.5)
+    large = Model(name="large", notes=notes, after_stage="small", cpus=1.5, seconds=0.5)
+    built(metadata, small, large)
+    tasks = [
+        line.split()[1] for line in (tmp_path / "notes").read_text().splitlines() if line.startswith("do")
+    ]
+    assert tasks.index("large") <= 9  # its worker starts meanwhile
+    assert tasks.count("small") == tasks.count("large") == 12
+    assert "small" in tasks[tasks.index("large") :]
+
+
+def test_the_next_task_is_begun_before_one_is_done(metadata: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    four = Recipe("four", (Source(files=str(metadata), rows_per_shard=3), Eager(notes=str(notes))))
+    assert build(four, tmp_path / "run", executor=local).failed == {}
+    assert notes.read_text().splitlines() == [
+        "do 00000 before 00001",
+        "do 00001 before 00002",
+        "do 00002 before 00003",
+        "do 00003 before the end",
+    ]
+
+
+def test_a_task_that_was_begun_ahead_is_not_charged_for_the_one_before(
+    metadata: Path, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    stages = (Source(files=str(metadata), rows_per_shard=3), Eager(notes=str(notes), raises=True))
+    assert build(Recipe("four", stages), tmp_path / "run", executor=local).failed == {}
+    assert Run.open(tmp_path / "run").unfinished() == {}
+    assert Counter(line.split()[1] for line in notes.read_text().splitlines()) == {
+        "00000": 1, "00001": 2, "00002": 1, "00003": 1,
+    }  # fmt: skip
+
+
+def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, found in (("2,3", ("2", "3")), ("", ()), ("-1", ()), ("GPU-a1", ("GPU-a1",))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert gpus() == found
