@@ -73,7 +73,7 @@ def make(place: Path, shards: int) -> None:
     settings, outside = source.index_settings(), {"a.parquet": sha256}
     put_record(store, f"source/{RUN}", "00000", Record("batch", settings=settings, outside=outside, **about))
     index = Index([table])
-    plan = Plan(recipe, store, index, check_sizes=False)
+    plan = Plan(recipe, store, index)
     for question in questions(recipe):  # answers first: their bytes are what the others depend on
         plan.answers[question.name, 0] = record_of(plan.task(question, RUN, "00000", {}))
     for block in index.blocks:

@@ -38,19 +38,11 @@ def unfinished(store: Store) -> dict[str, int]:
     Files per shard of `select` are not known here.
     """
     survey = records(store, "source")[SURVEY]
-    left = {}
-    for stage in stages(store):
-        done = dict(shards(store, stage))
-        expected = survey.rows["shards"] if stage != "select" else bool(survey.rows["shards"])
-        rows = sum(sum(record.rows.values()) for record in done.values())
-        missing = max(0, int(expected) - len(done)) if stage != "select" else int(rows < _rows(store))
-        if missing:
-            left[stage] = missing
-    return left
-
-
-def _rows(store: Store) -> int:
-    return sum(sum(record.rows.values()) for _, record in shards(store, "source"))
+    done = {stage: [record for _, record in shards(store, stage)] for stage in stages(store)}
+    left = {stage: survey.rows["shards"] - len(of) for stage, of in done.items() if stage != "select"}
+    rows = {stage: sum(sum(record.rows.values()) for record in of) for stage, of in done.items()}
+    left["select"] = int(rows.get("select", 0) < rows["source"])
+    return {stage: number for stage, number in left.items() if number}
 
 
 def status(store: Store) -> list[dict[str, object]]:

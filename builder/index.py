@@ -71,12 +71,12 @@ class Index:
     def __init__(self, batches: list[pa.Table], limit: int | None = None) -> None:
         self.batches = batches
         table = pa.concat_tables([SLICES.empty_table(), *batches]).combine_chunks()
-        self._columns = {name: table[name].to_numpy() for name in ("shard", "start", "stop")}
-        self._table, self._limit = table, limit
+        self._table = table
         self._first: list[int] = []  # of a shard: its first slice
         self._rows: list[int] = []
         left = limit
-        for at, (shard, start, stop) in enumerate(zip(*self._columns.values(), strict=True)):
+        columns = (table[name].to_numpy() for name in ("shard", "start", "stop"))
+        for at, (shard, start, stop) in enumerate(zip(*columns, strict=True)):
             rows = int(stop - start) if left is None else min(int(stop - start), left)
             if rows <= 0:
                 break
@@ -120,7 +120,8 @@ class Index:
     def of_batch(self, number: int) -> dict[str, Any]:
         """What a manifest says of it."""
         table = self.batches[number]
-        return {"files": len(set(table["file"].to_pylist())), "rows": sum_rows(table)}
+        rows = int(table["stop"].to_numpy().sum() - table["start"].to_numpy().sum())
+        return {"files": len(set(table["file"].to_pylist())), "rows": rows}
 
     def _blocks(self) -> Iterator[Block]:
         first, number = 0, 0
@@ -133,13 +134,18 @@ class Index:
                 first, number = stop, number + 1
 
 
-def sum_rows(table: pa.Table) -> int:
-    return int(table["stop"].to_numpy().sum() - table["start"].to_numpy().sum())
-
-
 def batch_records(store: Store, source: str) -> list[Record]:
-    """Of the batches that are there, in order."""
-    found = records(store, f"{source}/{RUN}")
+    """Of the batches that are there, in order.
+
+    Raises:
+        InputError: one cannot be read. Passed over, its rows would come again as others.
+    """
+    folder = f"{source}/{RUN}"
+    found = records(store, folder)
+    there = {name.removesuffix(".json") for name in store.names(folder) if name.endswith(".json")}
+    for name in sorted({f"{number:05d}" for number in range(len(there))} - found.keys()):
+        hint = "get it from a copy, or build into another directory: --run"
+        raise InputError(f"{store.place}/{folder}/{name}.json is missing or damaged", hint)
     return [found[name] for name in sorted(found)]
 
 

@@ -25,12 +25,7 @@ class StagePlan:
     done: dict[str, Record] = field(default_factory=dict)
     todo: dict[str, Task] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)  # for inputs that are not there yet
-    dropped: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # need what was deleted on purpose: the objects
-    stale: dict[str, Record] = field(
-        default_factory=dict
-    )  # records of those to do that other settings or inputs made
+    dropped: set[str] = field(default_factory=set)  # for images that were deleted on purpose
 
     def __len__(self) -> int:
         return len(self.done) + len(self.todo) + len(self.waiting) + len(self.dropped)
@@ -56,9 +51,9 @@ def line(recipe: Recipe) -> tuple[Stage, ...]:
 class Plan:
     """A run's plan, a block at a time: nothing is held of a block that nobody works on."""
 
-    def __init__(self, recipe: Recipe, store: Store, index: Index, *, check_sizes: bool = True) -> None:
+    def __init__(self, recipe: Recipe, store: Store, index: Index) -> None:
         self.recipe, self.store, self.index = recipe, store, index
-        self.line, self.check_sizes = line(recipe), check_sizes
+        self.line = line(recipe)
         self.answers: dict[tuple[str, int], Record] = {}  # (question, batch)
         self._settings = {stage.name: stage.settings() for stage in self.line}
         for question in questions(recipe):
@@ -144,10 +139,9 @@ class BlockPlan:
     def _plan_stage(self, stage: Stage) -> None:
         folder = f"{stage.name}/{self.block.name}"
         found = records(self.plan.store, folder)
-        alone = self.plan.check_sizes and found and COMPACTED not in self.plan.store.names(folder)
-        sizes = (
-            self.plan.store.sizes(folder) if alone else None
-        )  # what is missing of a finished block its readers find
+        # What is missing of a finished block its readers find.
+        alone = found and COMPACTED not in self.plan.store.names(folder)
+        sizes = self.plan.store.sizes(folder) if alone else None
         self.records[stage.name] = found
         self.earlier[stage.name] = self._outputs_of_before(stage, folder)
         self.stages[stage.name] = StagePlan(stage)
@@ -172,8 +166,9 @@ class BlockPlan:
         do.
         """
         plan = self.stages[stage.name]
-        for places in (plan.done, plan.todo, plan.dropped, plan.stale):
-            places.pop(name, None)
+        plan.done.pop(name, None)
+        plan.todo.pop(name, None)
+        plan.dropped.discard(name)
         plan.waiting.discard(name)
         task, record = self.task(stage, name), self.records[stage.name].get(name)
         if task is None:
@@ -182,10 +177,8 @@ class BlockPlan:
         if record and record.key == task.key:
             plan.done[name] = record
             return None
-        if record and record.key:
-            plan.stale[name] = record
-        if gone := [input_ for input_ in task.inputs if self._is_dropped(input_)]:
-            plan.dropped[name] = gone
+        if any(map(self._is_dropped, task.inputs)):
+            plan.dropped.add(name)
             return None
         plan.todo[name] = task = replace(task, earlier=tuple(self.earlier[stage.name].get(name, ())))
         return task

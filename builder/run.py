@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import first_version
-from builder.commit import failures, forget, records, today
+from builder.commit import COMPACTED, failures, forget, records, today
 from builder.core import RUN, Object, Recipe, Record, Stage, Status, Task
 from builder.errors import InputError, RecipeError, command, telling_of_a_full_disk
 from builder.executors.local import ATTEMPTS, local
@@ -218,21 +218,28 @@ def _build(
     for attempt in range(ATTEMPTS):  # again, for what turned out to be damaged
         known = left if attempt == 0 else None
         schedule = Schedule(run.plan(), left=known, hold_above=hold_above, drop_images=drop_images)
-        for outcome in executor(schedule):
-            name = _name_of(outcome.task)
-            if outcome.record:
-                result.done.append(name)
-                result.failed.pop(name, None)
-            else:
-                result.failed[name] = outcome.error
-                run.store.write(outcome.task.failure, (outcome.error + "\n").encode())
-            if progress:
-                progress(outcome, *schedule.totals[outcome.task.stage])
+        _carry_out(run, schedule, executor, progress, result)
         result.held = schedule.held
         if not schedule.damaged:
             break
         run.extend(redo)
     return result
+
+
+def _carry_out(
+    run: Run, schedule: Schedule, executor: Executor, progress: Progress | None, result: Result
+) -> None:
+    """Do what a schedule has, and note in `result` and beside the records what became of it."""
+    for outcome in executor(schedule):
+        name = _name_of(outcome.task)
+        if outcome.record:
+            result.done.append(name)
+            result.failed.pop(name, None)
+        else:
+            result.failed[name] = outcome.error
+            run.store.write(outcome.task.failure, (outcome.error + "\n").encode())
+        if progress:
+            progress(outcome, *schedule.totals[outcome.task.stage])
 
 
 def _name_of(task: Task) -> str:
@@ -439,14 +446,7 @@ def retry(
                 f"{place}: {rows}", f"see what there is: {command('recap', 'status', Path(place))}"
             )
         schedule = Schedule(run.plan(), only=tasks)
-        for outcome in executor(schedule):
-            name = _name_of(outcome.task)
-            if outcome.record:
-                result.done.append(name)
-            else:
-                result.failed[name] = outcome.error
-            if progress:
-                progress(outcome, *schedule.totals[outcome.task.stage])
+        _carry_out(run, schedule, executor, progress, result)
         return result
 
 
@@ -493,7 +493,7 @@ def _garbage(run: Run) -> Iterator[tuple[str, int]]:
             for name, size in run.store.sizes(folder).items():
                 if (
                     name.endswith((".parquet", ".tar"))
-                    and name != "records.parquet"
+                    and name != COMPACTED
                     and f"{folder}/{name}" not in named
                 ):
                     yield f"{folder}/{name}", size

@@ -73,12 +73,13 @@ class Schedule:
         self._open: dict[str, BlockPlan] = {}
         self._ready: dict[str, deque[Task]] = {name: deque() for name in self.stages}
         self._running: dict[tuple[str, str, str], Task] = {}
+        self._at_work: Counter[str] = Counter()  # block -> tasks that are ready or running
         self._left = left
         self._asked: set[tuple[str, int]] = set()
         self._early = _Early(plan)
         self._only = only is not None
         for task in only or ():
-            self._ready[task.stage].append(task)
+            self._add(task)
             self.totals[task.stage][1] += 1
 
     # --- what an executor does ------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class Schedule:
         """What follows from a task's end."""
         task = outcome.task
         del self._running[task.stage, task.block, task.name]
+        self._at_work[task.block] -= 1
         self.damaged |= outcome.damaged
         if self._only:
             self.totals[task.stage][0] += outcome.record is not None
@@ -146,9 +148,9 @@ class Schedule:
                     and task.block not in self.held
                     and (follows := block.place(stage, name))
                 ):
-                    self._ready[stage.name].append(follows)
+                    self._add(follows)
             self._early.part_done(task.stage, block.block)
-        if not any(key[1] == task.block for key in self._running) and not self._has_ready(task.block):
+        if not self._at_work[task.block]:
             self._close(block)
 
     # --- blocks and phases ----------------------------------------------------------------------------------
@@ -156,8 +158,9 @@ class Schedule:
     def _is_now(self, stage: Stage) -> bool:
         return self._phases[stage.name] <= self._phase
 
-    def _has_ready(self, block: str) -> bool:
-        return any(task.block == block for queue in self._ready.values() for task in queue)
+    def _add(self, task: Task) -> None:
+        self._ready[task.stage].append(task)
+        self._at_work[task.block] += 1
 
     def _more(self) -> bool:
         """Open another block, or begin the next phase; False where neither is possible yet."""
@@ -170,7 +173,7 @@ class Schedule:
             return False
         if answers := list(self._answers_to_find()):
             for task in answers:
-                self._ready[task.stage].append(task)
+                self._add(task)
             return True
         if self._phase == max(self._phases.values()):
             return False
@@ -194,12 +197,13 @@ class Schedule:
             if stage in of_phase:
                 self.totals[stage.name][0] += len(found.done)
                 self.totals[stage.name][1] += len(found)
-                self._ready[stage.name] += found.todo.values()
+                for task in found.todo.values():
+                    self._add(task)
             if PART in found.done:
                 self._early.part_done(stage.name, block)
         for stage in of_phase:
             self._judge(opened, stage.name)
-        if not self._has_ready(block.name):
+        if not self._at_work[block.name]:
             self._close(opened)
 
     def _close(self, block: BlockPlan) -> None:
@@ -250,7 +254,9 @@ class Schedule:
         plan = block.stages["download"]
         if len(plan.done) < min(ENOUGH_TO_JUDGE, len(plan)):
             return
-        rows = sum((Counter(record.rows) for record in plan.done.values()), Counter[str]())
+        rows: Counter[str] = Counter()
+        for record in plan.done.values():
+            rows.update(record.rows)
         failed = sum(rows[status] for status in TRANSPORT)
         if failed <= self.hold_above * rows.total():
             return
@@ -260,7 +266,9 @@ class Schedule:
         )
         for name, queue in self._ready.items():
             if name not in ("source", "download"):
-                self._ready[name] = deque(task for task in queue if task.block != block.block.name)
+                kept = deque(task for task in queue if task.block != block.block.name)
+                self._at_work[block.block.name] -= len(queue) - len(kept)
+                self._ready[name] = kept
 
 
 def _phases(plan: Plan) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 
     from builder.stages.caption import Caption
 
+log = logging.getLogger(__name__)
 MAX_QUOTED_CHARACTERS = 20_000  # of the row in a prompt; what no model reads need not be tokenized
 _MARKED = re.compile(
     "\ue000([a-zA-Z_]\\w*)\ue001"
 )  # a placeholder in a rendered prompt: its template may have braces
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself
 class Job:
     """What is asked for one shard: (uid, image, row) each. `deliver` gets what became of it, in any order."""
 
@@ -151,10 +153,15 @@ class Engine:
             raise InputError(reason, "copy its *.safetensors again")
 
     def prompt(self, picture: Image.Image, row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """What vLLM takes, and whether text of the row was cut to fit.
+        """What vLLM takes, and whether text of the row was cut to fit."""
+        ids, cut = self.tokens(row)
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, cut
 
-        It takes tokens, for the chat template has put the special ones in place. Text of the row is data: in
-        it special tokens and placeholders are characters like others.
+    def tokens(self, row: Mapping[str, Any]) -> tuple[list[int], bool]:
+        """The prompt, and whether text of the row was cut to fit.
+
+        As tokens, for the chat template has put the special ones in place. Text of the row is data: in it
+        special tokens and placeholders are characters like others.
         """
         ids: list[int] = []
         room, cut = self.room, False
@@ -171,7 +178,7 @@ class Engine:
             room -= len(quoted[:room])
         if ids[:1] != self.begins:
             ids = self.begins + ids
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, cut
+        return ids, cut
 
     def params(self, uid: str) -> SamplingParams:
         """How to decode a row's caption; where that is at random, the row's uid is the seed."""
@@ -219,7 +226,8 @@ class Engine:
             except Exception:
                 if job is current:
                     raise
-                self._give_up(job)  # what is wrong with the next shard is told when its turn comes
+                log.info("a shard that was begun ahead is begun anew when its turn comes", exc_info=True)
+                self._give_up(job)
         if len(self.asked) < self.settings.in_flight and (job_ahead := more()):
             self.jobs.append(job_ahead)
 
@@ -238,26 +246,27 @@ class Engine:
             job.more = False
             return
         uid, image, row = following
-        try:
-            picture = Image.open(io.BytesIO(image)).convert("RGB")
-        except (OSError, ValueError) as error:
-            job.deliver(uid, Reply(error=f"the image cannot be decoded: {error}"))
-            return
-        prompt, cut = self.prompt(picture, row)
+        ids, cut = self.tokens(row)
         params = self.params(uid)
         sampling = {
             "temperature": params.temperature, "top_k": params.top_k, "max_tokens": params.max_tokens,
             "min_tokens": params.min_tokens, "seed": params.seed,
         }  # fmt: skip
-        key = reply_key(self.made_by, prompt["prompt_token_ids"], sampling, image)
+        key = reply_key(self.made_by, ids, sampling, image)
         if known := job.known.get(key):
             job.deliver(
                 uid, known if known.prompt_cut == cut else Reply(**{**vars(known), "prompt_cut": cut})
             )
             return
+        try:
+            picture = Image.open(io.BytesIO(image)).convert("RGB")
+        except (OSError, ValueError) as error:
+            job.deliver(uid, Reply(error=f"the image cannot be decoded: {error}"))
+            return
         self.number += 1
         name = str(self.number)
         try:
+            prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}
             (rendered,) = self.engine.renderer.render_cmpl([prompt])
             engines_id = self.engine.add_request(name, rendered, params)
         except self.refused as error:  # a picture of a size that takes more tokens than the model has

@@ -74,6 +74,7 @@ class _Pool:
 
     def __init__(self, schedule: Schedule, machine: Machine) -> None:
         self.schedule, self.machine = schedule, machine
+        self.needs = {stage.name: stage.resources() for stage in schedule.stages.values()}
         self.workers: list[_Worker] = []
         self.leaving: list[_Worker] = []
         self.wanted = (
@@ -127,7 +128,7 @@ class _Pool:
 
     def _may(self, stage: Stage) -> bool:
         """May a task of this stage be given to somebody now? Asked of the deepest stages first."""
-        needs = stage.resources()
+        needs = self.needs[stage.name]
         mine = [worker for worker in self.workers if worker.stage is stage]
         more = len(mine) < stage.num_workers() and self._has_room(needs)
         if more or any(not worker.tasks for worker in mine):
@@ -146,7 +147,7 @@ class _Pool:
         Small tasks would else keep a large one from ever being begun: beside what it waits for, the largest
         that is at work, there has to be room for both.
         """
-        busy = [worker.stage.resources().cpus for worker in self.workers if worker.tasks]
+        busy = [self.needs[worker.stage.name].cpus for worker in self.workers if worker.tasks]
         if not busy:
             return True
         if sum(busy) + cpus > self.machine.cpus:
@@ -158,7 +159,7 @@ class _Pool:
         return [worker for worker in self.workers if worker.tasks or self.schedule.waits(worker.stage)]
 
     def _fits(self, needs: Resources, beside: list[_Worker]) -> bool:
-        memory = sum(worker.stage.resources().memory_gib for worker in beside)
+        memory = sum(self.needs[worker.stage.name].memory_gib for worker in beside)
         if beside and memory + needs.memory_gib > self.machine.memory_gib:
             return False
         return not needs.gpus or self._gpus(needs, beside) is not None
@@ -173,7 +174,7 @@ class _Pool:
         left = dict.fromkeys(self.machine.gpus, 1.0)
         for worker in beside:
             for gpu in worker.gpus:
-                left[gpu] -= min(worker.stage.resources().gpus, 1.0)
+                left[gpu] -= min(self.needs[worker.stage.name].gpus, 1.0)
         free = [gpu for gpu, rest in left.items() if rest + 1e-9 >= share]
         number = max(1, round(needs.gpus))
         return tuple(free[:number]) if len(free) >= number else None
@@ -182,7 +183,7 @@ class _Pool:
         mine = [worker for worker in self.workers if worker.stage is stage]
         if idle := [worker for worker in mine if not worker.tasks]:
             return idle[0]
-        needs = stage.resources()
+        needs = self.needs[stage.name]
         more = len(mine) < stage.num_workers() and self._has_room(needs) and self._has_cores(needs.cpus)
         if mine and not more:
             return next(worker for worker in mine if len(worker.tasks) == 1)
@@ -354,7 +355,7 @@ class _Inbox:
         try:
             stack = ExitStack()
             here = stack.enter_context(working(self.store, task))
-        except FileNotFoundError:
+        except OSError:
             return None  # which is told when its turn comes
         self.waiting = task, _Prepared(here, stack)
         return here

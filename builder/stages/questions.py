@@ -30,8 +30,6 @@ from builder.files import write_parquet
 MEMORY = "2GB"  # of DuckDB; beyond it spills into the task's scratch folder
 RANGE_ROWS = 20_000_000  # rows of the parts that are grouped at a time: about 1 GB
 IMAGES = pa.schema([("high", pa.uint64()), ("low", pa.uint64()), ("urls", pa.int64())])
-OF_SHA256 = "('0x' || {column}[:16])::ubigint as high, ('0x' || {column}[17:32])::ubigint as low"
-IS_SHA256 = "regexp_full_match({column}, '[0-9a-f]{{64}}')"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +115,12 @@ class Measured(Images):
 
 def of_images(column: str) -> str:
     """SQL columns `high` and `low` of a sha256, as the answers have them."""
-    return OF_SHA256.format(column=column)
+    return f"('0x' || {column}[:16])::ubigint as high, ('0x' || {column}[17:32])::ubigint as low"
 
 
 def is_sha256(column: str) -> str:
     """SQL of whether a text is one: metadata come from anybody."""
-    return IS_SHA256.format(column=column)
+    return f"regexp_full_match({column}, '[0-9a-f]{{64}}')"
 
 
 def _write_images(task: Task, stage: str, column: str, which: str) -> Mapping[str, int]:
