@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pyarrow as pa
@@ -199,21 +200,33 @@ def test_a_worker_for_which_nothing_more_comes_leaves(
     assert lines.index("left first") < last
 
 
+def pool_with(*working: float) -> executor._Pool:
+    """Workers at work that take so many cores each, on two cores."""
+    pool = object.__new__(executor._Pool)
+    pool.machine, pool.wanted = Machine(2, (), 64), 0.0
+    pool.needs = {str(cpus): Resources(cpus=cpus) for cpus in working}
+    pool.workers = [SimpleNamespace(stage=SimpleNamespace(name=str(c)), tasks=[1]) for c in working]  # type: ignore[misc]
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("working", "wanted", "cpus", "may"),
+    [
+        ((), 0.0, 8.0, True),  # whatever it takes, somebody works
+        ((0.5,), 0.0, 1.5, True),
+        ((0.5, 0.5), 0.0, 1.5, False),
+        ((0.5, 0.5), 0.0, 0.5, True),
+        ((0.5, 0.5), 1.5, 0.5, False),  # one more small task would keep the large one waiting
+        ((1.5,), 1.0, 0.5, True),  # what waits for the large one does so with or without a small one
+    ],
+)
 def test_many_small_tasks_do_not_keep_a_large_one_waiting(
-    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    working: tuple[float, ...], wanted: float, cpus: float, may: bool
 ) -> None:
-    """Two small workers would always be at work; beside a large one there is room for one of them."""
-    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(2, (), 64)))
-    notes = str(tmp_path / "notes")
-    small = Model(name="small", notes=notes, after_stage="source", workers=2, cpus=0.5, seconds=0.5)
-    large = Model(name="large", notes=notes, after_stage="small", cpus=1.5, seconds=0.5)
-    built(metadata, small, large)
-    tasks = [
-        line.split()[1] for line in (tmp_path / "notes").read_text().splitlines() if line.startswith("do")
-    ]
-    assert tasks.index("large") <= 9  # its worker starts meanwhile
-    assert tasks.count("small") == tasks.count("large") == 12
-    assert "small" in tasks[tasks.index("large") :]
+    """`wanted` are the cores that a deeper stage waits for."""
+    pool = pool_with(*working)
+    pool.wanted = wanted
+    assert pool._has_cores(cpus) is may
 
 
 def test_the_next_task_is_begun_before_one_is_done(metadata: Path, tmp_path: Path) -> None:
