@@ -35,8 +35,9 @@ from builder.executors.work import in_this_process
 from builder.files import sha256_file, write_parquet
 from builder.index import BLOCK, SLICES, Index
 from builder.plan import BlockPlan, Plan, questions
-from builder.run import RECIPE, Run, build, estimate, status
+from builder.run import RECIPE, Run, build
 from builder.schedule import Schedule
+from builder.status import estimate, status
 from builder.store import Folder
 from recipes.datasets import recap_datacomp_1b
 

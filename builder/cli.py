@@ -23,6 +23,7 @@ import click
 from tqdm import tqdm
 
 from builder import run as runs
+from builder import status as status_of
 from builder.core import TRANSPORT, Recipe
 from builder.errors import RecipeError, UserError, command
 from builder.files import finite
@@ -238,7 +239,7 @@ def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | 
     """
     resolved = _resolve(recipe, settings, limit)
     run = run or Path("runs", resolved.name)
-    table = runs.estimate(resolved, run)
+    table = status_of.estimate(resolved, run)
     _print(table, as_json, _columns(table))
     for row in (row for row in table if row["images_dropped"]):
         lost = f"{row['images_dropped']} shards of {row['stage']} need images that were dropped"
@@ -250,7 +251,7 @@ def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | 
 @_as_json
 def status(run: Path, as_json: bool) -> None:
     """Per stage: shards done, rows by status, rate, time left, failures with their reasons."""
-    table = runs.status(runs.Run.open(run))
+    table = status_of.status(runs.Run.open(run))
     lines = []
     for row in table:
         rows, failed = row["rows"], row["failed"]

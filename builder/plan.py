@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from builder.commit import COMPACTED, records
 from builder.core import RUN, Object, Question, Recipe, Record, Stage, Task, task_key
@@ -111,10 +112,16 @@ class Plan:
 
     def _find_answers(self, question: Question) -> None:
         """Those that are up to date; nothing is known of one whose parts are not all there."""
-        there = set(self.store.names(f"{question.name}/{RUN}"))
-        for batch in sorted({block.batch for block in self.index.blocks}):
-            if f"{batch:05d}.json" in there and (parts := self.parts(question, batch)):
-                self.find_answer(question, batch, parts)
+        if not self.store.names(f"{question.name}/{RUN}"):
+            return
+        parts: dict[str, str] = {}
+        for batch, blocks in groupby(self.index.blocks, key=lambda block: block.batch):
+            for block in blocks:
+                record = self.part_record(question, block)
+                if record is None:
+                    return
+                parts |= record.outputs
+            self.find_answer(question, batch, parts)
 
 
 class BlockPlan:

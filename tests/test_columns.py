@@ -14,7 +14,8 @@ import pytest
 
 from builder.captions.vllm import Engine
 from builder.executors.work import in_this_process
-from builder.run import Run, build, garbage, retry, status
+from builder.run import Run, build, garbage, retry
+from builder.status import status
 from builder.versions.publish import publish
 from builder.versions.verify import verify
 from recipes import datasets as recipes

@@ -18,7 +18,8 @@ from analysis.diff import diff
 from builder.core import Recipe
 from builder.errors import InputError
 from builder.places import look, parts
-from builder.run import Run, build, garbage, retry, status
+from builder.run import Run, build, garbage, retry
+from builder.status import status
 from builder.versions.publish import publish
 from builder.versions.remove import remove
 from builder.versions.verify import verify

@@ -34,7 +34,7 @@ from builder.executors.local import local
 from builder.executors.work import in_this_process
 from builder.files import lock, sha256_file, write_parquet
 from builder.resolve import resolve
-from builder.run import Executor, Run, build, estimate, garbage, retry, status
+from builder.run import Executor, Run, build, garbage, retry
 from builder.schedule import Outcome, Schedule
 from builder.stages import questions
 from builder.stages.dedup import Dedup
@@ -42,6 +42,7 @@ from builder.stages.download import Download
 from builder.stages.imagetar import images
 from builder.stages.questions import Measured
 from builder.stages.source import Source
+from builder.status import estimate, status
 from builder.store import Folder
 from recipes.demo import web
 

@@ -19,9 +19,10 @@ from builder.core import Object, Recipe
 from builder.errors import InputError
 from builder.executors.local import local
 from builder.executors.work import in_this_process
-from builder.run import Run, build, garbage, status
+from builder.run import Run, build, garbage
 from builder.stages.download import Download
 from builder.stages.source import Source
+from builder.status import status
 from builder.store import Folder, Remote, Store, store_of
 from recipes.demo import web
 
