@@ -117,11 +117,8 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _recipe = click.argument("recipe")
 _settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 _limit = click.option("--limit", type=click.IntRange(min=1), help="Only the first N source rows.")
-_run_option = click.option(
-    "--run",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Run directory; runs/<recipe> unless given.",
-)
+_directory = click.Path(path_type=Path, file_okay=False)
+_run_option = click.option("--run", type=_directory, help="Run directory; runs/<recipe> unless given.")
 _run = click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 _place = click.argument("place", metavar="RUN|TARGET[@v1.2.0]")
 
@@ -270,7 +267,7 @@ def status(run: Path, as_json: bool) -> None:
 
 
 _captions = click.option(
-    "--captions", default="", help="Caption columns, comma separated; found by their names unless given."
+    "--captions", default="", help="Caption columns, comma separated; found unless given."
 )
 
 
@@ -422,9 +419,7 @@ _dry_run = click.option(
     is_flag=True,
     help="Put it together, check it and say what publishing would take, but do not publish.",
 )
-_rebase = click.option(
-    "--rebase", is_flag=True, help="On top of what somebody else put on main since this upload began."
-)
+_rebase = click.option("--rebase", is_flag=True, help="On top of what others put on main meanwhile.")
 
 
 @main.command()

@@ -90,9 +90,7 @@ class Task:
     outside: Mapping[str, str] = field(default_factory=dict)  # what else the outputs depend on -> sha256
     settings: Mapping[str, Json] = field(default_factory=dict)  # for the record: what made the key what it is
     attempt: int = 0  # how often rows of it were done again on purpose
-    again: tuple[
-        str, ...
-    ] = ()  # statuses of the rows that are done again; the others are taken from `earlier`
+    again: tuple[str, ...] = ()  # statuses of rows to do again; the other rows are taken from `earlier`
     earlier: tuple[str, ...] = ()  # its outputs of before
     hints: tuple[str, ...] = ()  # objects that may save work and do not change what is published
     files: Mapping[str, Path] = field(default_factory=dict)  # object -> where it can be read
@@ -116,9 +114,8 @@ class Task:
 
     def object(self, suffix: str) -> str:
         """The name of an output."""
-        digits = (
-            hashlib.sha256(f"{self.key} {self.attempt}".encode()).hexdigest() if self.attempt else self.key
-        )
+        both = f"{self.key} {self.attempt}"
+        digits = hashlib.sha256(both.encode()).hexdigest() if self.attempt else self.key
         return f"{self.folder}/{self.name}.{digits[:DIGITS]}{suffix}"
 
     @property
@@ -320,9 +317,8 @@ class Recipe:
             # Through the types once, so that 5 and 5.0 for a float are one setting and have one key.
             stage = parse(type(given), asdict(given), what=f"stage {given.name}").after(stages)
             if stage.name in (earlier.name for earlier in stages):
-                raise RecipeError(
-                    f"recipe {self.name} has two stages '{stage.name}'", "leave one of them out"
-                )
+                reason = f"recipe {self.name} has two stages '{stage.name}'"
+                raise RecipeError(reason, "leave one of them out")
             for missing in (name for name in stage.names_captions() if name not in made):
                 reason = f"stage {stage.name} names the caption '{missing}', which no stage before it makes"
                 raise RecipeError(reason, f"there are: {', '.join(made)}")
@@ -331,9 +327,8 @@ class Recipe:
         object.__setattr__(self, "stages", stages)
         hints = get_type_hints(type(self), include_extras=True)
         for about in hints.keys() - {"stages"}:
-            object.__setattr__(
-                self, about, parse(hints[about], getattr(self, about), what=f"recipe: {about}")
-            )
+            value = parse(hints[about], getattr(self, about), what=f"recipe: {about}")
+            object.__setattr__(self, about, value)
 
     def check_order(self) -> None:
         """Raises:
@@ -354,10 +349,8 @@ class Recipe:
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise RecipeError(
-            f"recipe {self.name} has no stage '{name}'",
-            f"its stages: {', '.join(s.name for s in self.stages)}",
-        )
+        there = ", ".join(stage.name for stage in self.stages)
+        raise RecipeError(f"recipe {self.name} has no stage '{name}'", f"its stages: {there}")
 
     def captions(self) -> tuple[str, ...]:
         """The caption columns that its stages make, in order."""
@@ -369,12 +362,7 @@ class Recipe:
         for stage in self.stages:
             settings = {name: value for name, value in asdict(stage).items() if name not in stage.once}
             stages.append({"stage": type(stage).__name__.lower(), **settings})
-        about = {
-            "name": self.name,
-            "title": self.title,
-            "license": self.license,
-            "description": self.description,
-        }
+        about = {n: getattr(self, n) for n in ("name", "title", "license", "description")}
         # Left out where there is none: a recipe.json from before there were any stays as it is.
         source = {"source": asdict(self.source)} if self.source else {}
         return json.dumps({**about, **source, "stages": stages}, indent=2, ensure_ascii=False) + "\n"
@@ -464,9 +452,8 @@ class Record:
 
     def to_json(self) -> str:
         """Without what is empty."""
-        return json.dumps(
-            {name: value for name, value in asdict(self).items() if value or name == "key"}, indent=1
-        )
+        kept = {name: value for name, value in asdict(self).items() if value or name == "key"}
+        return json.dumps(kept, indent=1)
 
     def output(self, suffix: str) -> str:
         """The object whose name ends so."""

@@ -67,9 +67,8 @@ def telling_of_a_full_disk(place: object) -> Iterator[None]:
     except Exception as error:
         if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
             where = error.filename if isinstance(error, OSError) and error.filename else place
-            raise InputError(
-                f"the disk of {where} is full", "free some space, then type the same command again"
-            ) from error
+            hint = "free some space, then type the same command again"
+            raise InputError(f"the disk of {where} is full", hint) from error
         raise
 
 

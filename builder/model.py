@@ -26,10 +26,8 @@ def model_folder(model: str) -> Path | None:
         if folder.is_dir():
             return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise InputError(
-            f"there is no model folder {model}",
-            "name a folder, or a Hub model with its revision: user/name@0123abc",
-        )
+        hint = "name a folder, or a Hub model with its revision: user/name@0123abc"
+        raise InputError(f"there is no model folder {model}", hint)
     return None
 
 
@@ -46,10 +44,8 @@ def hub_model(model: str) -> tuple[str, str]:
             "name a folder, or a Hub model with its revision: user/name@0123abc",
         )
     if not re.fullmatch(r"[0-9a-f]{7,40}", revision):
-        raise InputError(
-            f"model {name} has no pinned revision",
-            f"add the commit: {name}@<40 hex digits>, from its page's history",
-        )
+        hint = f"add the commit: {name}@<40 hex digits>, from its page's history"
+        raise InputError(f"model {name} has no pinned revision", hint)
     return name, revision
 
 
@@ -61,11 +57,8 @@ def identity(model: str) -> str:
 
 @cache
 def _folder_sha256(folder: Path) -> str:
-    lines = [
-        f"{path.relative_to(folder)} {sha256_file(path)}"
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    lines = [f"{path.relative_to(folder)} {sha256_file(path)}" for path in files]
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -123,10 +116,8 @@ def check_files(folder: Path) -> None:
         reason = f"model folder {folder} has no weights as *.safetensors{code}"
         raise InputError(reason, "copy model.safetensors, or open_clip_model.safetensors, into it")
     elif len(weights) > 1 and not (folder / "model.safetensors").exists():
-        raise InputError(
-            f"model folder {folder} has {len(weights)} files of weights and no {index.name}",
-            "copy it into it",
-        )
+        reason = f"model folder {folder} has {len(weights)} files of weights and no {index.name}"
+        raise InputError(reason, "copy it into it")
     for path in weights:
         try:
             with safe_open(path, framework="numpy"):
@@ -145,6 +136,5 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no narrower one
-        raise InputError(
-            f"{path} is no tokenizer: {str(error).splitlines()[0][:200]}", "give a model's tokenizer.json"
-        ) from error
+        reason = f"{path} is no tokenizer: {str(error).splitlines()[0][:200]}"
+        raise InputError(reason, "give a model's tokenizer.json") from error

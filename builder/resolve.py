@@ -35,10 +35,8 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
     of_stages = {key: pairs.pop(key) for key in list(pairs) if "." in key}
     if text.endswith(".json"):
         if pairs:
-            raise RecipeError(
-                f"a recipe.json has no parameter '{next(iter(pairs))}'",
-                "name the stage: download.timeout_s=5",
-            )
+            reason = f"a recipe.json has no parameter '{next(iter(pairs))}'"
+            raise RecipeError(reason, "name the stage: download.timeout_s=5")
         recipe = Recipe.from_json(read_file(Path(text)), text)
     else:
         recipe = _call(text, *_find(text), pairs)
@@ -81,9 +79,8 @@ def _load(path: Path) -> ModuleType:
     module = importlib.import_module(path.stem)
     if Path(module.__file__ or "").resolve() != path:
         sys.path.remove(str(path.parent))
-        raise RecipeError(
-            f"{path} has the name of a module that is loaded already", "give the file another name"
-        )
+        reason = f"{path} has the name of a module that is loaded already"
+        raise RecipeError(reason, "give the file another name")
     return module
 
 

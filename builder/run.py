@@ -87,9 +87,8 @@ class Run:
     def source(self) -> Source:
         source = self.recipe.stage("source")
         if not isinstance(source, Source):
-            raise RecipeError(
-                f"recipe {self.recipe.name}: its stage source is another", "use builder.stages.source.Source"
-            )
+            reason = f"recipe {self.recipe.name}: its stage source is another"
+            raise RecipeError(reason, "use builder.stages.source.Source")
         return source
 
     @cached_property
@@ -244,11 +243,8 @@ def _carry_out(
 
 def _name_of(task: Task) -> str:
     """As a user reads it: shards are numbered over the whole run."""
-    return (
-        f"{task.stage}/{task.name}"
-        if task.name.isdecimal() and task.block != RUN
-        else f"{task.stage}/{task.block}"
-    )
+    of_shard = task.name.isdecimal() and task.block != RUN
+    return f"{task.stage}/{task.name if of_shard else task.block}"
 
 
 def _hold_above(recipe: Recipe) -> float:
@@ -266,22 +262,19 @@ def adopt(recipe: Recipe, store: Store) -> None:
     written = store.read(RECIPE)
     if written is None:
         if set(store.names("")) | set(store.folders("")):
-            raise InputError(
-                f"{store.place} is not empty and holds no run", "name another directory with --run"
-            )
+            reason = f"{store.place} is not empty and holds no run"
+            raise InputError(reason, "name another directory with --run")
         return
-    found = from_json(
-        dict[str, Any], written, what=f"{store.place}/{RECIPE}"
-    )  # its stages may be of another version
+    # Not as a recipe: its stages may be of another version.
+    found = from_json(dict[str, Any], written, what=f"{store.place}/{RECIPE}")
     if (old := found.get("name")) != recipe.name:
         hint = f"name another directory: --run runs/{recipe.name}"
         reason = f"{store.place}/{RECIPE} is of a run of recipe '{old}', not of '{recipe.name}'"
         raise InputError(reason, hint)
     if first_version.is_one(store):
         hint = "publish it as it is, or build into another directory: --run"
-        raise InputError(
-            f"{store.place} was built by a first version of recapkit and cannot be continued", hint
-        )
+        reason = f"{store.place} was built by a first version of recapkit and cannot be continued"
+        raise InputError(reason, hint)
 
 
 def may_be_a_run(store: Store) -> None:
@@ -351,9 +344,7 @@ def _may_redo(run: Run, redo: Sequence[str]) -> Left:
     dropped, left = Stake(), Left()
     for block in plan.blocks():
         left[block.block.name] = {name for name, found in block.stages.items() if found.left()}
-        changed: dict[
-            str, tuple[str, str]
-        ] = {}  # shard -> the first stage whose settings are others, and which
+        changed: dict[str, tuple[str, str]] = {}  # shard -> the first stage with other settings, and which
         for stage in line:
             if stage.groups:
                 continue
@@ -442,9 +433,8 @@ def retry(
         result, tasks = Result(), list(_tasks_again(run, statuses))
         if not tasks:
             rows = f"no row of a finished shard is {' or '.join(statuses)}"
-            raise InputError(
-                f"{place}: {rows}", f"see what there is: {command('recap', 'status', Path(place))}"
-            )
+            there = f"see what there is: {command('recap', 'status', Path(place))}"
+            raise InputError(f"{place}: {rows}", there)
         schedule = Schedule(run.plan(), only=tasks)
         _carry_out(run, schedule, executor, progress, result)
         return result
@@ -455,15 +445,12 @@ def _tasks_again(run: Run, statuses: Sequence[str]) -> Iterator[Task]:
         for name, record in block.stages["download"].done.items():
             if any(record.rows.get(status) for status in statuses):
                 if record.dropped:
-                    reason = (
-                        f"the images of download/{name} were dropped: rows cannot be done again beside them"
-                    )
+                    reason = f"images of download/{name} were dropped: rows cannot be done again beside them"
                     raise InputError(reason, "download all of it again: recap build ... --redo download")
                 task = block.task(run.recipe.stage("download"), name)
                 assert task is not None  # it is done
-                yield replace(
-                    task, attempt=record.attempt + 1, again=tuple(statuses), earlier=tuple(record.outputs)
-                )
+                before = tuple(record.outputs)
+                yield replace(task, attempt=record.attempt + 1, again=tuple(statuses), earlier=before)
 
 
 def garbage(place: str | Path, *, delete: bool = False) -> dict[str, int]:
@@ -473,9 +460,8 @@ def garbage(place: str | Path, *, delete: bool = False) -> dict[str, int]:
     """
     run = Run.open(place)
     if run.is_first_version:
-        raise InputError(
-            f"{place} was built by a first version of recapkit", "publish it, or delete it as a whole"
-        )
+        reason = f"{place} was built by a first version of recapkit"
+        raise InputError(reason, "publish it, or delete it as a whole")
     with run.store.lease():
         found = dict(_garbage(run))
         for name in found if delete else ():

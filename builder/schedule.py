@@ -65,9 +65,8 @@ class Schedule:
         self.store: Store = plan.store
         self.damaged = False
         self.held: dict[str, str] = {}  # block -> why
-        self.totals: dict[str, list[int]] = {
-            name: [0, 0] for name in self.stages
-        }  # tasks done, and all, of opened blocks
+        # Of opened blocks: tasks done, and all.
+        self.totals: dict[str, list[int]] = {name: [0, 0] for name in self.stages}
         self._phases = _phases(plan)
         self._phase, self._blocks = -1, deque[Block]()
         self._open: dict[str, BlockPlan] = {}
@@ -221,9 +220,8 @@ class Schedule:
         if not readers or not self._is_now(readers[-1]):
             return
         for shard, record in block.stages["download"].done.items():
-            there = [
-                n for n in record.outputs if Object.parse(n).suffix == ".tar" and n not in record.dropped
-            ]
+            tars = [name for name in record.outputs if Object.parse(name).suffix == ".tar"]
+            there = [name for name in tars if name not in record.dropped]
             if there and all(shard in block.stages[reader.name].done for reader in readers):
                 drop(self.store, f"download/{block.block.name}", shard, record, ".tar")
 
@@ -332,6 +330,6 @@ class _Early:
         except (OSError, pa.ArrowException, duckdb.Error) as error:
             log.info(
                 "%s: nothing is known early: %s", name, error
-            )  # whoever needs the answer is told what is wrong
+            )  # who needs the answer is told what is wrong
             return None
         return task.object(".parquet")

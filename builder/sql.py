@@ -21,12 +21,9 @@ import duckdb
 from builder.errors import InputError
 
 READERS = {
-    ".parquet": "read_parquet",
-    ".csv": "read_csv",
-    ".tsv": "read_csv",
-    ".json": "read_json",
-    ".jsonl": "read_json",
-}
+    ".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv",
+    ".json": "read_json", ".jsonl": "read_json",
+}  # fmt: skip
 
 
 @contextmanager
@@ -46,9 +43,8 @@ def connect(spill: Path | None = None, **config: Any) -> Iterator[duckdb.DuckDBP
                 con.execute("set lock_configuration = true")
                 yield con
         except RuntimeError as error:
-            if "Query interrupted" in str(
-                error
-            ):  # which is all that DuckDB leaves of the exception of a signal's handler
+            # All that DuckDB leaves of the exception of a signal's handler.
+            if "Query interrupted" in str(error):
                 raise KeyboardInterrupt from error
             raise
 
@@ -106,15 +102,10 @@ def table(paths: str | PathLike[str] | Iterable[str | PathLike[str]], **options:
     """
     names = [str(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
     reader = next(reader for kind, reader in READERS.items() if names[0].lower().endswith(kind))
-    for name in (
-        name for name in names if "\\" in name and glob.has_magic(name)
-    ):  # DuckDB has no way to write that
-        raise InputError(
-            f"{name}: a backslash beside one of *?[ in a path cannot be read",
-            "give the file or its folder another name",
-        )
+    for name in (name for name in names if "\\" in name and glob.has_magic(name)):
+        reason = f"{name}: DuckDB cannot read a path with a backslash beside one of *?["
+        raise InputError(reason, "give the file or its folder another name")
     listed = ", ".join(literal(glob.escape(absolute(name))) for name in names)
-    settings = "".join(
-        f", {key} = {value}" for key, value in {"hive_partitioning": "false", **options}.items()
-    )
+    given = {"hive_partitioning": "false", **options}
+    settings = "".join(f", {key} = {value}" for key, value in given.items())
     return f"{reader}([{listed}]{settings})"

@@ -100,10 +100,8 @@ def store_of(place: str | Path) -> Store:
 
 
 def _busy(place: str) -> tuple[str, str]:
-    return (
-        f"another build is at work in {place}",
-        f"see how far it is: {command('recap', 'status', Path(place))}",
-    )
+    see = f"see how far it is: {command('recap', 'status', Path(place))}"
+    return f"another build is at work in {place}", see
 
 
 class Folder:
@@ -144,9 +142,8 @@ class Folder:
     def sizes(self, folder: str) -> dict[str, int]:
         try:
             with os.scandir(self.root / folder) as entries:
-                return {
-                    e.name: e.stat().st_size for e in entries if e.is_file() and not e.name.startswith(".")
-                }
+                seen = (entry for entry in entries if entry.is_file() and not entry.name.startswith("."))
+                return {entry.name: entry.stat().st_size for entry in seen}
         except (FileNotFoundError, NotADirectoryError):
             return {}
 
@@ -258,16 +255,12 @@ class Remote:
         return sorted(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        return {
-            item["name"].rpartition("/")[2]: item["size"]
-            for item in self._list(folder)
-            if item["type"] == "file"
-        }
+        files = (item for item in self._list(folder) if item["type"] == "file")
+        return {item["name"].rpartition("/")[2]: item["size"] for item in files}
 
     def folders(self, folder: str) -> list[str]:
-        return sorted(
-            item["name"].rpartition("/")[2] for item in self._list(folder) if item["type"] == "directory"
-        )
+        found = (item for item in self._list(folder) if item["type"] == "directory")
+        return sorted(item["name"].rpartition("/")[2] for item in found)
 
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError, IsADirectoryError):
@@ -279,9 +272,8 @@ class Remote:
         return _Segments(self, name)
 
     def journaled(self, name: str) -> list[str]:
-        return [
-            line for part in self.names(name) for line in _whole_lines(self.read(f"{name}/{part}") or b"")
-        ]
+        parts = (self.read(f"{name}/{part}") or b"" for part in self.names(name))
+        return [line for part in parts for line in _whole_lines(part)]
 
     def scratch(self) -> Path:
         return Path(tempfile.mkdtemp(prefix="recap-"))

@@ -179,11 +179,10 @@ def _table_view(con: duckdb.DuckDBPyConnection) -> str:
         "key": "null::varchar",
     }
     added = [f"{expression} as {name}" for name, expression in made.items() if name not in there]
-    renamed = [
-        f"{sql.identifier(name)} as {sql.identifier(f'{name}_there')}"
-        for name in there
-        if name.lower() in ("status", "error")
+    taken = [
+        name for name in there if name.lower() in ("status", "error")
     ]  # the page has columns of these names
+    renamed = [f"{sql.identifier(name)} as {sql.identifier(f'{name}_there')}" for name in taken]
     every = f"* rename ({', '.join(renamed)})" if renamed else "*"
     con.execute(f"create temp view shown as select {', '.join([*added, every])} from published")
     return "shown"

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_QUOTED_CHARACTERS = 20_000  # of the row in a prompt; what no model reads need not be tokenized
-_MARKED = re.compile(
-    "\ue000([a-zA-Z_]\\w*)\ue001"
-)  # a placeholder in a rendered prompt: its template may have braces
+_MARKED = re.compile("\ue000([a-zA-Z_]\\w*)\ue001")  # a placeholder; the template may have braces of its own
 
 
 @dataclass(eq=False)  # each is itself
@@ -77,9 +75,7 @@ class Engine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache()))
-        os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = (
-            "1"  # a count beside each request's tokens; vLLM goes on with them
-        )
+        os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = "1"  # counted beside each request's tokens; vLLM goes on
         import torch
 
         on_gpu = torch.cuda.is_available()
@@ -170,9 +166,8 @@ class Engine:
                 ids += self.tokenizer.encode(part, add_special_tokens=False)
                 continue
             text = str(row[part])
-            quoted = self.tokenizer.encode(
-                text[:MAX_QUOTED_CHARACTERS], add_special_tokens=False, split_special_tokens=True
-            )
+            known = text[:MAX_QUOTED_CHARACTERS]
+            quoted = self.tokenizer.encode(known, add_special_tokens=False, split_special_tokens=True)
             cut = cut or len(quoted) > room or len(text) > MAX_QUOTED_CHARACTERS
             ids += quoted[:room]
             room -= len(quoted[:room])
@@ -185,9 +180,8 @@ class Engine:
         if not self.settings.temperature:
             return self.sampling
         params = self.sampling.clone()
-        params.seed = int.from_bytes(
-            hashlib.sha256(f"{self.settings.name} {uid}".encode()).digest()[:4], "big"
-        )
+        seed = hashlib.sha256(f"{self.settings.name} {uid}".encode()).digest()
+        params.seed = int.from_bytes(seed[:4], "big")
         return params
 
     def replies(self, requests: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> dict[str, Reply]:

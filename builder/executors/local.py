@@ -77,9 +77,7 @@ class _Pool:
         self.needs = {stage.name: stage.resources() for stage in schedule.stages.values()}
         self.workers: list[_Worker] = []
         self.leaving: list[_Worker] = []
-        self.wanted = (
-            0.0  # cores that the deepest stage waits for which has tasks, a worker, and too few cores
-        )
+        self.wanted = 0.0  # cores for which the deepest stage waits that has tasks and workers
 
     def give_work(self) -> bool:
         """Give tasks to workers as long as the machine has room for them; False where nobody has anything to
@@ -208,9 +206,7 @@ class _Worker:
         level = log.getEffectiveLevel()
         arguments = (theirs, stage, store, gpus, os.getpid(), self.log_file, level)
         self.process = context.Process(target=_serve, args=arguments)
-        mask = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # Ctrl-C is for the parent, which ends us
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is its parent's to handle
         try:
             self.process.start()
         finally:
@@ -237,20 +233,14 @@ class _Worker:
             self.kill()
             code = self.process.exitcode or 0
             died = (
-                f"was killed by signal {-code} (out of memory?)"
-                if code < 0
-                else f"ended with exit status {code}"
+                f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with status {code}"
             )
             if not self.is_open:
                 there = self.log_file.exists()
-                words = (
-                    f"its last words are in {self.log_file}"
-                    if there
-                    else "a script needs: if __name__ == '__main__'"
-                )
-                raise InputError(
-                    f"stage {self.stage.name} cannot start: its worker process {died}", words
-                ) from None
+                last = f"its last words are in {self.log_file}"
+                words = last if there else "a script needs: if __name__ == '__main__'"
+                reason = f"stage {self.stage.name} cannot start: its worker process {died}"
+                raise InputError(reason, words) from None
             heard = Outcome(self.tasks[0], error=f"a worker process {died}")
         if isinstance(heard, UserError):
             raise heard

@@ -78,9 +78,8 @@ class Caption(Stage):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = "auto"
     max_model_len: Count | None = None
     in_flight: Count = 256  # requests in the engine at a time
-    kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
-        None  # on a CPU; found unless given
-    )
+    # On a CPU; sized by what the requests can use unless given.
+    kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
 
     def __post_init__(self) -> None:
@@ -98,11 +97,8 @@ class Caption(Stage):
         taken = {*_COLUMNS, *QUOTABLE, "reply", "reply_key", "source", "download", "dedup", "score", "select"}
         taken |= {"uids", "claimed", "measured", "versions", "card", "logs", "lease"}  # folders of a run
         for stage in earlier:
-            taken |= (
-                {stage.name, *(name for name, _ in stage.columns())}
-                if isinstance(stage, Caption)
-                else {stage.name}
-            )
+            taken.add(stage.name)
+            taken |= {name for name, _ in stage.columns()} if isinstance(stage, Caption) else set()
         for name, _ in self.columns():
             if name.lower() in {other.lower() for other in taken}:  # SQL knows no case
                 reason = f"caption '{self.name}' makes the column '{name}', which is there already"
@@ -276,9 +272,8 @@ def caption_of(reply: Reply) -> tuple[str | None, str | None]:
 class Captioning:
     """The work of an open stage. It begins the next shard while the engine finishes one."""
 
-    next_task: Callable[[], Task | None] = staticmethod(
-        lambda: None
-    )  # what its worker does after this one, if that is known
+    # What its worker does after this one, if that is known.
+    next_task: Callable[[], Task | None] = staticmethod(lambda: None)
 
     def __init__(self, stage: Caption, engine: Engine) -> None:
         self.stage, self.engine = stage, engine

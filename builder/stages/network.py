@@ -52,9 +52,8 @@ class Network(AbstractResolver):
             flags=pycares.ARES_FLAG_EDNS | pycares.ARES_FLAG_NOSEARCH,
         )
         self.asked: set[str] = set()
-        self.settled: set[str] = (
-            set()
-        )  # gave, when asked last, an HTTP response, do not exist, or are none that we connect to
+        # Gave, when asked last, an HTTP response, do not exist, or are none that we connect to.
+        self.settled: set[str] = set()
         self.absent: set[str] = set()  # do not exist
         self.names_asked = self.names_answered = False
 

@@ -149,9 +149,8 @@ class Clip:
         name = f"local-dir:{folder}"
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.preprocess = open_clip.create_model_from_pretrained(
-            name, precision=settings.precision, device=self.device
-        )
+        made = open_clip.create_model_from_pretrained(name, precision=settings.precision, device=self.device)
+        self.model, self.preprocess = made
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(name)
         self.context = int(self.model.context_length)

@@ -58,13 +58,9 @@ SCHEMA = pa.schema(
     ]
 )
 OPTIONAL = (
-    "sha256",
-    "original_width",
-    "original_height",
-    "clip_b32_similarity_score",
-    "clip_l14_similarity_score",
-    "face_bboxes",
-)
+    "sha256", "original_width", "original_height",
+    "clip_b32_similarity_score", "clip_l14_similarity_score", "face_bboxes",
+)  # fmt: skip
 
 NEEDED = ("uid", "url", "org_caption")
 SETTING = {"uid": "uid_column", "url": "url_column", "org_caption": "caption_column"}
@@ -116,16 +112,14 @@ class Source(Stage):
     def settings(self) -> dict[str, Json]:
         settings = super().settings()
         if self.subset and not Path(self.subset).is_file():
-            raise InputError(
-                f"there is no subset {self.subset}", "make one: recap select PLACE STRATEGY --out FOLDER"
-            )
+            hint = "make one: recap select PLACE STRATEGY --out FOLDER"
+            raise InputError(f"there is no subset {self.subset}", hint)
         return settings | ({"subset": sha256_known(Path(self.subset))} if self.subset else {})
 
     def index_settings(self) -> dict[str, Json]:
         """What shapes the slices."""
-        return {name: value for name, value in self.settings().items() if name != "subset"} | {
-            "rows_per_shard": self.rows_per_shard
-        }
+        slicing = {name: value for name, value in self.settings().items() if name != "subset"}
+        return slicing | {"rows_per_shard": self.rows_per_shard}
 
     def check(self) -> None:
         try:
@@ -150,9 +144,8 @@ class Source(Stage):
             files = self.find()
         except InputError:
             if batch_records(store, self.name):
-                return load(
-                    store, self.name, self.limit
-                )  # the metadata is gone; what is built can still be looked at
+                # The metadata is gone; what is built can still be looked at.
+                return load(store, self.name, self.limit)
             raise
         hashes = _Hashes(store, f"{self.name}/{RUN}/files")
         found = {name: hashes.of(fs, path) for name, fs, path in files}
@@ -207,9 +200,8 @@ class Source(Stage):
                     return f"source.{name} was {before or default} and is {now or default}"
             for name, sha256 in batch.outside.items():
                 if found.get(name) != sha256:
-                    return (
-                        f"metadata file {name} {'is another' if name in found else 'is not there any more'}"
-                    )
+                    how = "is another" if name in found else "is not there any more"
+                    return f"metadata file {name} {how}"
         return ""
 
     def cut(
@@ -359,9 +351,8 @@ class Source(Stage):
         )
         missing = {ours: theirs for ours, theirs in closest.items() if theirs not in found and ours in NEEDED}
         near = {ours: difflib.get_close_matches(theirs.lower(), lower, 1) for ours, theirs in missing.items()}
-        meant = [
-            f"source.{SETTING[ours]}={shlex.quote(lower[names[0]])}" for ours, names in near.items() if names
-        ]
+        lines = ((SETTING[ours], lower[names[0]]) for ours, names in near.items() if names)
+        meant = [f"source.{setting}={shlex.quote(name)}" for setting, name in lines]
         shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if found[20:] else "")
         names = " and no column ".join(repr(theirs) for theirs in missing.values())
         own = "source.url_column=... source.caption_column=... (and source.uid_column=... if there is one)"
@@ -407,18 +398,16 @@ class Source(Stage):
         found = arrays["url"].to_pylist()
         if "uid" not in arrays:  # of the URL as it was found: another spelling of it is another row
             pairs = zip(found, arrays["org_caption"].to_pylist(), strict=True)
-            arrays["uid"] = pa.array(
-                hashlib.sha256(f"{url}\n{caption}".encode()).hexdigest()[:32] for url, caption in pairs
-            )
+            texts = (f"{url}\n{caption}".encode() for url, caption in pairs)
+            arrays["uid"] = pa.array(hashlib.sha256(text).hexdigest()[:32] for text in texts)
         if arrays["uid"].null_count:
             reason = f"{name}: {arrays['uid'].null_count} rows have no {columns['uid']}"
             raise ShardError(f"{reason}; without source.uid_column uids are derived from URL and caption")
         urls = [as_fetched(url) for url in found]
         arrays["url"] = pa.array([url for url, _ in urls], pa.string())
         arrays["url_error"] = pa.array([error for _, error in urls], pa.string())
-        arrays["url_found"] = pa.array(
-            [was if was != url else None for was, (url, _) in zip(found, urls, strict=True)], pa.string()
-        )
+        other = [was if was != url else None for was, (url, _) in zip(found, urls, strict=True)]
+        arrays["url_found"] = pa.array(other, pa.string())
         for field in SCHEMA:
             if field.name not in arrays and field.name not in ("shard", "row"):
                 arrays[field.name] = pa.nulls(len(table), field.type)
@@ -433,9 +422,8 @@ def _read_row_group(name: str, file: pq.ParquetFile, group: int, columns: list[s
             try:
                 file.read_row_group(group, columns=[column])
             except (OSError, pa.ArrowException) as of_column:
-                raise ShardError(
-                    f"{name}: column '{column}' of row group {group} cannot be read: {_line(of_column)}"
-                ) from error
+                reason = f"{name}: column '{column}' of row group {group} cannot be read"
+                raise ShardError(f"{reason}: {_line(of_column)}") from error
         raise ShardError(f"{name}: row group {group} cannot be read: {_line(error)}") from error
 
 
@@ -460,9 +448,8 @@ def _utf8(strings: pa.Array) -> tuple[pa.Array, pa.Array]:
     except pa.ArrowInvalid:
         raw = strings.cast(pa.binary()).to_pylist()
         text = [value.decode("utf-8", "replace") for value in raw]
-        return pa.array(text, pa.string()), pa.array(
-            [t.encode() != r for t, r in zip(text, raw, strict=True)]
-        )
+        repaired = [t.encode() != r for t, r in zip(text, raw, strict=True)]
+        return pa.array(text, pa.string()), pa.array(repaired)
 
 
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -476,10 +463,8 @@ def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _ending(path: str) -> str | None:
-    return next(
-        (kind for kind in ("parquet", "csv", "tsv") if path.lower().endswith((f".{kind}", f".{kind}.gz"))),
-        None,
-    )
+    lower = path.lower().removesuffix(".gz")
+    return next((kind for kind in ("parquet", "csv", "tsv") if lower.endswith(f".{kind}")), None)
 
 
 def _literal(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -564,12 +549,9 @@ def _in_subset(name: str, uids: pa.ChunkedArray, subset: np.ndarray[Any, Any]) -
     """
     strange = pc.invert(pc.fill_null(pc.match_substring_regex(uids, "^[0-9a-fA-F]{32}$"), False))
     if (found := uids.filter(strange)) and len(found):
-        raise ShardError(
-            f"{name}: uid {found[0].as_py()!r:.60} is not 32 hexadecimal digits, as those that a subset names"
-        )
+        strange_one = f"{name}: uid {found[0].as_py()!r:.60}"
+        raise ShardError(f"{strange_one} is not 32 hexadecimal digits, as those that a subset names")
     keys = np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids.to_pylist()], subset.dtype)
     places = np.searchsorted(subset, keys)
-    return pa.array(
-        [place < len(subset) and subset[place] == key for place, key in zip(places, keys, strict=True)],
-        pa.bool_(),
-    )
+    pairs = zip(places, keys, strict=True)
+    return pa.array([at < len(subset) and subset[at] == key for at, key in pairs], pa.bool_())

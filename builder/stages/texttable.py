@@ -54,9 +54,8 @@ class TextTable:
                 could be anything.
         """
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        encoding = (
-            "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
-        )  # with the mark that Excel begins with, too
+        # utf-8-sig: with the mark that Excel begins with, too.
+        encoding = "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
         with ExitStack() as stack:
             try:
                 raw = stack.enter_context(self.fs.open(self.path, "rb", compression="infer"))
@@ -88,9 +87,8 @@ class TextTable:
     def _unreadable(self, error: Exception, line: int) -> InputError:
         """What is wrong with the file, whose line `line` was read."""
         if isinstance(error, csv.Error):
-            return InputError(
-                f"{self.name}, line {line}: {error}", "mend that line, or give the table as parquet"
-            )
+            hint = "mend that line, or give the table as parquet"
+            return InputError(f"{self.name}, line {line}: {error}", hint)
         if isinstance(error, UnicodeError):  # holds the part of the file with what could not be read
             looks = encoding_of(error.object) if isinstance(error, UnicodeDecodeError) else "another one"
             return InputError(
@@ -98,9 +96,8 @@ class TextTable:
                 f"if so, say it: source.encoding={looks}",
             )
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return InputError(
-            f"{self.name} cannot be read: {said}", "get the file again, then type the same command again"
-        )
+        hint = "get the file again, then type the same command again"
+        return InputError(f"{self.name} cannot be read: {said}", hint)
 
     def to_parquet(self, target: str) -> None:
         """Raises:

@@ -95,9 +95,8 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
         encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
         bos, eot, end = self.ids["<|begin_of_text|>"], self.ids["<|eot_id|>"], self.ids["<|end_of_text|>"]
         image = [self.ids["<image>"]] * (models.IMAGE_PX // models.PATCH_PX) ** 2
-        if (
-            self.phase is CONTRASTIVE
-        ):  # mostly descriptions; some alt text, so that originals can be scored too
+        # Mostly descriptions; some alt text, so that originals can be scored too.
+        if self.phase is CONTRASTIVE:
             text = world.describe(scene, rng) if rng.random() < 0.7 else world.alt_text(scene, rng)
             return [bos, *encode(text)[: models.CLIP_CONTEXT - 2], end], 0
         if self.phase is STAGE_1:
@@ -127,10 +126,8 @@ def optimise(phase: Phase, module: torch.nn.Module, tokenizer: Tokenizer, loss_o
         DataLoader(Batches(phase, tokenizer), batch_size=None, num_workers=1, prefetch_factor=4), 1
     ):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with (
-            torch.autocast(device, torch.bfloat16),
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # on CPUs the fused kernel's backward is slower
+        # On CPUs the fused kernel's backward is slower.
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -308,10 +308,8 @@ def alt_text(scene: Scene, rng: random.Random) -> str:
         (0.10, lambda: f"{thing.name.title()} {rng.randrange(100, 999)} - Best Price Online | Free Shipping"),
         (0.09, lambda: _foreign(thing, rng)),
         (0.07, lambda: alt_text(globals()["scene"](rng.getrandbits(39)), rng)),  # about another picture
-        (
-            0.04,
-            lambda: f"{thing.name} \\xc2\\xae wall d\\xc3\\xa9cor",
-        ),  # an escape that somebody forgot to undo
+        # An escape that somebody forgot to undo.
+        (0.04, lambda: f"{thing.name} \\xc2\\xae wall d\\xc3\\xa9cor"),
         (0.02, lambda: ""),
     ]
     return rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0]()
