@@ -37,8 +37,8 @@ def working(store: Store, task: Task) -> Iterator[Task]:
     """
     scratch = store.scratch()
     try:
-        files = {name: store.fetch(name, scratch) for name in (*task.inputs, *task.hints)}
-        for name in task.earlier:
+        files = {name: store.fetch(name, scratch) for name in task.inputs}
+        for name in (*task.hints, *task.earlier):
             with suppress(FileNotFoundError):  # it was garbage, and somebody collected it
                 files[name] = store.fetch(name, scratch)
         yield replace(task, scratch=scratch, files=files, store=store)
@@ -158,15 +158,20 @@ def damaged_input(store: Store, task: Task) -> str:
             except FileNotFoundError:
                 whole = False
             if not whole:
-                folder, _, shard = name.rpartition("/")
-                if Object.parse(name).suffix.count(".") == 1 or not folder.endswith(f"/{RUN}"):
-                    forget(store, folder, shard.partition(".")[0])
-                else:  # of the index only the table that was converted: which rows are in which shard stays
-                    store.delete(name)
+                forget_maker(store, name)
                 return f"{name} no longer has the bytes of its record; it will be made again"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return ""
+
+
+def forget_maker(store: Store, name: str) -> None:
+    """The task that made an object is not done any more."""
+    folder, _, shard = name.rpartition("/")
+    if Object.parse(name).suffix.count(".") == 1 or not folder.endswith(f"/{RUN}"):
+        forget(store, folder, shard.partition(".")[0])
+    else:  # of the index only the table that was converted: which rows are in which shard stays
+        store.delete(name)
 
 
 def drop(store: Store, folder: str, name: str, record: Record, suffix: str) -> Record:

@@ -1,6 +1,7 @@
 """What can go wrong, as types.
 
 RecapError
+├── OutdatedError     outputs that have to be made again before a task can be done: they are, in the next pass
 ├── ShardError        one shard cannot be done, nor if tried again: recorded, named, the others go on (exit 1)
 └── UserError         the user must change something: one line, and the next command to type (exit 2)
     ├── RecipeError   an unknown recipe, parameter or setting, or a value of the wrong type
@@ -16,7 +17,7 @@ recorded.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,14 @@ class RecapError(Exception):
 
 class ShardError(RecapError):
     """What is wrong with one shard's input, with the file's and the column's name."""
+
+
+class OutdatedError(RecapError):
+    """`names` are objects that were made from what is no longer so."""
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 class UserError(RecapError):

@@ -26,7 +26,7 @@ from builder.errors import InputError, RecipeError, command, telling_of_a_full_d
 from builder.executors.local import ATTEMPTS, local
 from builder.index import Index, load
 from builder.plan import Plan
-from builder.schedule import Left, Outcome, Schedule
+from builder.schedule import Left, Outcome, Schedule, is_early
 from builder.stages.download import Download
 from builder.stages.source import Source
 from builder.store import SCRATCH, Folder, Store, store_of
@@ -231,6 +231,8 @@ def _carry_out(
     """Do what a schedule has, and note in `result` and beside the records what became of it."""
     for outcome in executor(schedule):
         name = _name_of(outcome.task)
+        if is_early(outcome.task):
+            continue
         if outcome.record:
             result.done.append(name)
             result.failed.pop(name, None)

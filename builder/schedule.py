@@ -15,10 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import duckdb
-import pyarrow as pa
-
-from builder.commit import compact, drop, working
+from builder.commit import compact, drop
 from builder.core import RUN, TRANSPORT, Object, Question, Record, Stage, Task
 from builder.index import Block
 from builder.plan import PART, BlockPlan, Plan, questions
@@ -26,6 +23,7 @@ from builder.store import Store
 
 log = logging.getLogger(__name__)
 BLOCKS_AT_WORK = 2
+EARLY = "early-"  # with the number of a batch: a task of what only the whole run can answer
 ENOUGH_TO_JUDGE = 10  # shards of a block, after which it may be held back
 
 
@@ -128,6 +126,9 @@ class Schedule:
         if self._only:
             self.totals[task.stage][0] += outcome.record is not None
             return
+        if is_early(task):
+            self._early.done(outcome)
+            return
         if task.block == RUN:
             if outcome.record:
                 self.plan.answers[task.stage, int(task.name)] = outcome.record
@@ -148,7 +149,7 @@ class Schedule:
                     and (follows := block.place(stage, name))
                 ):
                     self._add(follows)
-            self._early.part_done(task.stage, block.block)
+            self._ask_early(task.stage, block.block)
         if not self._at_work[task.block]:
             self._close(block)
 
@@ -178,18 +179,26 @@ class Schedule:
             return False
         self._phase += 1
         self._blocks = deque(block for block in self.plan.index.blocks if self._has_work(block.name))
+        if self._left is not None:
+            for stage in self._stages_of_phase():
+                for block in self.plan.index.blocks:
+                    if stage.name not in self._left[block.name]:
+                        self._early.part_done(stage.name, block)
         return True
 
     def _has_work(self, block: str) -> bool:
         """May there be something to do in a block in this phase?"""
         if block in self.held:
             return False
-        of_phase = {name for name, phase in self._phases.items() if phase == self._phase}
+        of_phase = {stage.name for stage in self._stages_of_phase()}
         return self._left is None or bool(self._left[block] & of_phase)
+
+    def _stages_of_phase(self) -> list[Stage]:
+        return [stage for stage in self.plan.line if self._phases[stage.name] == self._phase]
 
     def _open_block(self, block: Block) -> None:
         opened = BlockPlan(self.plan, block)
-        of_phase = [stage for stage in self.plan.line if self._phases[stage.name] == self._phase]
+        of_phase = self._stages_of_phase()
         self._open[block.name] = opened
         for stage in self.plan.line:
             found = opened.stages[stage.name]
@@ -199,7 +208,7 @@ class Schedule:
                 for task in found.todo.values():
                     self._add(task)
             if PART in found.done:
-                self._early.part_done(stage.name, block)
+                self._ask_early(stage.name, block)
         for stage in of_phase:
             self._judge(opened, stage.name)
         if not self._at_work[block.name]:
@@ -243,6 +252,11 @@ class Schedule:
                     if parts is not None and not self.plan.find_answer(question, batch, parts):
                         yield self.plan.answer_task(question, batch, parts)
 
+    def _ask_early(self, stage: str, block: Block) -> None:
+        self._early.part_done(stage, block)
+        for task in self._early.to_ask(stage, block.batch):
+            self._add(task)
+
     # --- failures of this machine, or of the web on a bad day -----------------------------------------------
 
     def _judge(self, block: BlockPlan, stage: str) -> None:
@@ -282,54 +296,59 @@ def _phases(plan: Plan) -> dict[str, int]:
     return phases
 
 
-class _Early:
-    """What the blocks that are there say to a question before all have been asked; looked up again as their
-    number doubles.
+def is_early(task: Task) -> bool:
+    """Is it asked before all blocks have been? Without an answer the build goes on as well."""
+    return task.block == RUN and task.name.startswith(EARLY)
 
-    It may save captions. Which ones depends on timing, so it enters no key, and changes nothing that is
+
+class _Early:
+    """What the blocks that are there say to a question before all have been asked.
+
+    Workers answer it, again as the number of blocks doubles: in all at most twice the work of one answer. It
+    may save captions. Which ones depends on timing, so it enters no key, and changes nothing that is
     published.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.hinting = {stage.hint for stage in plan.recipe.stages if stage.hint}
-        self.parts: dict[str, dict[str, Block]] = {}
-        self.asked: dict[tuple[str, int], int] = {}
-        self.found: dict[tuple[str, int], str] = {}  # (question, batch) -> object
+        self.blocks: dict[str, set[str]] = {name: set() for name in self.hinting}  # that have their part
+        self.asked: dict[tuple[str, int], int] = {}  # (question, batch) -> blocks
+        self.found: dict[tuple[str, int], tuple[str, ...]] = {}  # (question, batch) -> objects
         self.batches = {block.name: block.batch for block in plan.index.blocks}
 
     def part_done(self, question: str, block: Block) -> None:
         if question in self.hinting:
-            self.parts.setdefault(question, {})[block.name] = block
+            self.blocks[question].add(block.name)
+
+    def to_ask(self, name: str, batch: int) -> Iterator[Task]:
+        """At most one task: of the blocks of the batches up to this one."""
+        if name not in self.hinting or (name, batch) in self.plan.answers:
+            return
+        known = [b for b in self.plan.index.blocks if b.batch <= batch and b.name in self.blocks[name]]
+        if len(known) < max(1, 2 * self.asked.get((name, batch), 0)):
+            return
+        self.asked[name, batch] = len(known)
+        (question,) = (question for question in questions(self.plan.recipe) if question.name == name)
+        parts: dict[str, str] = {}
+        for block in known:
+            record = self.plan.part_record(question, block)
+            parts |= record.outputs if record else {}
+        yield replace(self.plan.answer_task(question, batch, parts), name=f"{EARLY}{batch:05d}")
+
+    def done(self, outcome: Outcome) -> None:
+        task = outcome.task
+        if outcome.record:
+            self.found[task.stage, int(task.name.removeprefix(EARLY))] = tuple(outcome.record.outputs)
+        else:
+            log.info("%s: nothing is known early: %s", task.stage, outcome.error)
 
     def hints(self, stage: Stage, task: Task) -> tuple[str, ...]:
         """Objects for a task of a stage that asks for them: never from rows that came later than its own."""
         if not stage.hint:
             return ()
-        asked = (stage.hint, self.batches[task.block])
-        if asked in self.plan.answers:
-            return tuple(self.plan.answers[asked].outputs)
-        blocks = [block for block in self.parts.get(stage.hint, {}).values() if block.batch <= asked[1]]
-        if blocks and len(blocks) >= 2 * self.asked.get(asked, 0):
-            self.asked[asked] = len(blocks)
-            if found := self._ask(*asked, blocks):
-                self.found[asked] = found
-        return (self.found[asked],) if asked in self.found else ()
-
-    def _ask(self, name: str, batch: int, blocks: list[Block]) -> str | None:
-        (question,) = (question for question in questions(self.plan.recipe) if question.name == name)
-        parts: dict[str, str] = {}
-        for block in blocks:
-            record = self.plan.part_record(question, block)
-            parts |= record.outputs if record else {}
-        task = replace(self.plan.answer_task(question, batch, parts), name=f"early-{batch}")
-        try:
-            with working(self.plan.store, task) as here:
-                question.answer(here)
-                self.plan.store.put(here.output(), task.object(".parquet"))
-        except (OSError, pa.ArrowException, duckdb.Error) as error:
-            log.info(
-                "%s: nothing is known early: %s", name, error
-            )  # who needs the answer is told what is wrong
-            return None
-        return task.object(".parquet")
+        batch = self.batches[task.block]
+        if answer := self.plan.answers.get((stage.hint, batch)):
+            return tuple(answer.outputs)
+        earlier = (self.found.get((stage.hint, before)) for before in range(batch, -1, -1))
+        return next((found for found in earlier if found), ())

@@ -18,14 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder import tombstones
-from builder.commit import commit, working
-from builder.core import RUN, Object, Question, Recipe, Record, Stage, Task, task_key
+from builder.commit import commit, put_record, records, working
+from builder.core import RUN, Object, Question, Recipe, Record, Stage, Task, Work, task_key
+from builder.errors import OutdatedError
+from builder.executors.work import attempt
 from builder.files import write_parquet
 from builder.plan import PART
 from builder.stages import download, source
 from builder.stages.caption import Caption
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
+from builder.stages.questions import Images
 from builder.stages.select import Select
 from builder.store import Folder
 from builder.versions import folder
@@ -153,6 +156,33 @@ def dedup(run: Path, shards: Sequence[list[Row]], **settings: Any) -> list[pa.Ta
 
 def select(run: Path, shards: Sequence[list[Row]], **settings: Any) -> list[pa.Table]:
     return Shards(run, shards).select(**settings)
+
+
+def test_what_seemed_a_placeholder_and_is_none_is_captioned_after_all(tmp_path: Path) -> None:
+    """Another download, or another `max_urls`, has taken back what was known early: nothing shows of that."""
+    shards = Shards(tmp_path, [image("x", *urls("a", 3)), image("y", *urls("b", 3))])
+    name = shards.name("re_caption", 1)
+    table = pq.read_table(tmp_path / name)
+    early = pa.array(["ok", "duplicate_image", "ok"])
+    shards.write("re_caption", 1, table.set_column(table.column_names.index("status"), "status", early))
+    put_record(shards.store, "re_caption/00000", "00001", Record(key="as it was", outputs={name: ""}))
+    stage = Recipe("r", (Dedup(by_metadata=False), Caption(model="no/model@0"), Select())).stages[2]
+    assert [question.max_urls for question in stage.asks() if isinstance(question, Images)] == [5]
+    with pytest.raises(OutdatedError) as told:
+        shards.select(max_urls=5)
+    assert told.value.names == (name,)
+    outcome = attempt(shards.store, stage, Task("select", "00000", "00000", "k"), outdated(told.value))
+    assert outcome.damaged
+    assert outcome.error.startswith(f"{name}: made when more URLs than now seemed to lead to some images")
+    assert records(shards.store, "re_caption/00000") == {}
+    assert statuses(shards.select(max_urls=2))[1] == ["duplicate_image"] * 3
+
+
+def outdated(error: OutdatedError) -> Work:
+    def work(task: Task) -> dict[str, int]:
+        raise error
+
+    return work
 
 
 Told = Callable[..., list[pa.Table]]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -943,6 +943,71 @@ def test_a_finished_block_is_one_record_and_loses_none(
     forget(Folder(place), "questioning/00001", f"{170:05d}")
     assert build(many, place, executor=here).failed == {}
     assert Run.open(place).unfinished() == {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hinted(Stage):
+    """Writes down what is known early of `uids`, in which it has no say."""
+
+    hint: ClassVar[str] = "uids"
+
+    name: str = "hinted"
+
+    def reads(self) -> tuple[str, ...]:
+        return ("source",)
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            write_parquet(pa.table({"hints": [list(task.hints)]}), task.output())
+            return {"ok": 1}
+
+        yield work
+
+
+def test_what_blocks_say_early_is_asked_for_as_their_number_doubles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine blocks of two shards here: asked of 1, 2, 4 and 8 of them, by tasks that may fail."""
+    monkeypatch.setattr(index, "BLOCK", 2)
+    number = 18
+    table = pa.table(
+        {"uid": [f"{n:032x}" for n in range(number)], "url": ["http://h/"] * number, "text": ["a"] * number}
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    stages = (Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1), Hinted(), Questioning())
+    asked: list[int] = []
+    real = questions.Uids.answer
+
+    def answer(question: questions.Uids, task: Task) -> Mapping[str, int]:
+        if task.name.startswith("early-"):
+            asked.append(len(task.inputs))
+            if len(task.inputs) == 4:
+                raise OSError("on a bad day")
+        return real(question, task)
+
+    monkeypatch.setattr(questions.Uids, "answer", answer)
+    place = tmp_path / "run"
+    result = build(Recipe("early", stages), place, executor=here)
+    assert asked == [1, 2, 4, 8]
+    assert result.failed == {}
+    assert len(result.done) == 3 * number + 9 + 1  # with the parts and the answer
+    hints = [
+        hint
+        for name in Run.open(place).files("hinted")
+        for hint in pq.read_table(place / name)["hints"].to_pylist()
+    ]
+    known = [len(hint) for hint in hints]
+    assert known[:2] == [0, 0]
+    assert all(known[4:])
+    assert len({name for hint in hints for name in hint}) == 3
+    assert all(re.fullmatch(r"uids/run/early-00000\.[0-9a-f]{8}\.parquet", n) for hint in hints for n in hint)
+    assert Run.open(place).unfinished() == {}
+
+    forget(Folder(place), "hinted/00008", "00017")  # of the other blocks nothing is done again
+    asked.clear()
+    assert done_by(Recipe("early", stages), place) == ["hinted/00017"]
+    assert asked == []  # the answer is there
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 
-from builder.commit import commit, damaged_input, working
+from builder.commit import commit, damaged_input, forget_maker, working
 from builder.core import Stage, Task, Work
-from builder.errors import RecapError, ShardError, UserError, telling_of_a_full_disk
+from builder.errors import OutdatedError, RecapError, ShardError, UserError, telling_of_a_full_disk
 from builder.schedule import Outcome, Schedule
 from builder.store import Store
 
@@ -31,6 +31,10 @@ def attempt(
             start = time.monotonic()
             rows = work(here)
             return Outcome(task, commit(store, stage, here, rows, time.monotonic() - start))
+    except OutdatedError as error:
+        for name in error.names:
+            forget_maker(store, name)
+        return Outcome(task, error=said(error), damaged=True)
     except UserError:
         if damaged := damaged_input(store, task):
             return Outcome(task, error=damaged, damaged=True)

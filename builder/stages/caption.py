@@ -220,12 +220,13 @@ class Caption(Stage):
 
     def early_placeholders(self, task: Task) -> dict[str, int]:
         """sha256 -> URLs of this shard's images that the blocks that are there know for placeholders."""
-        if not task.hints:
+        hints = [task.files[name] for name in task.hints if name in task.files]
+        if not hints:
             return {}
         from builder.stages.questions import is_sha256, of_images
 
         downloaded = sql.table(task.input("download"))
-        found = sql.table(task.files[task.hints[0]])
+        found = sql.table(hints)
         with sql.connect(threads=1) as con:
             return dict(
                 con.sql(

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from builder import sql
 from builder.core import Count, Question, Recipe, Stage, Status, Task, Work
-from builder.errors import RecipeError
+from builder.errors import OutdatedError, RecipeError
 from builder.files import write_parquet
 from builder.stages.dedup import Dedup
 from builder.stages.questions import Measured, is_sha256, of_images
@@ -178,6 +178,7 @@ class Select(Stage):
                         view = sql.identifier(stage)
                         con.execute(f"create or replace temp view {view} as from {sql.table(file)}")
                     con.register("placeholders", self._placeholders(con, task))
+                    self._check_early(con, others, dict(zip(stages, files, strict=True)), task)
                     counts = con.sql(f"select count(*) filter ({agree}), count(*) from {others}")
                     ((same, rows),) = counts.fetchall()
                     if same != rows:
@@ -198,6 +199,24 @@ class Select(Stage):
                 return Counter(table["status"].to_pylist())
 
             yield work
+
+    def _check_early(
+        self, con: duckdb.DuckDBPyConnection, others: str, files: Mapping[str, Path], task: Task
+    ) -> None:
+        """Raises:
+        OutdatedError: a row was not captioned, for a placeholder as it seemed then, and is none.
+        """
+        seemed = "{}.status = 'duplicate_image' and dedup.status = 'ok' and urls is null"
+        joined = f"{others} left join placeholders on download.image_sha256 = placeholders.sha256"
+        names = {path: name for name, path in task.files.items()}
+        outdated = []
+        for stage in self.names_captions():
+            which = seemed.format(sql.identifier(stage))
+            ((rows,),) = con.sql(f"select count(*) from {joined} where {which}").fetchall()
+            outdated += [names[files[stage]]] if rows else []
+        if outdated:
+            reason = "made when more URLs than now seemed to lead to some images; they are made again"
+            raise OutdatedError(f"{', '.join(outdated)}: {reason}", outdated)
 
     def _placeholders(self, con: duckdb.DuckDBPyConnection, task: Task) -> pa.Table:
         """(sha256, urls) of this shard's images that are behind too many URLs of the run."""
