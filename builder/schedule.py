@@ -149,7 +149,7 @@ class Schedule:
                     and (follows := block.place(stage, name))
                 ):
                     self._add(follows)
-            self._ask_early(task.stage, block.block)
+            self._ask_early(task.stage, [block.block])
         if not self._at_work[task.block]:
             self._close(block)
 
@@ -179,11 +179,10 @@ class Schedule:
             return False
         self._phase += 1
         self._blocks = deque(block for block in self.plan.index.blocks if self._has_work(block.name))
-        if self._left is not None:
-            for stage in self._stages_of_phase():
-                for block in self.plan.index.blocks:
-                    if stage.name not in self._left[block.name]:
-                        self._early.part_done(stage.name, block)
+        left = (self._left if self._blocks else None) or {}
+        for stage in self._stages_of_phase() if left else ():
+            there = [block for block in self.plan.index.blocks if stage.name not in left[block.name]]
+            self._ask_early(stage.name, there)
         return True
 
     def _has_work(self, block: str) -> bool:
@@ -208,7 +207,7 @@ class Schedule:
                 for task in found.todo.values():
                     self._add(task)
             if PART in found.done:
-                self._ask_early(stage.name, block)
+                self._ask_early(stage.name, [block])
         for stage in of_phase:
             self._judge(opened, stage.name)
         if not self._at_work[block.name]:
@@ -252,9 +251,8 @@ class Schedule:
                     if parts is not None and not self.plan.find_answer(question, batch, parts):
                         yield self.plan.answer_task(question, batch, parts)
 
-    def _ask_early(self, stage: str, block: Block) -> None:
-        self._early.part_done(stage, block)
-        for task in self._early.to_ask(stage, block.batch):
+    def _ask_early(self, stage: str, blocks: list[Block]) -> None:
+        for task in self._early.parts_done(stage, blocks):
             self._add(task)
 
     # --- failures of this machine, or of the web on a bad day -----------------------------------------------
@@ -317,24 +315,22 @@ class _Early:
         self.found: dict[tuple[str, int], tuple[str, ...]] = {}  # (question, batch) -> objects
         self.batches = {block.name: block.batch for block in plan.index.blocks}
 
-    def part_done(self, question: str, block: Block) -> None:
-        if question in self.hinting:
-            self.blocks[question].add(block.name)
-
-    def to_ask(self, name: str, batch: int) -> Iterator[Task]:
-        """At most one task: of the blocks of the batches up to this one."""
-        if name not in self.hinting or (name, batch) in self.plan.answers:
+    def parts_done(self, stage: str, blocks: list[Block]) -> Iterator[Task]:
+        """What is worth asking now that these have their parts: of each batch with those before it."""
+        if stage not in self.hinting:
             return
-        known = [b for b in self.plan.index.blocks if b.batch <= batch and b.name in self.blocks[name]]
-        if len(known) < max(1, 2 * self.asked.get((name, batch), 0)):
-            return
-        self.asked[name, batch] = len(known)
-        (question,) = (question for question in questions(self.plan.recipe) if question.name == name)
-        parts: dict[str, str] = {}
-        for block in known:
-            record = self.plan.part_record(question, block)
-            parts |= record.outputs if record else {}
-        yield replace(self.plan.answer_task(question, batch, parts), name=f"{EARLY}{batch:05d}")
+        self.blocks[stage] |= {block.name for block in blocks}
+        (question,) = (question for question in questions(self.plan.recipe) if question.name == stage)
+        for batch in sorted({block.batch for block in blocks}):
+            known = [b for b in self.plan.index.blocks if b.batch <= batch and b.name in self.blocks[stage]]
+            if (stage, batch) in self.plan.answers or len(known) < 2 * self.asked.get((stage, batch), 0):
+                continue
+            self.asked[stage, batch] = len(known)
+            parts: dict[str, str] = {}
+            for block in known:
+                record = self.plan.part_record(question, block)
+                parts |= record.outputs if record else {}
+            yield replace(self.plan.answer_task(question, batch, parts), name=f"{EARLY}{batch:05d}")
 
     def done(self, outcome: Outcome) -> None:
         task = outcome.task

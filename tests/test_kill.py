@@ -26,7 +26,7 @@ from builder.plan import line
 from builder.run import Run, garbage
 from builder.store import Folder
 
-KILLS = 40 if os.environ.get("RECAP_FULL") else 2
+KILLS = 40
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -48,6 +48,8 @@ def results(place: Path) -> dict[str, dict[str, str]]:
         for block in run.store.folders(stage.name):
             for record in records(run.store, f"{stage.name}/{block}").values():
                 for name, sha256 in record.outputs.items():
+                    if "/run/early-" in name:
+                        continue  # which were asked depends on timing
                     assert sha256_file(run.local(name)) == sha256, name
                     named[f"{block}: {Object.parse(name).plain()}"] = sha256
         found[stage.name] = named
@@ -67,6 +69,7 @@ def replies(place: Path) -> set[str]:
     return found
 
 
+@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="eight minutes; make test-slow runs it")
 @pytest.mark.timeout(1500)
 def test_kill_minus_nine_at_random_moments(demo_run: Path, tmp_path: Path) -> None:
     """The demo again, over the same web; some kills wait for records or captions, to be sure of progress.

@@ -20,7 +20,7 @@ from conftest import CAPTIONER, CLIP, ROOT, recap, survived
 
 from builder.run import Run
 
-ROWS, PORT = 300, 8657
+ROWS, PORT = 200, 8657
 
 
 @pytest.fixture(scope="module")

@@ -1008,6 +1008,10 @@ def test_what_blocks_say_early_is_asked_for_as_their_number_doubles(
     asked.clear()
     assert done_by(Recipe("early", stages), place) == ["hinted/00017"]
     assert asked == []  # the answer is there
+    forget(Folder(place), "hinted/00008", "00017")
+    forget(Folder(place), "uids/run", "00000")
+    assert done_by(Recipe("early", stages), place) == ["hinted/00017", "uids/run"]
+    assert asked == [9]
 
 
 @dataclass(frozen=True, kw_only=True)
