@@ -117,9 +117,23 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _recipe = click.argument("recipe")
 _settings = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 _limit = click.option("--limit", type=click.IntRange(min=1), help="Only the first N source rows.")
-_directory = click.Path(path_type=Path, file_okay=False)
+
+
+class _Directory(click.Path):
+    """Of a run. A URL is told: a Path would make a folder of it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            reason = (
+                f"{value} is no directory: runs on object stores are built from Python, builder.run.build"
+            )
+            raise UserError(reason, "name a directory: --run runs/demo")
+        return super().convert(value, param, ctx)
+
+
+_directory = _Directory(path_type=Path, file_okay=False)
 _run_option = click.option("--run", type=_directory, help="Run directory; runs/<recipe> unless given.")
-_run = click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+_run = click.argument("run", type=_Directory(path_type=Path, exists=True, file_okay=False))
 _place = click.argument("place", metavar="RUN|TARGET[@v1.2.0]")
 
 

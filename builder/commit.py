@@ -61,7 +61,8 @@ def commit(store: Store, stage: Stage, task: Task, rows: Mapping[str, int], seco
         attempt=task.attempt,
     )  # fmt: skip
     put_record(store, task.folder, task.name, record)
-    for leftover in (task.failure, task.journal):
+    replaced = task.earlier if task.again else ()  # all that is good of them is in the new ones
+    for leftover in (task.failure, task.journal, *replaced):
         store.delete(leftover)
     return record
 
@@ -80,10 +81,20 @@ def forget(store: Store, folder: str, name: str) -> None:
 
 def records(store: Store, folder: str) -> dict[str, Record]:
     """Task -> record of a block, or of what lies directly in a stage's folder."""
+    while (found := _records(store, folder)) is None:
+        continue  # somebody compacts them: they are all in another place now
+    return found
+
+
+def _records(store: Store, folder: str) -> dict[str, Record] | None:
+    """None where a record went between being listed and being read."""
     names = store.names(folder)
     found = _compacted(store, folder) if COMPACTED in names else {}
     for name in (name for name in names if name.endswith(".json")):
-        record = Record.from_json(store.read(f"{folder}/{name}") or b"")
+        data = store.read(f"{folder}/{name}")
+        if data is None:
+            return None
+        record = Record.from_json(data)
         if record and record.key:
             found[name.removesuffix(".json")] = record
         else:

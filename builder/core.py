@@ -37,6 +37,8 @@ Identifier = Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,62}$")]
 Work = Callable[["Task"], Mapping[str, int]]
 """Does one task: writes its outputs and returns the number of rows by status."""
 
+FOLDERS = ("uids", "claimed", "measured", "versions", "card", "logs", "lease")  # of a run, besides stages'
+_STAGE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,62}")
 RUN = "run"  # stands for a block in the names of what is of the whole run
 DIGITS = 8  # of a key, in the names of the outputs
 _KEY_DIGITS = re.compile(f"[0-9a-f]{{{DIGITS}}}")
@@ -91,7 +93,7 @@ class Task:
     settings: Mapping[str, Json] = field(default_factory=dict)  # for the record: what made the key what it is
     attempt: int = 0  # how often rows of it were done again on purpose
     again: tuple[str, ...] = ()  # statuses of rows to do again; the other rows are taken from `earlier`
-    earlier: tuple[str, ...] = ()  # its outputs of before
+    earlier: Mapping[str, str] = field(default_factory=dict)  # its outputs of before -> sha256, if known
     hints: tuple[str, ...] = ()  # objects that may save work and do not change what is published
     files: Mapping[str, Path] = field(default_factory=dict)  # object -> where it can be read
     scratch: Path = Path()  # where outputs are written; it goes when the task is done
@@ -316,6 +318,9 @@ class Recipe:
         for given in self.stages:
             # Through the types once, so that 5 and 5.0 for a float are one setting and have one key.
             stage = parse(type(given), asdict(given), what=f"stage {given.name}").after(stages)
+            if not _STAGE_NAME.fullmatch(stage.name) or stage.name in FOLDERS:
+                reason = f"recipe {self.name} has a stage '{stage.name:.80}', which cannot be a folder's name"
+                raise RecipeError(reason, "letters, digits and _, and none of " + ", ".join(FOLDERS))
             if stage.name in (earlier.name for earlier in stages):
                 reason = f"recipe {self.name} has two stages '{stage.name}'"
                 raise RecipeError(reason, "leave one of them out")

@@ -74,12 +74,14 @@ class Index:
         self._table = table
         self._first: list[int] = []  # of a shard: its first slice
         self._rows: list[int] = []
+        self._used = 0  # slices that `limit` lets in
         left = limit
         columns = (table[name].to_numpy() for name in ("shard", "start", "stop"))
         for at, (shard, start, stop) in enumerate(zip(*columns, strict=True)):
             rows = int(stop - start) if left is None else min(int(stop - start), left)
             if rows <= 0:
                 break
+            self._used = at + 1
             if shard == len(self._first):
                 self._first.append(at)
                 self._rows.append(0)
@@ -117,11 +119,21 @@ class Index:
             found[file] = max(found.get(file, (0, 0)), (stop, rows))
         return found
 
-    def of_batch(self, number: int) -> dict[str, Any]:
-        """What a manifest says of it."""
-        table = self.batches[number]
-        rows = int(table["stop"].to_numpy().sum() - table["start"].to_numpy().sum())
-        return {"files": len(set(table["file"].to_pylist())), "rows": rows}
+    def first_shard(self, batch: int) -> int:
+        """Of a batch."""
+        return int(self.batches[batch]["shard"][0].as_py())
+
+    def of_batches(self) -> list[dict[str, Any]]:
+        """What a manifest says of each: files and rows, as far as `limit` lets them in."""
+        found, left = [], self._used
+        for number, table in enumerate(self.batches):
+            blocks = [block for block in self.blocks if block.batch == number]
+            if blocks:
+                rows = sum(sum(self._rows[block.first : block.last]) for block in blocks)
+                files = table["file"].slice(0, left).unique()
+                found.append({"files": len(files), "rows": rows})
+            left = max(0, left - len(table))
+        return found
 
     def _blocks(self) -> Iterator[Block]:
         first, number = 0, 0

@@ -187,7 +187,9 @@ class BlockPlan:
         if any(map(self._is_dropped, task.inputs)):
             plan.dropped.add(name)
             return None
-        plan.todo[name] = task = replace(task, earlier=tuple(self.earlier[stage.name].get(name, ())))
+        plan.todo[name] = task = replace(
+            task, earlier=dict.fromkeys(self.earlier[stage.name].get(name, ()), "")
+        )
         return task
 
     def task(self, stage: Stage, name: str) -> Task | None:

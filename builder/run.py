@@ -12,26 +12,28 @@ A run is opened once, `Run.open(place)`; build, status, publish, statistics and 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from builder import first_version
 from builder.commit import COMPACTED, forget, records, today
-from builder.core import RUN, Object, Recipe, Record, Stage, Status, Task
+from builder.core import RUN, TRANSPORT, Object, Recipe, Record, Stage, Status, Task
 from builder.errors import InputError, RecipeError, command, telling_of_a_full_disk
 from builder.executors.local import ATTEMPTS, local
 from builder.index import Index, load
-from builder.plan import Plan
+from builder.plan import BlockPlan, Plan
 from builder.schedule import Left, Outcome, Schedule, is_early
 from builder.stages.download import Download
 from builder.stages.source import Source
 from builder.store import SCRATCH, Folder, Store, store_of
 from builder.typed import from_json
 
+log = logging.getLogger(__name__)
 RECIPE = "recipe.json"
 Executor = Callable[[Schedule], Iterator[Outcome]]
 Progress = Callable[[Outcome, int, int], None]
@@ -102,7 +104,7 @@ class Run:
         Raises:
             InputError: it is not what it was, downloads of it are there, and `redo` does not name the source.
         """
-        self.index = self.source.extend(self.store, restart=lambda reason: _may_restart(self, reason, redo))
+        self.index = self.source.extend(self.store, restart=partial(_may_restart, self, redo=redo))
 
     def plan(self) -> Plan:
         """What is done and to do, as it is now."""
@@ -213,10 +215,14 @@ def _build(
     redo: Sequence[str],
     drop_images: bool,
 ) -> Result:
-    result, hold_above = Result(), _hold_above(run.recipe)
+    result, downloads = Result(), [stage for stage in run.recipe.stages if isinstance(stage, Download)]
+    hold_above = min((stage.hold_above for stage in downloads), default=1.0)
+    accept = any(stage.accept_failures for stage in downloads)
     for attempt in range(ATTEMPTS):  # again, for what turned out to be damaged
         known = left if attempt == 0 else None
-        schedule = Schedule(run.plan(), left=known, hold_above=hold_above, drop_images=drop_images)
+        schedule = Schedule(
+            run.plan(), left=known, hold_above=hold_above, accept=accept, drop_images=drop_images
+        )
         _carry_out(run, schedule, executor, progress, result)
         result.held = schedule.held
         if not schedule.damaged:
@@ -247,11 +253,6 @@ def _name_of(task: Task) -> str:
     """As a user reads it: shards are numbered over the whole run."""
     of_shard = task.name.isdecimal() and task.block != RUN
     return f"{task.stage}/{task.name if of_shard else task.block}"
-
-
-def _hold_above(recipe: Recipe) -> float:
-    found = [stage for stage in recipe.stages if isinstance(stage, Download)]
-    return found[0].hold_above if found and not found[0].accept_failures else 1.0
 
 
 def adopt(recipe: Recipe, store: Store) -> None:
@@ -321,16 +322,17 @@ class Stake:
         return f"{self.shards:,} shards, {self.rows:,} rows, {self.seconds / 3600:.2f} hours"
 
 
-def _may_restart(run: Run, reason: str, redo: Sequence[str]) -> None:
+def _may_restart(run: Run, reason: str, first: int, redo: Sequence[str]) -> None:
     """Raises:
-    InputError: the rows are others now, and downloads or captions of them are there.
+    InputError: the rows from shard `first` on are others now, and downloads or captions of them are there.
     """
     run.index = load(run.store, "source", None)
-    stakes = {stage.name: Stake() for stage in run.recipe.stages if stage.costly}
-    for name, stake in stakes.items():
-        for _, record in run.shards(name):
-            stake.add(record)
-    _refuse(run, {name: stake for name, stake in stakes.items() if stake.shards}, "source", reason, redo)
+    stakes: dict[str, Stake] = {}
+    for stage in (stage for stage in run.recipe.stages if stage.costly):
+        for name, record in run.shards(stage.name):
+            if int(name.rpartition("/")[2]) >= first:
+                stakes.setdefault(stage.name, Stake()).add(record)
+    _refuse(stakes, "source", reason, redo)
 
 
 def _may_redo(run: Run, redo: Sequence[str]) -> Left:
@@ -338,46 +340,53 @@ def _may_redo(run: Run, redo: Sequence[str]) -> Left:
 
     Raises:
         InputError: a changed setting would do finished downloads or captions again, or images are needed that
-        were dropped.
+            were dropped.
     """
-    plan, line = run.plan(), run.recipe.stages
+    plan, left = run.plan(), Left()
     stakes: dict[str, Stake] = {}
-    causes: dict[str, str] = {}
-    dropped, left = Stake(), Left()
+    cause: tuple[str, str] | None = None  # the first stage with other settings, and which
+    dropped, gone = Stake(), list[tuple[str, str]]()
     for block in plan.blocks():
         left[block.block.name] = {name for name, found in block.stages.items() if found.left()}
-        changed: dict[str, tuple[str, str]] = {}  # shard -> the first stage with other settings, and which
-        for stage in line:
-            if stage.groups:
-                continue
-            found = block.stages[stage.name]
-            for name, record in block.records[stage.name].items():
-                if not record.key or name in found.done:
-                    continue
-                # What is cheap may change: where its output stays as it is nothing follows; replies are kept.
-                counts = stage.costly or isinstance(stage, Source)
-                if counts and name not in changed and (which := _changed(plan, stage, record)):
-                    changed[name] = (stage.name, which)
-                if name in changed and stage.costly:
-                    stakes.setdefault(stage.name, Stake()).add(record)
-                    causes.setdefault(*changed[name])
-        for shard in {shard for stage in line for shard in block.stages[stage.name].dropped}:
+        for stage, record, why in _at_stake(plan, block):
+            stakes.setdefault(stage, Stake()).add(record)
+            cause = cause or why
+        for shard in {shard for stage in run.recipe.stages for shard in block.stages[stage.name].dropped}:
             dropped.add(block.records["download"][shard])
-            if "download" in redo:
-                forget(run.store, f"download/{block.block.name}", shard)
-                left[block.block.name] = set(block.stages)
-    if stakes:
-        cause, which = next(iter(causes.items()))
-        _refuse(run, stakes, cause, which, redo)
-    if dropped.shards and "download" not in redo:
+            gone.append((block.block.name, shard))
+    if cause:
+        _refuse(stakes, *cause, redo)
+    if gone and "download" not in redo:
         raise InputError(
             f"images are needed that were dropped; downloading them again takes about: {dropped}",
             "the same command with --redo download downloads them again",
         )
+    for name, shard in gone:
+        forget(run.store, f"download/{name}", shard)
+        left[name] = {stage.name for stage in plan.line}
     return left
 
 
-def _changed(plan: Plan, stage: Stage, record: Record) -> str:
+def _at_stake(plan: Plan, block: BlockPlan) -> Iterator[tuple[str, Record, tuple[str, str]]]:
+    """(stage, record, why) of what is costly and would be done again because a stage has other settings.
+
+    What is cheap may change: where its output stays as it is nothing follows, and replies are kept.
+    """
+    changed: dict[str, tuple[str, str]] = {}  # shard -> the first stage with other settings, and which
+    for stage in plan.recipe.stages:
+        found = block.stages[stage.name]
+        may_change = stage.costly or isinstance(stage, Source)
+        for name, record in block.records[stage.name].items():
+            if stage.groups or not record.key or name in found.done:
+                continue
+            task = found.todo.get(name)
+            if may_change and name not in changed and (which := _changed(plan, stage, record, task)):
+                changed[name] = (stage.name, which)
+            if name in changed and stage.costly:
+                yield stage.name, record, changed[name]
+
+
+def _changed(plan: Plan, stage: Stage, record: Record, task: Task | None) -> str:
     """Which settings of a record's stage are others now; empty where none is."""
     now = {**plan.settings_of(stage)}
     before = dict(record.settings)
@@ -387,6 +396,8 @@ def _changed(plan: Plan, stage: Stage, record: Record) -> str:
         if _plain(was) != _plain(is_):
             default = "its default"
             differ.append(f"{stage.name}.{name} was {_shown(was, default)} and is {_shown(is_, default)}")
+    if not differ and isinstance(stage, Source) and task and task.outside != record.outside:
+        return "source.limit, or the metadata, ends a shard at another row"
     return "; ".join(differ)
 
 
@@ -398,7 +409,7 @@ def _shown(value: Any, default: str) -> str:
     return default if value is None else f"{value!r:.60}"
 
 
-def _refuse(run: Run, stakes: dict[str, Stake], cause: str, which: str, redo: Sequence[str]) -> None:
+def _refuse(stakes: dict[str, Stake], cause: str, which: str, redo: Sequence[str]) -> None:
     if not stakes or cause in redo or set(stakes) <= set(redo):
         return
     lost = "; ".join(f"{name}: {stake}" for name, stake in stakes.items())
@@ -427,6 +438,8 @@ def retry(
         if status not in set(Status) - {Status.OK}:
             there = ", ".join(s for s in Status if s is not Status.OK)
             raise InputError(f"'{status}' is no status of a failed row", f"there are: {there}")
+    if not statuses:
+        raise InputError("no status of failed rows was named", f"for example: {','.join(TRANSPORT)}")
     run = Run.open(place)
     if run.is_first_version:
         adopt(run.recipe, run.store)
@@ -443,16 +456,19 @@ def retry(
 
 
 def _tasks_again(run: Run, statuses: Sequence[str]) -> Iterator[Task]:
+    dropped = []
     for block in run.plan().blocks():
         for name, record in block.stages["download"].done.items():
             if any(record.rows.get(status) for status in statuses):
                 if record.dropped:
-                    reason = f"images of download/{name} were dropped: rows cannot be done again beside them"
-                    raise InputError(reason, "download all of it again: recap build ... --redo download")
+                    dropped.append(name)
+                    continue
                 task = block.task(run.recipe.stage("download"), name)
                 assert task is not None  # it is done
-                before = tuple(record.outputs)
+                before = dict(record.outputs)
                 yield replace(task, attempt=record.attempt + 1, again=tuple(statuses), earlier=before)
+    if dropped:
+        log.warning("%d shards with such rows stay as they are: their images were dropped", len(dropped))
 
 
 def garbage(place: str | Path, *, delete: bool = False) -> dict[str, int]:
@@ -472,16 +488,20 @@ def garbage(place: str | Path, *, delete: bool = False) -> dict[str, int]:
 
 
 def _garbage(run: Run) -> Iterator[tuple[str, int]]:
+    blocks = {RUN, *(block.name for block in run.index.blocks)}
     for stage in (
-        folder for folder in run.store.folders("") if folder not in (SCRATCH, "logs", "versions", "card")
+        name for name in run.store.folders("") if name not in (SCRATCH, "logs", "versions", "card")
     ):
         for block in run.store.folders(stage):
             folder = f"{stage}/{block}"
-            named = {name for record in records(run.store, folder).values() for name in record.outputs}
+            found = records(run.store, folder) if block in blocks else {}
+            named = {
+                name for record in found.values() for name in record.outputs if name not in record.dropped
+            }
             for name, size in run.store.sizes(folder).items():
-                if (
-                    name.endswith((".parquet", ".tar"))
-                    and name != COMPACTED
-                    and f"{folder}/{name}" not in named
-                ):
+                task, _, kind = name.partition(".")
+                output = name.endswith((".parquet", ".tar", ".txt")) and name != COMPACTED
+                done_without = task in found and kind in ("journal", "failed")
+                beyond = block not in blocks  # the metadata were more once
+                if (output and f"{folder}/{name}" not in named) or done_without or beyond:
                     yield f"{folder}/{name}", size

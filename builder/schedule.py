@@ -24,6 +24,7 @@ from builder.store import Store
 log = logging.getLogger(__name__)
 BLOCKS_AT_WORK = 2
 EARLY = "early-"  # with the number of a batch: a task of what only the whole run can answer
+ACCEPTED = "accepted"  # beside a block's downloads: they are taken as they are
 ENOUGH_TO_JUDGE = 10  # shards of a block, after which it may be held back
 
 
@@ -46,7 +47,8 @@ class Schedule:
     """What is to do of a plan.
 
     `left` says which stages have something to do in a block, where that is known; `hold_above` is the share
-    of rows that may fail by transport before a block is held back; `only` are tasks to do and nothing else.
+    of rows that may fail by transport before a block is held back, unless it is to be accepted for good;
+    `only` are tasks to do and nothing else.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Schedule:
         *,
         left: Left | None = None,
         hold_above: float = 1.0,
+        accept: bool = False,
         drop_images: bool = False,
         only: Iterable[Task] | None = None,
     ) -> None:
-        self.plan, self.hold_above, self.drop_images = plan, hold_above, drop_images
+        self.plan, self.hold_above, self.accept, self.drop_images = plan, hold_above, accept, drop_images
         self.stages = {stage.name: stage for stage in plan.line}
         self.store: Store = plan.store
         self.damaged = False
@@ -142,16 +145,22 @@ class Schedule:
             self._judge(block, task.stage)
             if task.name == PART:
                 self._forget_answers(task.stage, block.block.batch)
-            for stage, name in block.dependents(task.stage, task.name):
-                if (
-                    self._is_now(stage)
-                    and task.block not in self.held
-                    and (follows := block.place(stage, name))
-                ):
-                    self._add(follows)
+            self._follow(block, task.stage, task.name)
             self._ask_early(task.stage, [block.block])
         if not self._at_work[task.block]:
             self._close(block)
+
+    def _follow(self, block: BlockPlan, stage: str, name: str) -> None:
+        """What can be done, or is done, now that a task is."""
+        for dependent, its_name in block.dependents(stage, name):
+            if not self._is_now(dependent) or block.block.name in self.held:
+                continue
+            done = block.stages[dependent.name].done
+            was_done = its_name in done
+            if follows := block.place(dependent, its_name):
+                self._add(follows)
+            elif its_name in done and not was_done:  # its input has the bytes that it had before
+                self._follow(block, dependent.name, its_name)
 
     # --- blocks and phases ----------------------------------------------------------------------------------
 
@@ -190,7 +199,7 @@ class Schedule:
         if block in self.held:
             return False
         of_phase = {stage.name for stage in self._stages_of_phase()}
-        return self._left is None or bool(self._left[block] & of_phase)
+        return self._left is None or self.drop_images or bool(self._left[block] & of_phase)
 
     def _stages_of_phase(self) -> list[Stage]:
         return [stage for stage in self.plan.line if self._phases[stage.name] == self._phase]
@@ -269,6 +278,11 @@ class Schedule:
             rows.update(record.rows)
         failed = sum(rows[status] for status in TRANSPORT)
         if failed <= self.hold_above * rows.total():
+            return
+        accepted = f"download/{block.block.name}/{ACCEPTED}"
+        if self.accept and len(plan.done) == len(plan):
+            self.store.write(accepted, f"{failed} of {rows.total()} rows\n".encode())
+        if self.accept or self.store.read(accepted) is not None:
             return
         self.held[block.block.name] = (
             f"{failed:,} of {rows.total():,} rows of block {block.block.name} failed by transport "

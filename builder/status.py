@@ -74,19 +74,21 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
     store = store_of(place)
     may_be_a_run(store)
     run = Run(store, recipe)
-    known = len(run.index) > 0
-    total = None if known else run.source.num_rows()
+    known = {file: rows for file, (_, rows) in run.index.covered().items()}
+    total = run.source.num_rows(known)
+    more = 0 if total is None else max(0, total - run.index.num_rows())  # that no build has looked at yet
+    shards = -(-more // run.source.rows_per_shard)
     table: list[dict[str, object]] = []
     for name, sums in _sums(run).items():
         done = sums.rows.total()
-        left = sums.rows_left if known else total
+        left = sums.rows_left + more if known or total is not None else None
         share = None if left is None or not done else left / done
         hours = None if share is None else round(share * sums.seconds / sums.stage.num_workers() / 3600, 3)
         table.append(
             {
                 "stage": name,
                 "shards_done": sums.done,
-                "shards_left": sums.left if known else None,
+                "shards_left": sums.left + -(-shards // sums.stage.shards_per_task) if known else None,
                 "rows_done": done,
                 "rows_left": left,
                 "bytes_left": None if share is None else round(share * sums.bytes),

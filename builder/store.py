@@ -224,6 +224,7 @@ class Remote:
         self.place, self.beat_s, self.expiry_s = place.rstrip("/"), beat_s, expiry_s
         self.fs, self.root = fsspec.core.url_to_fs(self.place)
         self.root = self.root.rstrip("/")
+        self.lost = False  # the lease that was held: whatever is written now may be another build's
 
     def exists(self) -> bool:
         return bool(self.fs.exists(self.root))
@@ -236,6 +237,7 @@ class Remote:
         return data
 
     def write(self, name: str, data: bytes) -> None:
+        self._hold()
         self._make_folder(name)
         self.fs.pipe_file(f"{self.root}/{name}", data)
 
@@ -247,11 +249,13 @@ class Remote:
         return path
 
     def put(self, file: Path, name: str) -> None:
+        self._hold()
         self._make_folder(name)
         self.fs.put_file(str(file), f"{self.root}/{name}")
         file.unlink()
 
     def names(self, folder: str) -> list[str]:
+        self._hold()
         return sorted(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -309,8 +313,16 @@ class Remote:
         ended = threading.Event()
 
         def beat() -> None:
+            written = time.monotonic()
             while not ended.wait(self.beat_s):
-                self.write(mine, uuid.uuid4().bytes)
+                with suppress(Exception):  # the next one may come through; too long without one is told
+                    if self.names("lease")[-1:] != [mine.rpartition("/")[2]]:
+                        break
+                    self.fs.pipe_file(f"{self.root}/{mine}", uuid.uuid4().bytes)
+                    written = time.monotonic()
+                if time.monotonic() - written > self.expiry_s:
+                    break
+            self.lost = not ended.is_set()
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -319,7 +331,19 @@ class Remote:
         finally:
             ended.set()
             thread.join()
-            self.delete(mine)
+            if not self.lost:
+                self.delete(mine)
+            self.lost = False
+
+    def _hold(self) -> None:
+        """Raises:
+        InputError: the lease was lost.
+        """
+        if self.lost:
+            reason = (
+                f"{self.place} could not be written to for {self.expiry_s:g} s, or another build took it over"
+            )
+            raise InputError(reason, "look whether one is at work, then type the same command again")
 
     def _list(self, folder: str) -> list[dict[str, Any]]:  # of what fsspec tells
         self.fs.invalidate_cache()

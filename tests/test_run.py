@@ -144,7 +144,9 @@ def outputs(run: Path) -> dict[str, str]:
         assert all((run / name).stat().st_size == size for name, size in record.bytes.items())
     assert found == {name: sha256_file(run / name) for name in found}
     there = {
-        str(path.relative_to(run)) for end in ("parquet", "tar", "part") for path in run.rglob(f"*.{end}")
+        str(path.relative_to(run))
+        for end in ("parquet", "tar", "part", "txt")
+        for path in run.rglob(f"*.{end}")
     }
     assert there == set(found)
     return found
@@ -856,7 +858,7 @@ def test_metadata_may_grow(tmp_path: Path) -> None:
     after = outputs(tmp_path / "run")
     assert before.items() <= after.items()
     index = Run.open(tmp_path / "run").index
-    assert [index.of_batch(n) for n in range(2)] == [{"files": 1, "rows": 50}, {"files": 1, "rows": 30}]
+    assert index.of_batches() == [{"files": 1, "rows": 50}, {"files": 1, "rows": 30}]
     assert [(block.batch, block.first, block.last) for block in index.blocks] == [(0, 0, 3), (1, 3, 5)]
     uids = [
         u
@@ -1001,7 +1003,7 @@ def test_what_blocks_say_early_is_asked_for_as_their_number_doubles(
     assert known[:2] == [0, 0]
     assert all(known[4:])
     assert len({name for hint in hints for name in hint}) == 3
-    assert all(re.fullmatch(r"uids/run/early-00000\.[0-9a-f]{8}\.parquet", n) for hint in hints for n in hint)
+    assert all(re.fullmatch(r"uids/run/early-00000\.[0-9a-f]{8}\.txt", n) for hint in hints for n in hint)
     assert Run.open(place).unfinished() == {}
 
     forget(Folder(place), "hinted/00008", "00017")  # of the other blocks nothing is done again

@@ -213,8 +213,7 @@ def test_what_comes_to_the_metadata_begins_a_shard_whatever_its_name(tmp_path: P
     assert [table["shard"].unique().to_pylist() for table in tables] == [[n] for n in range(5)]
     assert [name.split("/")[1] for name in files_of(place)] == ["00000"] * 3 + ["00001"] * 2
     assert before.items() <= files_of(place).items()
-    batches = [Run.open(place).index.of_batch(n) for n in range(2)]
-    assert batches == [{"files": 3, "rows": 47}, {"files": 1, "rows": 30}]
+    assert Run.open(place).index.of_batches() == [{"files": 3, "rows": 47}, {"files": 1, "rows": 30}]
 
 
 def test_a_file_without_rows_is_no_news(tmp_path: Path, metadata: Path) -> None:
@@ -294,7 +293,8 @@ def test_an_index_that_no_longer_fits_is_made_anew_only_if_it_may(tmp_path: Path
     """It is asked with the reason; while it may not, the index stays as it was."""
     store, asked = Folder(tmp_path / "run"), list[str]()
 
-    def refuse(reason: str) -> None:
+    def refuse(reason: str, first: int) -> None:
+        assert first == 0
         asked.append(reason)
         raise InputError("that would be too much")
 
@@ -324,8 +324,40 @@ def test_an_index_that_no_longer_fits_is_made_anew_only_if_it_may(tmp_path: Path
     assert [index.load(store, "source", None).slices(n) for n in range(3)] == [
         first.slices(n) for n in range(3)
     ]
-    anew = extended(10).extend(store, restart=asked.append)
+    anew = extended(10).extend(store, restart=lambda reason, first: asked.append(reason))
     assert (len(anew), len(anew.batches), anew.num_rows(), len(asked)) == (5, 1, 47, 5)
+
+
+def test_an_appended_file_that_is_mended_costs_no_earlier_row_its_place(
+    tmp_path: Path, metadata: Path
+) -> None:
+    """Its batch is cut anew, and those after it; killed in between, the next build goes on."""
+    store, asked = Folder(tmp_path / "run"), list[tuple[str, int]]()
+    source = Source(files=str(metadata), rows_per_shard=20)
+    first = source.extend(store, restart=pytest.fail)
+    for number, name in enumerate(("a0.parquet", "a1.parquet")):
+        pq.write_table(datacomp(47 + 30 * number, 30), metadata / name)
+        grown = source.extend(store, restart=pytest.fail)
+    assert (len(grown), grown.first_shard(1), grown.first_shard(2)) == (7, 3, 5)
+    limited = Source(files=str(metadata), rows_per_shard=20, limit=60).extend(store, restart=pytest.fail)
+    assert limited.of_batches() == [{"files": 3, "rows": 47}, {"files": 1, "rows": 13}]
+    pq.write_table(datacomp(107, 25), metadata / "a0.parquet")
+
+    class Dies(Folder):
+        def delete(self, name: str) -> None:
+            super().delete(name)
+            if name == "source/run/00002.json":
+                raise KeyboardInterrupt
+
+    def restart(reason: str, first: int) -> None:
+        asked.append((reason, first))
+
+    with pytest.raises(KeyboardInterrupt):
+        source.extend(Dies(tmp_path / "run"), restart=restart)
+    again = source.extend(store, restart=restart)
+    assert asked == [("metadata file a0.parquet is another", 3)] * 2
+    assert [again.slices(n) for n in range(3)] == [first.slices(n) for n in range(3)]
+    assert again.of_batches() == [{"files": 3, "rows": 47}, {"files": 2, "rows": 55}]
 
 
 def test_a_shards_inputs_are_slices_of_its_files(tmp_path: Path, metadata: Path) -> None:

@@ -48,7 +48,7 @@ class Replies:
             try:
                 reply = Reply(**json.loads(line))
             except (ValueError, TypeError):
-                break  # the machine itself went down
+                continue  # the machine itself went down
             self.known[reply.key] = reply
         self._journal = task.store.journal(task.journal)
 

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -63,6 +64,12 @@ def begins(tokenizer: Any) -> list[int]:
     """
     first: list[int] = tokenizer.encode("a")[:1]
     return first if first == [tokenizer.bos_token_id] else []
+
+
+@lru_cache(maxsize=64)
+def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Of what a prompt says in every row."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 class Engine:
@@ -163,7 +170,7 @@ class Engine:
         room, cut = self.room, False
         for number, part in enumerate(_MARKED.split(self.rendered)):
             if number % 2 == 0:
-                ids += self.tokenizer.encode(part, add_special_tokens=False)
+                ids += _encoded(self.tokenizer, part)
                 continue
             text = str(row[part])
             known = text[:MAX_QUOTED_CHARACTERS]

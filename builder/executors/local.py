@@ -96,7 +96,12 @@ class _Pool:
         for stage in self.schedule.is_ready():  # all that is loaded is in the way of it
             for worker in list(self.workers):
                 self.end(worker, gently=True)
-            assert self._may(stage), f"stage {stage.name} cannot run on an empty machine"
+            if not self._may(stage):
+                needs, here = self.needs[stage.name], self.machine
+                wanted = f"{needs.cpus:g} cores, {needs.gpus:g} GPUs and {needs.memory_gib:g} GiB"
+                there = f"{here.cpus:g}, {len(here.gpus)} and {here.memory_gib:.0f}"
+                reason = f"stage {stage.name} needs {wanted} at once; this machine has {there}"
+                raise InputError(reason, "build on another machine, or change the stage's settings")
             return self.give_work()
         return False
 
@@ -133,7 +138,7 @@ class _Pool:
             if self._has_cores(needs.cpus):
                 return True
             self.wanted = self.wanted or needs.cpus
-        return stage.ahead and any(len(worker.tasks) == 1 for worker in mine)
+        return stage.ahead and not self.wanted and any(len(worker.tasks) == 1 for worker in mine)
 
     def _has_room(self, needs: Resources) -> bool:
         """Is there memory, and a GPU, for one more worker, if others that can be spared make room for it?"""
@@ -185,11 +190,16 @@ class _Pool:
         more = len(mine) < stage.num_workers() and self._has_room(needs) and self._has_cores(needs.cpus)
         if mine and not more:
             return next(worker for worker in mine if len(worker.tasks) == 1)
+        self.leaving = [worker for worker in self.leaving if worker.process.is_alive()]
+        if not self._fits(needs, [*self.workers, *self.leaving]):
+            for worker in self.leaving:
+                worker.leave()
+            self.leaving.clear()
         if not self._fits(needs, self.workers):
             needed = self._needed()
             for worker in [worker for worker in self.workers if worker not in needed]:
                 self.end(worker, gently=True)
-        gpus = self._gpus(needs, self.workers)
+        gpus = self._gpus(needs, [*self.workers, *self.leaving])
         worker = _Worker(stage, self.schedule.store, gpus or ())
         self.workers.append(worker)
         return worker
@@ -311,9 +321,13 @@ def _serve(
             work.next_task = inbox.peek  # type: ignore[attr-defined]  # of the work of such a stage
         while following := inbox.next():
             try:
-                pipe.send(attempt(store, stage, following[0], work, following[1]))
+                outcome = attempt(store, stage, following[0], work, following[1])
             except UserError as error:
-                pipe.send(error)
+                return pipe.send(error)
+            pipe.send(outcome)
+            if outcome.error:  # what that left behind reaches no other task, one given ahead either
+                return None
+    return None
 
 
 class _Inbox:

@@ -32,7 +32,9 @@ from builder.errors import InputError, RecipeError
 from builder.files import read_file, read_rows, write_parquet
 from builder.machine import Machine, gpus
 from builder.model import check_files, has_chat_template, hub_model, identity, model_folder
+from builder.stages.download import SCHEMA as DOWNLOAD
 from builder.stages.imagetar import images
+from builder.stages.source import SCHEMA as SOURCE
 from builder.typed import from_json
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _COLUMNS = ("uid", "status", "error")
 KV_CACHE_GIB = 4  # of a CPU's memory, at most
+SCORED = ("_cosine", "_cut")  # what a score stage adds to a caption's name
 QUOTABLE = ("org_caption", "url")
 _PLACEHOLDER = re.compile(r"\{([a-zA-Z_]\w*)\}")
 RECAPTION_V1_PROMPT = (
@@ -94,12 +97,11 @@ class Caption(Stage):
         """Raises:
         RecipeError: another stage has a column, or is called, as this one would be.
         """
-        taken = {*_COLUMNS, *QUOTABLE, "reply", "reply_key", "source", "download", "dedup", "score", "select"}
-        taken |= {"uids", "claimed", "measured", "versions", "card", "logs", "lease"}  # folders of a run
+        taken = {*_COLUMNS, *SOURCE.names, *DOWNLOAD.names, "reply", "reply_key", "score", "select"}
+        taken |= {f"org_caption{column}" for column in SCORED}
         for stage in earlier:
-            taken.add(stage.name)
-            taken |= {name for name, _ in stage.columns()} if isinstance(stage, Caption) else set()
-        for name, _ in self.columns():
+            taken |= {stage.name, *(stage.all_columns() if isinstance(stage, Caption) else ())}
+        for name in self.all_columns():
             if name.lower() in {other.lower() for other in taken}:  # SQL knows no case
                 reason = f"caption '{self.name}' makes the column '{name}', which is there already"
                 raise RecipeError(reason, "give the caption another name")
@@ -124,6 +126,10 @@ class Caption(Stage):
             (f"{name}_num_tokens", pa.int32()),
         )
         return (*columns, (f"{name}_prompt_cut", pa.bool_())) if self.quotes() else columns
+
+    def all_columns(self) -> tuple[str, ...]:
+        """Its columns, and those that a score stage adds."""
+        return (*(name for name, _ in self.columns()), *(f"{self.name}{column}" for column in SCORED))
 
     def settings(self) -> dict[str, Json]:
         return super().settings() | {"model": identity(self.model)}
@@ -227,14 +233,15 @@ class Caption(Stage):
 
         downloaded = sql.table(task.input("download"))
         found = sql.table(hints)
-        with sql.connect(threads=1) as con:
-            return dict(
-                con.sql(
-                    f"""select distinct image_sha256, urls
-                        from (select image_sha256, {of_images("image_sha256")} from {downloaded}
-                              where {is_sha256("image_sha256")}) join {found} using (high, low)"""
-                ).fetchall()
-            )
+        query = f"""select distinct image_sha256, urls
+                    from (select image_sha256, {of_images("image_sha256")} from {downloaded}
+                          where {is_sha256("image_sha256")}) join {found} using (high, low)"""
+        try:
+            with sql.connect(threads=1) as con:
+                return dict(con.sql(query).fetchall())
+        except duckdb.Error as error:  # of a hint nothing depends, and what does will say so
+            log.info("%s %s: nothing is known early: %s", self.name, task.name, error)
+            return {}
 
     def table(self, task: Task, given: Mapping[str, Reply], early: Mapping[str, int]) -> pa.Table:
         name, table = self.name, []

@@ -43,8 +43,8 @@ from PIL import Image
 from pydantic import Field
 
 from builder.core import Count, Object, Question, Resources, Seconds, Stage, Status, Task, Work
-from builder.errors import InputError
-from builder.files import read_rows, write_parquet
+from builder.errors import InputError, OutdatedError
+from builder.files import read_rows, sha256_file, write_parquet
 from builder.stages.imagetar import images
 from builder.stages.network import (
     NOT_PUBLIC,
@@ -427,6 +427,11 @@ def _kept(task: Task, spool: Any) -> dict[str, _Image]:
     """Of a shard some of whose rows are done again, by uid: the others, with their images in the spool."""
     if not task.again:
         return {}
+    for name, sha256 in task.earlier.items():
+        if name not in task.files or sha256_file(task.files[name]) != sha256:
+            raise OutdatedError(
+                f"{name} no longer has the bytes of its record; the next build makes it again", [name]
+            )
     files = {Object.parse(name).suffix: task.files[name] for name in task.earlier}
     jpgs, kept = images(files[".tar"]), {}
     for row in read_rows(files[".parquet"]):

@@ -95,26 +95,30 @@ def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
 
 
 _WORD = r"[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+"  # between white space, Unicode's
+# Names of its own begin with _, which no caption's name does.
 _JOIN = """
-with joined as (
-    select source.uid, source.url, re_caption.re_caption, org_caption, image_sha256 as sha256, key,
-           re_caption_cosine as re_clip_score, org_caption_cosine as org_clip_score,
+with _joined as (
+    select source.uid, source.url, re_caption.re_caption, source.org_caption,
+           download.image_sha256 as sha256, download.key,
+           score.re_caption_cosine as re_clip_score, score.org_caption_cosine as org_clip_score,
            len(regexp_extract_all(re_caption.re_caption, '{word}')) as re_length,
-           len(regexp_extract_all(org_caption, '{word}')) as org_length,
-           re_caption_finish_reason as re_finish_reason, re_caption_num_tokens as re_num_tokens,
-           re_caption_cut as re_clip_cut, org_caption_cut as org_clip_cut, width, height,
-           clip_b32_similarity_score, clip_l14_similarity_score,
-           score.status as scored, score.error as scored_error,
-           download.status as downloaded, dedup.status as deduplicated{captions},
-           row_number() over () as position
+           len(regexp_extract_all(source.org_caption, '{word}')) as org_length,
+           re_caption.re_caption_finish_reason as re_finish_reason,
+           re_caption.re_caption_num_tokens as re_num_tokens,
+           score.re_caption_cut as re_clip_cut, score.org_caption_cut as org_clip_cut,
+           download.width, download.height,
+           source.clip_b32_similarity_score, source.clip_l14_similarity_score,
+           score.status as _scored, score.error as _scored_error,
+           download.status as _downloaded, dedup.status as _deduplicated{captions},
+           row_number() over () as _position
     from {stages}
 )
-select joined.*, if({placeholder}, 'duplicate_image', scored) as status,
-       if({placeholder}, 'one image behind ' || urls || ' URLs', scored_error) as error
-from joined left join placeholders on joined.sha256 = placeholders.sha256 order by position
+select _joined.*, if({placeholder}, 'duplicate_image', _scored) as status,
+       if({placeholder}, 'one image behind ' || _urls || ' URLs', _scored_error) as error
+from _joined left join _placeholders on _joined.sha256 = _placeholders._sha256 order by _position
 """
 # Of the whole run, whatever was known when a row was captioned: what is published does not depend on timing.
-_PLACEHOLDER = "urls is not null and downloaded = 'ok' and deduplicated <> 'removed'"
+_PLACEHOLDER = "_urls is not null and _downloaded = 'ok' and _deduplicated <> 'removed'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +181,7 @@ class Select(Stage):
                     for stage, file in zip(stages, files, strict=True):
                         view = sql.identifier(stage)
                         con.execute(f"create or replace temp view {view} as from {sql.table(file)}")
-                    con.register("placeholders", self._placeholders(con, task))
+                    con.register("_placeholders", self._placeholders(con, task))
                     self._check_early(con, others, dict(zip(stages, files, strict=True)), task)
                     counts = con.sql(f"select count(*) filter ({agree}), count(*) from {others}")
                     ((same, rows),) = counts.fetchall()
@@ -206,8 +210,8 @@ class Select(Stage):
         """Raises:
         OutdatedError: a row was not captioned, for a placeholder as it seemed then, and is none.
         """
-        seemed = "{}.status = 'duplicate_image' and dedup.status = 'ok' and urls is null"
-        joined = f"{others} left join placeholders on download.image_sha256 = placeholders.sha256"
+        seemed = "{}.status = 'duplicate_image' and dedup.status = 'ok' and _urls is null"
+        joined = f"{others} left join _placeholders on download.image_sha256 = _sha256"
         names = {path: name for name, path in task.files.items()}
         outdated = []
         for stage in self.names_captions():
@@ -219,11 +223,11 @@ class Select(Stage):
             raise OutdatedError(f"{', '.join(outdated)}: {reason}", outdated)
 
     def _placeholders(self, con: duckdb.DuckDBPyConnection, task: Task) -> pa.Table:
-        """(sha256, urls) of this shard's images that are behind too many URLs of the run."""
+        """(_sha256, _urls) of this shard's images that are behind too many URLs of the run."""
         if not self.max_urls:
-            return pa.table({"sha256": pa.array([], pa.string()), "urls": pa.array([], pa.int64())})
+            return pa.table({"_sha256": pa.array([], pa.string()), "_urls": pa.array([], pa.int64())})
         return con.sql(
-            f"""select distinct image_sha256 as sha256, urls
+            f"""select distinct image_sha256 as _sha256, urls as _urls
                 from (select image_sha256, {of_images("image_sha256")}
                       from download where {is_sha256("image_sha256")})
                      join {sql.table(task.input("measured"))} using (high, low)"""

@@ -134,11 +134,11 @@ class Source(Stage):
         if self.subset:
             _subset(self.subset)
 
-    def extend(self, store: Store, *, restart: Callable[[str], None]) -> Index:
+    def extend(self, store: Store, *, restart: Callable[[str, int], None]) -> Index:
         """The index, with what is new in the metadata as another batch.
 
-        `restart` is called with the reason before an index that no longer fits the metadata or the settings
-        is made anew: it may raise.
+        Batches from the first one on that no longer fits the metadata or the settings are made anew; before
+        that `restart` is called with the reason and their first shard, and may raise.
         """
         try:
             files = self.find()
@@ -150,10 +150,13 @@ class Source(Stage):
         hashes = _Hashes(store, f"{self.name}/{RUN}/files")
         found = {name: hashes.of(fs, path) for name, fs, path in files}
         hashes.save()
-        if reason := self._no_longer(batch_records(store, self.name), found):
-            restart(reason)
-            for name in (name for name in store.names(f"{self.name}/{RUN}") if name.endswith(".json")):
-                store.delete(f"{self.name}/{RUN}/{name}")
+        batches = batch_records(store, self.name)
+        for number, reason in enumerate(self._no_longer(batch, found) for batch in batches):
+            if reason:
+                restart(reason, load(store, self.name, None).first_shard(number))
+                for later in reversed(range(number, len(batches))):  # a crash in between leaves no gap
+                    store.delete(f"{self.name}/{RUN}/{later:05d}.json")
+                break
         self._convert_again(store, files)
         index = load(store, self.name, None)
         covered, left = index.covered(), None if self.limit is None else self.limit - index.num_rows()
@@ -190,18 +193,16 @@ class Source(Stage):
                 store.put(scratch / "converted.parquet", stored)
                 shutil.rmtree(scratch)
 
-    def _no_longer(self, batches: list[Record], found: Mapping[str, str]) -> str:
-        """Why the index does not fit any more; empty where it does."""
-        for batch in batches:
-            for name in sorted(batch.settings.keys() | self.index_settings().keys()):
-                before, now = batch.settings.get(name), self.index_settings().get(name)
-                if before != now:
-                    default = "its default"
-                    return f"source.{name} was {before or default} and is {now or default}"
-            for name, sha256 in batch.outside.items():
-                if found.get(name) != sha256:
-                    how = "is another" if name in found else "is not there any more"
-                    return f"metadata file {name} {how}"
+    def _no_longer(self, batch: Record, found: Mapping[str, str]) -> str:
+        """Why a batch does not fit any more; empty where it does."""
+        for name in sorted(batch.settings.keys() | self.index_settings().keys()):
+            before, now = batch.settings.get(name), self.index_settings().get(name)
+            if before != now:
+                default = "its default"
+                return f"source.{name} was {before or default} and is {now or default}"
+        for name, sha256 in batch.outside.items():
+            if found.get(name) != sha256:
+                return f"metadata file {name} {'is another' if name in found else 'is not there any more'}"
         return ""
 
     def cut(
@@ -246,15 +247,18 @@ class Source(Stage):
         objects = {one.stored: one.sha256 for one in slices if one.stored}
         return objects, {f"{one.stored or one.file}[{one.start}:{one.stop}]": one.sha256 for one in slices}
 
-    def num_rows(self) -> int | None:
-        """Rows of all files by their footers, at most `limit`; None where a file is no parquet and would have
-        to be read.
+    def num_rows(self, known: Mapping[str, int]) -> int | None:
+        """Rows of all files by their footers, where they are not `known`, at most `limit`; None where a file
+        is no parquet and would have to be read.
 
         Raises:
             InputError: a file is no table, or has no columns of URL and caption.
         """
         total, countable = 0, True
         for name, fs, path in self.find():
+            if name in known:
+                total += known[name]
+                continue
             if _ending(path) != "parquet":
                 with self.text_table(name, fs, path).open() as (names, _):
                     self.columns(name, names)

@@ -198,7 +198,7 @@ def _made(run: Run) -> dict[str, Any]:
         "made_on": {stage: [min(found), max(found)] for stage, found in days.items()},
     }
     if not run.is_first_version:
-        made["batches"] = [run.index.of_batch(number) for number in range(len(run.index.batches))]
+        made["batches"] = run.index.of_batches()
     return made
 
 
