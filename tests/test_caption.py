@@ -726,6 +726,10 @@ def test_two_captions_have_two_names() -> None:
         (("a", "a_num_tokens"), "a_num_tokens"),
         (("a_num_tokens", "a"), "a_num_tokens"),
         (("a", "A"), "A"),
+        (("a", "a_cosine"), "a_cosine"),
+        (("a_cut", "a"), "a_cut"),
+        (("org_caption_cosine",), "org_caption_cosine"),
+        (("image_sha256",), "image_sha256"),
     ):
         with pytest.raises(RecipeError, match=f"'{taken}', which is there already"):
             recipe(*names)

@@ -178,6 +178,26 @@ def test_what_seemed_a_placeholder_and_is_none_is_captioned_after_all(tmp_path: 
     assert statuses(shards.select(max_urls=2))[1] == ["duplicate_image"] * 3
 
 
+@pytest.mark.parametrize("name", ["urls", "position", "scored", "placeholders", "joined", "shards"])
+def test_a_caption_may_have_any_name_that_nobody_has(tmp_path: Path, name: str) -> None:
+    shards = Shards(tmp_path, [image("x", *urls("a", 3)) + image("y", *urls("b", 1))])
+    captions = pa.table({
+        "uid": [f"0-{n}" for n in range(4)], "status": ["ok"] * 4, "error": pa.nulls(4, pa.string()),
+        name: [f"caption {n}" for n in range(4)], f"{name}_finish_reason": ["stop"] * 4,
+        f"{name}_num_tokens": pa.array([2] * 4, pa.int32()),
+    })  # fmt: skip
+    shards.write(name, 0, captions)
+    stages = (Dedup(by_metadata=False), *(Caption(model="no/model@0", name=n) for n in ("re_caption", name)))
+    _, _, _, stage = Recipe("r", (*stages, Select())).stages
+    inputs = {shards.name(read.partition(".")[0], 0): "" for read in stage.reads() if read != "dedup"}
+    inputs |= shards.do(Recipe("r", stages).stages[0], 0, "00000", {shards.name("download", 0): ""}).outputs
+    for question in stage.asks():
+        inputs |= shards.answer(question)
+    record = shards.do(stage, 0, "00000", inputs)
+    published = pq.read_table(shards.store.root / record.output(".parquet"))
+    assert published[name].to_pylist() == [f"caption {n}" for n in range(4)]
+
+
 def outdated(error: OutdatedError) -> Work:
     def work(task: Task) -> dict[str, int]:
         raise error

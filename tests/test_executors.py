@@ -18,11 +18,13 @@ import pytest
 
 from builder import index
 from builder.core import Recipe, Resources, Stage, Task, Work
+from builder.errors import InputError
 from builder.executors import local as executor
 from builder.executors.local import local
 from builder.files import write_parquet
 from builder.machine import Machine, gpus
 from builder.run import Result, Run, build
+from builder.schedule import Outcome
 from builder.stages.source import Source
 
 
@@ -65,6 +67,18 @@ class Model(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slow(Model):
+    """Takes its time to leave."""
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        note(self.notes, f"load {self.name}")
+        with super().open() as work:
+            yield work
+            time.sleep(1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eager(Stage):
     """Takes the next task before it is done with one, and raises once, at shard 1."""
 
@@ -80,6 +94,35 @@ class Eager(Stage):
     @contextmanager
     def open(self) -> Iterator[Work]:
         yield EagerWork(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisoned(Model):
+    """Raises at shard 0, after the next one has been given ahead; what it does then is noted as poisoned."""
+
+    ahead: ClassVar[bool] = True
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        yield PoisonedWork(self)
+
+
+class PoisonedWork:
+    next_task: Callable[[], Task | None]
+
+    def __init__(self, stage: Poisoned) -> None:
+        self.stage, self.raised = stage, False
+
+    def __call__(self, task: Task) -> Mapping[str, int]:
+        note(self.stage.notes, f"do {task.name}{' poisoned' if self.raised else ''}")
+        if task.name == "00000" and not Path(self.stage.notes + ".raised").exists():
+            while self.next_task() is None:
+                time.sleep(0.01)
+            Path(self.stage.notes + ".raised").touch()
+            self.raised = True
+            raise ValueError("once")
+        write_parquet(pa.table({"uid": [task.name]}), task.output())
+        return {"ok": 1}
 
 
 class EagerWork:
@@ -251,6 +294,59 @@ def test_a_task_that_was_begun_ahead_is_not_charged_for_the_one_before(
     assert Counter(line.split()[1] for line in notes.read_text().splitlines()) == {
         "00000": 1, "00001": 2, "00002": 1, "00003": 1,
     }  # fmt: skip
+
+
+def test_a_worker_that_raised_does_not_begin_what_it_was_given_ahead(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though whoever gave it hears of the exception late."""
+    hear = executor._Worker.hear
+
+    def late(worker: executor._Worker) -> Outcome | None:
+        time.sleep(0.3 if worker.stage.name == "poisoned" else 0)
+        return hear(worker)
+
+    monkeypatch.setattr(executor._Worker, "hear", late)
+    notes = tmp_path / "notes"
+    built(metadata, Poisoned(name="poisoned", notes=str(notes), after_stage="source", share=0.0))
+    assert "poisoned" not in notes.read_text()
+    assert told(notes)["do 00000"] == 2
+
+
+def test_what_is_begun_ahead_takes_no_cores_from_a_deeper_stage(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two cores a captioner of 1.5 would else do all of its shards before the first one is scored."""
+    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(2, (), 64)))
+    notes = tmp_path / "notes"
+    about = {"notes": str(notes), "share": 0.0}
+    first = Poisoned(name="first", after_stage="source", cpus=1.5, **about)  # type: ignore[arg-type]
+    (tmp_path / "notes.raised").touch()
+    built(metadata, first, Model(name="second", after_stage="first", cpus=1.0, **about))  # type: ignore[arg-type]
+    lines = [line for line in notes.read_text().splitlines() if line.startswith("do ")]
+    assert lines.index(next(line for line in lines if "second" in line)) < 6
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_worker_that_leaves_has_its_gpu_until_it_has_left(metadata: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    first = Slow(name="first", notes=str(notes), after_stage="source")
+    between = Model(name="between", notes=str(notes), after_stage="first", share=0.0, seconds=0.1)
+    built(metadata, first, between, Model(name="last", notes=str(notes), after_stage="between"))
+    lines = [" ".join(line.split()[:2]) for line in notes.read_text().splitlines()]
+    holds: set[str] = set()
+    for line in lines:
+        what, _, name = line.partition(" ")
+        if name in ("first", "last") and what in ("load", "left"):
+            (holds.add if what == "load" else holds.remove)(name)
+            assert len(holds) <= 1, lines
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_what_no_machine_has_is_told_in_one_line(metadata: Path, tmp_path: Path) -> None:
+    large = Model(name="large", notes=str(tmp_path / "notes"), after_stage="source", share=2.0)
+    with pytest.raises(InputError, match=r"stage large needs 0.1 cores, 2 GPUs .*; this machine has 16, 1"):
+        built(metadata, large)
 
 
 def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ import pytest
 from conftest import fill, mounted, recap
 
 from builder import index, sql
-from builder.commit import forget
+from builder.commit import compact, forget, put_record, records
 from builder.core import Object, Question, Recipe, Record, Stage, Task, Work
 from builder.errors import InputError, RecipeError
 from builder.executors.local import local
@@ -248,6 +249,24 @@ def test_a_plan_does_nothing(site: Site, run: Path) -> None:
         ("verdict", 0, 2),
     ]
     assert times(run) == before
+
+
+def test_a_plan_counts_what_no_build_has_looked_at(site: Site, run: Path) -> None:
+    """After a first `--limit`, or when the metadata has grown."""
+    table = estimate(recipe(site), run)
+    assert [(row["shards_left"], row["rows_left"]) for row in table] == [(1, 20)] * 3
+    assert [row["rows_left"] for row in estimate(recipe(site, rows=50), run)] == [10] * 3
+    hours, more = ([row["hours_left"] for row in estimate(recipe(site, rows=n), run)] for n in (40, 60))
+    assert hours == [0.0] * 3
+    assert all(isinstance(row["bytes_left"], int) and row["bytes_left"] > 0 for row in table)
+    assert None not in more
+
+
+def test_a_limit_that_ends_inside_a_finished_shard_is_told_first(site: Site, run: Path) -> None:
+    says = r"source.limit.* ends a shard at another row: .*\(download: 1 shards, 20 rows, .*\n.*--redo source"
+    with pytest.raises(InputError, match=says):
+        build(recipe(site, rows=30), run, executor=here)
+    assert not any(name.startswith("download") for name in done_by(recipe(site, rows=20), run))
 
 
 def test_metadata_that_moved_is_the_same_metadata(site: Site, run: Path, tmp_path: Path) -> None:
@@ -838,6 +857,54 @@ def test_a_block_in_which_too_much_failed_by_transport_is_held_back(site: Site, 
     assert (tmp_path / "run" / "download" / "00000" / "00000.json").exists()
 
 
+def test_what_was_accepted_stays_accepted_and_what_was_not_stays_held(site: Site, tmp_path: Path) -> None:
+    down = recipe(site, rows=40, timeout_s=0.001, hold_above=0.3)
+    for _ in range(2):
+        assert list(build(down, tmp_path / "run", executor=here).held) == ["00000"]
+    accepted = recipe(site, rows=40, timeout_s=0.001, hold_above=0.3, accept_failures=True)
+    assert build(accepted, tmp_path / "run", executor=here).held == {}
+    other = recipe(site, rows=40, timeout_s=0.001, hold_above=0.3, max_urls=7)
+    again = build(other, tmp_path / "run", executor=here)
+    assert again.held == {}
+    assert [name for name in again.done if name.startswith("verdict")] == ["verdict/00000", "verdict/00001"]
+
+
+def test_rows_are_not_taken_from_a_file_that_is_damaged(site: Site, run: Path) -> None:
+    """It is told, and the next build downloads the shard again; the good shard's earlier files go."""
+    earlier = one(run, "download/00001.tar")
+    flip(one(run, "download/00000.tar"))
+    failed = retry(run, ["dead_link", "undecodable"], executor=here).failed
+    assert list(failed) == ["download/00000"]
+    assert "no longer has the bytes of its record" in failed["download/00000"]
+    assert not earlier.exists()
+    assert "download/00000" in done_by(recipe(site, rows=40), run)
+    assert garbage(run) == {}
+    with pytest.raises(InputError, match=r"no status of failed rows was named"):
+        retry(run, [], executor=here)
+
+
+def test_records_are_found_while_somebody_compacts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the list of the folder and the reading of what it names."""
+    store = Folder(tmp_path)
+    for n in range(150):
+        put_record(store, "a/00000", f"{n:05d}", Record(key=f"{n}"))
+    real, times = Folder.read, [70, 10]
+
+    def read(self: Folder, name: str) -> bytes | None:
+        if times and name == f"a/00000/{times[-1]:05d}.json":
+            times.pop()
+            monkeypatch.setattr(Folder, "read", real)
+            compact(store, "a/00000")
+            monkeypatch.setattr(Folder, "read", read)
+        return real(self, name)
+
+    monkeypatch.setattr(Folder, "read", read)
+    assert len(records(store, "a/00000")) == 150
+    assert times == [70]
+
+
 def test_metadata_may_grow(tmp_path: Path) -> None:
     """A then B: rows of A keep shards, bytes and verdicts whatever B is called; at once they would differ."""
     folder = tmp_path / "in"
@@ -1017,6 +1084,43 @@ def test_what_blocks_say_early_is_asked_for_as_their_number_doubles(
 
 
 @dataclass(frozen=True, kw_only=True)
+class After(Questioning):
+    """The uids of the stage before it, again."""
+
+    before: str
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.before,)
+
+    def asks(self) -> tuple[Question, ...]:
+        return ()
+
+    @contextmanager
+    def open(self) -> Iterator[Work]:
+        def work(task: Task) -> Mapping[str, int]:
+            write_parquet(pq.read_table(task.input(self.before), columns=["uid"]), task.output())
+            return {"ok": 1}
+
+        yield work
+
+
+def test_what_follows_from_what_came_out_as_it_was_is_done_too(tmp_path: Path) -> None:
+    """a is lost, and made again as it was; so b, which read it, is done, and c is to do."""
+    table = {"uid": [f"{n:032x}" for n in range(3)], "url": ["http://h/"] * 3, "text": ["a"] * 3}
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    names = ("source", "a", "b", "c")
+    stages = [After(name=name, before=before) for before, name in pairwise(names)]
+    chain = Recipe("chain", (Source(files=str(tmp_path / "in.parquet")), *stages))
+    done_by(chain, tmp_path / "run")
+    for name in ("a", "c"):
+        one(tmp_path / "run", f"{name}/00000.parquet").unlink()
+        one(tmp_path / "run", f"{name}/00000.json").unlink()
+    assert done_by(chain, tmp_path / "run") == ["a/00000", "c/00000"]
+    with pytest.raises(RecipeError, match=r"stage 'my-score', which cannot be a folder's name"):
+        replace(chain, stages=(chain.stages[0], replace(stages[0], name="my-score")))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Looks(Stage):
     """Reads the images, as captions and scores do."""
 
@@ -1044,7 +1148,22 @@ def test_images_that_were_dropped_are_a_state_and_not_a_fault(site: Site, tmp_pa
     assert not list(place.rglob("*.tar"))
     assert Run.open(place).unfinished() == {}
     assert done_by(looking, place) == []
+    kept = tmp_path / "kept"
+    build(looking, kept, executor=here)
+    assert Run.open(kept).files("download", ".tar")
+    crash = Folder(kept)  # between the record that says so and the file
+    record = next(record for _, record in Run.open(kept).shards("download"))
+    put_record(crash, "download/00000", "00000", replace(record, dropped=(record.output(".tar"),)))
+    assert list(garbage(kept, delete=True)) == [record.output(".tar")]
+    build(looking, kept, executor=here, drop_images=True)  # of a run that is finished
+    assert not list(kept.rglob("*.tar"))
+    with pytest.raises(InputError, match=r"no row of a finished shard is dead_link"):
+        retry(kept, ["dead_link"], executor=here)
     other = replace(looking, stages=(*looking.stages[:2], Looks(colour="red")))
+    asks_too_much = replace(other, stages=(other.stages[0], replace(other.stages[1], image_px=32), Looks()))  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=r"download.image_px was 64"):
+        build(asks_too_much, place, executor=here, redo=["source"])
+    assert done_by(looking, place) == []  # what was refused has changed nothing
     says = (
         r"images are needed that were dropped; downloading them again takes about: 2 shards, 40 rows.*\n"
         r".*--redo download"

@@ -128,6 +128,31 @@ def test_a_lease_whose_holder_is_gone_expires(tmp_path: Path) -> None:
         assert len(Folder(tmp_path / "run").names("lease")) == 1
 
 
+def test_a_lease_outlives_a_put_that_fails_and_is_given_up_when_too_many_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a second build would begin beside the first, which knows nothing of it."""
+    store = Remote(f"file://{tmp_path}/run", beat_s=0.05, expiry_s=0.6)
+    real, fails = store.fs.pipe_file, [True, False, True]
+
+    def pipe_file(name: str, *arguments: object, **more: object) -> None:
+        if "lease/" in name and fails and fails.pop():
+            raise OSError("503")
+        real(name, *arguments, **more)
+
+    with store.lease():
+        monkeypatch.setattr(store.fs, "pipe_file", pipe_file)
+        time.sleep(0.5)
+        assert not fails
+        with pytest.raises(InputError, match="another build"), again(store).lease():
+            pass
+        store.write("a", b"")
+        fails.extend([True] * 1000)
+        time.sleep(1.2)
+        with pytest.raises(InputError, match=r"could not be written to for 0\.6 s.*\n.*look whether"):
+            store.write("a", b"")
+
+
 def plain_outputs(store: Store, recipe: Recipe) -> dict[str, str]:
     run = Run(store, recipe)
     records = [record for stage in run.stage_names() for _, record in run.shards(stage)]

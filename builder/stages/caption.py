@@ -98,6 +98,7 @@ class Caption(Stage):
         RecipeError: another stage has a column, or is called, as this one would be.
         """
         taken = {*_COLUMNS, *SOURCE.names, *DOWNLOAD.names, "reply", "reply_key", "score", "select"}
+        taken |= {"source", "download", "dedup"}
         taken |= {f"org_caption{column}" for column in SCORED}
         for stage in earlier:
             taken |= {stage.name, *(stage.all_columns() if isinstance(stage, Caption) else ())}

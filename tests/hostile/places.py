@@ -220,6 +220,13 @@ def targets() -> Iterator[Case]:
         lambda s: ["build", "demo", f"web={s.here}", "--run", _somebodys(s)],
         ("photos", "--run"),
     )
+    for command in ("build", "status"):
+        run = ["demo", "web=x", "--run"] if command == "build" else []
+        yield Case(
+            f"{command}: a run on an object store",
+            lambda s, more=(command, *run): [*more, "s3://bucket/run"],
+            "s3://bucket/run",
+        )
     yield Case(
         "build: into /proc", lambda s: ["build", "demo", f"web={s.here}", "--run", "/proc/run"], "/proc/run"
     )
