@@ -159,15 +159,23 @@ class Run:
             left.update({name: found.left() for name, found in block.stages.items() if found.left()})
         return dict(left)
 
-    def check_finished(self) -> None:
-        """Raises:
-        InputError: something is left to do.
+    def finished(self) -> dict[str, Record]:
+        """Task -> record of what is to be published, in order.
+
+        Raises:
+            InputError: something is left to do.
         """
         left = self.unfinished()
-        if left or not any(True for _ in self.shards("select")):
+        selected = {} if left else dict(self.shards("select"))
+        if not self.is_first_version and not left:
+            size = self.recipe.stage("select").shards_per_task
+            tasks = sum(len(list(block.groups(size))) for block in self.index.blocks)
+            left = {"select": tasks - len(selected)} if tasks != len(selected) else {}  # a build has begun
+        if left or not selected:
             names = ", ".join(f"{number} {name} shards" for name, number in left.items())
             again = command("recap", "build", Path(self.place, RECIPE), "--run", Path(self.place))
             raise InputError(f"{self.place} is not complete: {names} left", f"finish it: {again}")
+        return selected
 
 
 # --- building -----------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(site: Site, built: Path, tm
     with pytest.raises(
         InputError, match=r"is not complete: 2 download shards, .*2 verdict shards left\n.*recap build"
     ):
-        Run.open(tmp_path / "run").check_finished()
+        Run.open(tmp_path / "run").finished()
     assert done_by(recipe(site, rows=40), tmp_path / "run") == OF_TWO_SHARDS[4:]
     assert outputs(tmp_path / "run") == outputs(built)
 

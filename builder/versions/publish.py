@@ -78,20 +78,21 @@ def publish(
         raise InputError(f"{target} is a version", hint)
     where = target_of(target)
     run = Run.open(place)
-    run.check_finished()
+    selected = run.finished()
     versions = run.local("versions")
     versions.mkdir(exist_ok=True)
     busy, hint = f"another publish of {place} is at work", "wait for it, then type the same command again"
     with telling_of_a_full_disk(place), lock(versions / ".lock", busy, hint):
-        published = _published(where, run, version, dry_run=dry_run, rebase=rebase)
+        published = _published(where, run, selected, version, dry_run=dry_run, rebase=rebase)
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}
             write_atomically(versions / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
         return published
 
 
-def _published(where: Target, run: Run, version: str, *, dry_run: bool, rebase: bool) -> Published:
-    selected = dict(run.shards("select"))
+def _published(
+    where: Target, run: Run, selected: Mapping[str, Record], version: str, *, dry_run: bool, rebase: bool
+) -> Published:
     while True:
         beside = where.versions()
         removed = removed_from(where, version)
