@@ -7,7 +7,7 @@ Both use one engine, in turns, so that loading and the machine's moods fall on b
 
 from __future__ import annotations
 
-import io
+import tarfile
 import tempfile
 import time
 from contextlib import ExitStack
@@ -21,7 +21,6 @@ from builder.captions.vllm import Engine
 from builder.commit import working
 from builder.core import Task
 from builder.stages.caption import Caption, Captioning
-from builder.stages.imagetar import images
 from recipes import datasets
 from recipes.demo import web
 
@@ -33,10 +32,11 @@ def plain(engine: Engine, tars: list[Path]) -> int:
     from PIL import Image
 
     prompts = []
-    for tar in tars:
-        for _, image in images(tar):
-            picture = Image.open(io.BytesIO(image)).convert("RGB")
-            prompts.append(engine.prompt(picture, {})[0])
+    for path in tars:
+        with tarfile.open(path) as tar:
+            for member in (member for member in tar if member.name.endswith(".jpg")):
+                picture = Image.open(tar.extractfile(member)).convert("RGB")
+                prompts.append(engine.prompt(picture, {})[0])
     return len(engine.llm.generate(prompts, engine.sampling, use_tqdm=False))
 
 

@@ -106,7 +106,7 @@ DEFAULTS = {
         "layout": "auto", "url_column": None, "caption_column": None, "uid_column": None, "encoding": "utf-8",
         "delimiter": None, "subset": None,
     },
-    ("Download", 3): {
+    ("Download", 4): {
         "image_px": 512, "resize_mode": "keep_ratio_largest", "resize_only_if_bigger": True,
         "encode_quality": 95, "blur_faces": True, "verify_sha256": True,
         "max_bytes": 50_000_000, "max_pixels": 64_000_000,

@@ -27,6 +27,7 @@ import pytest
 from faulty import Page, Visit, Web, redirect, response
 from nameserver import NOBODY, SILENCE, A, Nameserver
 from PIL import Image
+from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import builder.stages.network
@@ -40,6 +41,7 @@ from builder.run import Run, build
 from builder.stages import source
 from builder.stages.dedup import Dedup
 from builder.stages.download import SCHEMA, Download, _Fetcher
+from builder.stages.imagetar import images
 from builder.stages.network import Outage, has_default_route
 from builder.stages.questions import Measured, Uids
 from builder.stages.source import Source
@@ -1455,3 +1457,22 @@ def test_a_uid_that_occurs_twice_stops_the_run_before_it_starts(tmp_path: Path) 
         build(recipe, tmp_path / "run", executor=in_this_process)
     assert len(Run.open(tmp_path / "run").files("source")) == len(rows)
     assert not (tmp_path / "run" / "download").exists()
+
+
+@pytest.mark.parametrize("mtime", [0, 0.0])
+def test_the_images_of_a_tar_are_those_that_tarfile_finds(tmp_path: Path, mtime: float) -> None:
+    """With or without pax headers, which a time that is no whole number brings; and damage is told."""
+    rng = np.random.default_rng(0)
+    with TarWriter(str(tmp_path / "a.tar"), mtime=mtime, encoder=False) as tar:
+        for n, size in enumerate([0, 1, 511, 512, 513, 40_000]):
+            jpg = rng.bytes(size)
+            tar.write({"__key__": f"{n:09d}", "jpg": jpg, "txt": b"a.jpg", "json": b"{}"})
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        found = {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")}  # type: ignore[union-attr]
+    assert {f"{key}.jpg": image for key, image in images(tmp_path / "a.tar")} == found
+    assert len(found) == 6
+    whole = (tmp_path / "a.tar").read_bytes()
+    for damaged in (whole[:30_000], whole[:700], b"x" + whole[1:], b"no tar", whole[:512] + whole[513:]):
+        (tmp_path / "b.tar").write_bytes(damaged)
+        with pytest.raises(tarfile.ReadError, match=r"b.tar is damaged at byte \d"):
+            list(images(tmp_path / "b.tar"))

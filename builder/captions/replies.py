@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -32,8 +33,10 @@ def reply_key(
     """128 bits of what made a reply: model, prompt as tokens, sampling with its seed, the image that the
     model saw, attempt.
     """
-    made = [model, list(prompt), dict(sampling), hashlib.sha256(image).hexdigest(), attempt]
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+    made = hashlib.sha256(json.dumps([model, sampling, attempt], sort_keys=True).encode())
+    made.update(struct.pack(f"<{len(prompt)}I", *prompt))
+    made.update(hashlib.sha256(image).digest())
+    return made.hexdigest()[:32]
 
 
 class Replies:
@@ -56,7 +59,7 @@ class Replies:
         """Keep a reply, if it is one and a new one."""
         if not reply.error and reply.key not in self.known:
             self.known[reply.key] = reply
-            self._journal.add(json.dumps(asdict(reply)))
+            self._journal.add(json.dumps(vars(reply)))
 
     def close(self) -> None:
         self._journal.close()

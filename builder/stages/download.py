@@ -84,7 +84,7 @@ _PILLOW_SAYS_NO = (
 class Download(Stage):
     """How URLs become images. `timeout_s` covers all about one URL: DNS, redirects, retries and the body."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     costly: ClassVar[bool] = True
     effort: ClassVar[tuple[str, ...]] = (
         "timeout_s", "retries", "concurrency", "workers", "nameservers", "hold_above",
@@ -460,7 +460,7 @@ def _write(task: Task, rows: list[dict[str, Any]], images: list[_Image], spool: 
 
     digits = max(4, len(str(len(rows) - 1)))
     table = []
-    with open(task.output(".tar"), "wb") as file, webdataset.TarWriter(file, mtime=0.0, encoder=False) as tar:
+    with open(task.output(".tar"), "wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
             key = compute_key(index, int(task.name), digits, 5)
             result = {
