@@ -284,11 +284,9 @@ class Engine:
         """
         group = list(islice(job.requests, PREPARED))
         job.more = len(group) == PREPARED
-        looked_up = [self._look_up(job, *request) for request in group]
-        decoded = [
-            (ready, ids, self._decode(job, ready.uid, image)) for ready, ids, image in filter(None, looked_up)
-        ]
-        for ready, ids, picture in decoded:
+        unknown = [found for request in group if (found := self._look_up(job, *request))]
+        pictures = [self._decode(job, ready.uid, image) for ready, _, image in unknown]
+        for (ready, ids, _), picture in zip(unknown, pictures, strict=True):
             if picture is None:
                 continue
             try:
