@@ -1184,7 +1184,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("kib_left", [0, 4, 16, 100, 480])
+@pytest.mark.parametrize("kib_left", [0, 4, 16, 100, 300])
 def test_a_full_disk_is_the_users_to_free_and_then_the_build_goes_on(
     site: Site, whole: dict[str, str], small_disk: Path, kib_left: int
 ) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Literal
 
 from builder.commit import working
 from builder.core import Resources, Stage, Task
@@ -77,6 +78,7 @@ class _Pool:
         self.needs = {stage.name: stage.resources() for stage in schedule.stages.values()}
         self.workers: list[_Worker] = []
         self.leaving: list[_Worker] = []
+        self.chosen: _Worker | Literal["new"] | None = None  # for the task that is taken next
         self.wanted = 0.0  # cores for which the deepest stage waits that has tasks and workers
 
     def give_work(self) -> bool:
@@ -131,14 +133,22 @@ class _Pool:
 
     def _may(self, stage: Stage) -> bool:
         """May a task of this stage be given to somebody now? Asked of the deepest stages first."""
-        needs = self.needs[stage.name]
+        self.chosen = self._choice(stage)
+        return self.chosen is not None
+
+    def _choice(self, stage: Stage) -> _Worker | Literal["new"] | None:
+        """Who would do a task of this stage now: an idle worker, a new one, one that begins it ahead, or
+        nobody.
+        """
+        needs, deeper = self.needs[stage.name], self.wanted
         mine = [worker for worker in self.workers if worker.stage is stage]
-        more = len(mine) < stage.num_workers() and self._has_room(needs)
-        if more or any(not worker.tasks for worker in mine):
+        idle = next((worker for worker in mine if not worker.tasks), None)
+        if idle or (len(mine) < stage.num_workers() and self._has_room(needs)):
             if self._has_cores(needs.cpus):
-                return True
+                return idle or "new"
             self.wanted = self.wanted or needs.cpus
-        return stage.ahead and not self.wanted and any(len(worker.tasks) == 1 for worker in mine)
+        may_begin = mine if stage.ahead and not deeper else []
+        return next((worker for worker in may_begin if len(worker.tasks) == 1), None)
 
     def _has_room(self, needs: Resources) -> bool:
         """Is there memory, and a GPU, for one more worker, if others that can be spared make room for it?"""
@@ -183,13 +193,11 @@ class _Pool:
         return tuple(free[:number]) if len(free) >= number else None
 
     def _worker_for(self, stage: Stage) -> _Worker:
-        mine = [worker for worker in self.workers if worker.stage is stage]
-        if idle := [worker for worker in mine if not worker.tasks]:
-            return idle[0]
+        """Who does the task that `_may` let be taken."""
+        assert self.chosen is not None
+        if self.chosen != "new":
+            return self.chosen
         needs = self.needs[stage.name]
-        more = len(mine) < stage.num_workers() and self._has_room(needs) and self._has_cores(needs.cpus)
-        if mine and not more:
-            return next(worker for worker in mine if len(worker.tasks) == 1)
         self.leaving = [worker for worker in self.leaving if worker.process.is_alive()]
         if not self._fits(needs, [*self.workers, *self.leaving]):
             for worker in self.leaving:
