@@ -100,9 +100,9 @@ def _killed(demo_run: Path, site: Path, here: Path, seed: int) -> tuple[int, int
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
         )
         if kills % 8 == 3:
-            _until_more(lambda: len(replies(run)), rng.randint(1, 80), process, 60)
+            _until_more(lambda: len(replies(run)), rng.randint(1, 50), process, 45)
         elif kills % 4 == 1:
-            _until_more(lambda: len([*run.rglob("*.json")]), rng.randint(1, 3), process, 40)
+            _until_more(lambda: len([*run.rglob("*.json")]), rng.randint(1, 3), process, 20)
         else:
             time.sleep(rng.uniform(0.5, 8))
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
