@@ -326,6 +326,7 @@ class _Early:
         self.hinting = {stage.hint for stage in plan.recipe.stages if stage.hint}
         self.blocks: dict[str, set[str]] = {name: set() for name in self.hinting}  # that have their part
         self.asked: dict[tuple[str, int], int] = {}  # (question, batch) -> blocks
+        self.waiting: set[tuple[str, int]] = set()  # for their answer: of each one is asked at a time
         self.found: dict[tuple[str, int], tuple[str, ...]] = {}  # (question, batch) -> objects
         self.batches = {block.name: block.batch for block in plan.index.blocks}
 
@@ -337,9 +338,15 @@ class _Early:
         (question,) = (question for question in questions(self.plan.recipe) if question.name == stage)
         for batch in sorted({block.batch for block in blocks}):
             known = [b for b in self.plan.index.blocks if b.batch <= batch and b.name in self.blocks[stage]]
-            if (stage, batch) in self.plan.answers or len(known) < 2 * self.asked.get((stage, batch), 0):
+            which = stage, batch
+            if (
+                which in self.plan.answers
+                or which in self.waiting
+                or len(known) < 2 * self.asked.get(which, 0)
+            ):
                 continue
-            self.asked[stage, batch] = len(known)
+            self.asked[which] = len(known)
+            self.waiting.add(which)
             parts: dict[str, str] = {}
             for block in known:
                 record = self.plan.part_record(question, block)
@@ -348,8 +355,10 @@ class _Early:
 
     def done(self, outcome: Outcome) -> None:
         task = outcome.task
+        which = task.stage, int(task.name.removeprefix(EARLY))
+        self.waiting.discard(which)
         if outcome.record:
-            self.found[task.stage, int(task.name.removeprefix(EARLY))] = tuple(outcome.record.outputs)
+            self.found[which] = tuple(outcome.record.outputs)
         else:
             log.info("%s: nothing is known early: %s", task.stage, outcome.error)
 

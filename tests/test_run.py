@@ -36,7 +36,7 @@ from builder.executors.work import in_this_process
 from builder.files import lock, sha256_file, write_parquet
 from builder.resolve import resolve
 from builder.run import Executor, Run, build, garbage, retry
-from builder.schedule import Outcome, Schedule
+from builder.schedule import Outcome, Schedule, _Early
 from builder.stages import questions
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
@@ -975,16 +975,19 @@ class Questioning(Stage):
         yield work
 
 
+def write_rows(path: Path, number: int) -> None:
+    """Metadata of rows that nobody downloads."""
+    uids = [f"{n:032x}" for n in range(number)]
+    pq.write_table(pa.table({"uid": uids, "url": ["http://h/"] * number, "text": ["a"] * number}), path)
+
+
 def test_a_finished_block_is_one_record_and_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of 150 shards here. A compaction stopped anywhere, and a record redone after it, count right."""
     monkeypatch.setattr(index, "BLOCK", 150)
     number = 320
-    table = pa.table(
-        {"uid": [f"{n:032x}" for n in range(number)], "url": ["http://h/"] * number, "text": ["a"] * number}
-    )
-    pq.write_table(table, tmp_path / "in.parquet")
+    write_rows(tmp_path / "in.parquet", number)
     many = Recipe("many", (Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1), Questioning()))
     place = tmp_path / "run"
     real, deleted = Folder.delete, []
@@ -1040,10 +1043,7 @@ def test_what_blocks_say_early_is_asked_for_as_their_number_doubles(
     """Nine blocks of two shards here: asked of 1, 2, 4 and 8 of them, by tasks that may fail."""
     monkeypatch.setattr(index, "BLOCK", 2)
     number = 18
-    table = pa.table(
-        {"uid": [f"{n:032x}" for n in range(number)], "url": ["http://h/"] * number, "text": ["a"] * number}
-    )
-    pq.write_table(table, tmp_path / "in.parquet")
+    write_rows(tmp_path / "in.parquet", number)
     stages = (Source(files=str(tmp_path / "in.parquet"), rows_per_shard=1), Hinted(), Questioning())
     asked: list[int] = []
     real = questions.Uids.answer
@@ -1079,6 +1079,13 @@ def test_what_blocks_say_early_is_asked_for_as_their_number_doubles(
     assert asked == []  # the answer is there
     forget(Folder(place), "hinted/00008", "00017")
     forget(Folder(place), "uids/run", "00000")
+    early = _Early(Run.open(place).plan())
+    blocks = early.plan.index.blocks
+    (first,) = early.parts_done("uids", blocks[:1])
+    assert list(early.parts_done("uids", blocks[1:4])) == []  # while it is answered it is not asked again
+    early.done(Outcome(first, error="on a bad day"))
+    (second,) = early.parts_done("uids", blocks[4:5])
+    assert (len(first.inputs), len(second.inputs)) == (1, 5)
     assert done_by(Recipe("early", stages), place) == ["hinted/00017", "uids/run"]
     assert asked == [9]
 
@@ -1106,8 +1113,7 @@ class After(Questioning):
 
 def test_what_follows_from_what_came_out_as_it_was_is_done_too(tmp_path: Path) -> None:
     """a is lost, and made again as it was; so b, which read it, is done, and c is to do."""
-    table = {"uid": [f"{n:032x}" for n in range(3)], "url": ["http://h/"] * 3, "text": ["a"] * 3}
-    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    write_rows(tmp_path / "in.parquet", 3)
     names = ("source", "a", "b", "c")
     stages = [After(name=name, before=before) for before, name in pairwise(names)]
     chain = Recipe("chain", (Source(files=str(tmp_path / "in.parquet")), *stages))
