@@ -305,9 +305,8 @@ def _serve(
     os.setpgid(0, 0)  # its parent ends it with all that it starts
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    with open(
-        log_file, "ab"
-    ) as file:  # what libraries print belongs there, not between the lines of the progress
+    # What libraries print belongs there, not between the lines of the progress.
+    with open(log_file, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
