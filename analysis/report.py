@@ -5,7 +5,7 @@
 The first line of a query declares what it reads, `-- reads: captions, nouns`: views and tables of `views.py`;
 tables that are made in Python, on a stated sample, where a query reads them: `languages`, `tokens`,
 `near_duplicates`, `nouns`, `selections` (which comes with `pool`); or what the user may give: `visual_words`,
-`concreteness`. Without `ledger` or `scores` there is no answer for those who read them.
+`concreteness`. Without `ledger`, `scores`, `defects` or `ratings` there is no answer for those who read them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def stats(parts: Parts, options: Options | None = None) -> dict[str, Any]:
             absent = next(
                 (
                     f"no {name} here"
-                    for name in ("ledger", "scores")
+                    for name in ("ledger", "scores", "defects", "ratings")
                     if name in reads and name not in _views(con)
                 ),
                 None,

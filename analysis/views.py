@@ -10,6 +10,8 @@ What the queries see, and declare in their first line that they read, `-- reads:
     words(caption, word, times)             their words, lower case
     caption_columns(caption, place)         their order: the first is what the others are compared with
     scores(caption, cosine)                 where the rows have cosines
+    defects(caption, defects, rejected, blind)     where the rows say how their captions were found
+    ratings(judge, rating)                  where a judge rated captions
     published, ledger                       the rows themselves, and every source row with its status
 
 In a shell of your own (V is a version's folder):
@@ -25,6 +27,12 @@ In a shell of your own (V is a version's folder):
     create view scores as
         unpivot (select org_clip_score as org_caption, re_clip_score as re_caption from published)
         on org_caption, re_caption into name caption value cosine;
+    create view defects as
+        select 're_caption' as caption, re_defects as defects, re_rejected as rejected, re_blind as blind
+        from published where re_caption is not null;
+    create view ratings as
+        unpivot (select re_gpt4v_score, org_gpt4v_score from published)
+        on re_gpt4v_score, org_gpt4v_score into name judge value rating;
     create table words as select caption, word, sum(times)::bigint as times from (
         select caption, unnest(regexp_extract_all(lower(part), '[\pL\pN]+')) as word, times from (
             select caption, part, count(*) as times
@@ -53,11 +61,23 @@ from fsspec.implementations.local import LocalFileSystem
 
 from builder import sql
 from builder.errors import InputError
+from builder.stages.select import NOT_CAPTIONS, PUBLISHED_BEFORE, prefix, score_column
 
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # What the queries see, but for tables that report.py makes.
 NAMES = frozenset(
-    ("captions", "first_captions", "counted", "words", "caption_columns", "scores", "published", "ledger")
+    (
+        "captions",
+        "first_captions",
+        "counted",
+        "words",
+        "caption_columns",
+        "scores",
+        "defects",
+        "ratings",
+        "published",
+        "ledger",
+    )
 )
 # Runs without white space. Plain text, in which it is single spaces, is counted ten times as fast without the
 # regular expression.
@@ -66,7 +86,6 @@ COUNT_WORDS = r"""create macro count_words(text) as if(regexp_matches(text, '[^\
 KNOWN = (
     "org_caption", "re_caption", "text", "TEXT", "laion_2b", "laion_coco", "capsfusion", "capsfuion_official",
 )  # fmt: skip
-SCORES = {"org_clip_score": "org_caption", "re_clip_score": "re_caption"}
 
 
 def declared(path: Path, word: str, known: Collection[str]) -> tuple[str, frozenset[str]]:
@@ -230,7 +249,7 @@ def caption_columns(con: duckdb.DuckDBPyConnection, wanted: Sequence[str]) -> li
     captions = [
         name
         for name in texts
-        if re.search("caption|alt_?text", name.lower()) and not name.endswith(("_finish_reason", "_model"))
+        if re.search("caption|alt_?text", name.lower()) and not name.endswith((*NOT_CAPTIONS, "_model"))
     ]
     names = list(dict.fromkeys(wanted or [*(name for name in KNOWN if name in texts), *captions]))
     if missing or not names:
@@ -277,21 +296,39 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
         [(name, place) for place, name in enumerate(names, start=1)],
     )
     there = {name for name, *_ in con.sql("describe published").fetchall()}
-    scored = [
-        f"{sql.identifier(score)} as {sql.identifier(caption)}"
-        for score, caption in SCORES.items()
-        if score in there and caption in names
-    ]
-    if scored:
-        of = ", ".join(
-            sql.identifier(caption)
-            for score, caption in SCORES.items()
-            if score in there and caption in names
-        )
+    _about_captions(con)
+    scores = {name: score for name in names if (score := score_column("score", name)) in there}
+    if scored := [f"{sql.identifier(score)} as {sql.identifier(name)}" for name, score in scores.items()]:
         con.execute(
             f"create view scores as unpivot (select {', '.join(scored)} from published) "
-            f"on {of} into name caption value cosine"
+            f"on {', '.join(map(sql.identifier, scores))} into name caption value cosine"
         )
+
+
+def _about_captions(con: duckdb.DuckDBPyConnection) -> None:
+    """The views `defects` and `ratings`, where the rows have such columns."""
+    kinds = {name: kind for name, kind, *_ in con.sql("describe published").fetchall()}
+    of_prefix = {prefix(name): name for name in ("org_caption", "re_caption", *PUBLISHED_BEFORE)}
+    defects = []
+    for told in (name for name in kinds if name.endswith("_defects") and kinds[name] == "VARCHAR"):
+        before = told.removesuffix("_defects")
+        caption = of_prefix.get(before, before)
+        others = [f"{before}_rejected", f"{before}_blind"]
+        rejected, blind = (sql.identifier(name) if name in kinds else "null" for name in others)
+        if caption in kinds:
+            defects.append(
+                f"select {sql.literal(caption)} as caption, {sql.identifier(told)} as defects, "
+                f"{rejected}::varchar as rejected, {blind}::boolean as blind from published "
+                f"where {sql.identifier(caption)} is not null or {sql.identifier(told)} is not null"
+            )
+    judges = [name for name, kind in kinds.items() if name.endswith("_score") and kind == "BIGINT"]
+    ratings = [
+        f"select {sql.literal(name)} as judge, {sql.identifier(name)} as rating from published"
+        for name in judges
+    ]
+    for view, parts in (("defects", defects), ("ratings", ratings)):
+        if parts:
+            con.execute(f"create view {view} as {' union all '.join(parts)}")
 
 
 def _readable(con: duckdb.DuckDBPyConnection, found: Parts) -> bool:

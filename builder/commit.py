@@ -41,7 +41,7 @@ def working(store: Store, task: Task) -> Iterator[Task]:
         for name in (*task.hints, *task.earlier):
             with suppress(FileNotFoundError):  # it was garbage, and somebody collected it
                 files[name] = store.fetch(name, scratch)
-        yield replace(task, scratch=scratch, files=files, store=store)
+        yield replace(task, scratch=scratch, files=files, store=store, counts={})
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -55,7 +55,8 @@ def commit(store: Store, stage: Stage, task: Task, rows: Mapping[str, int], seco
         store.put(file, name)
     record = Record(
         key=task.key, inputs=dict(task.inputs), outputs=outputs, bytes=sizes,
-        rows={str(status): n for status, n in sorted(rows.items())}, seconds=round(seconds, 3),
+        rows={str(status): n for status, n in sorted(rows.items())},
+        counts=dict(sorted(task.counts.items())), seconds=round(seconds, 3),
         versions=versions(stage.libraries), day=today(), settings=dict(task.settings),
         outside=dict(task.outside),
         attempt=task.attempt,

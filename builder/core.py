@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import StrEnum
@@ -97,6 +97,7 @@ class Task:
     hints: tuple[str, ...] = ()  # objects that may save work and do not change what is published
     files: Mapping[str, Path] = field(default_factory=dict)  # object -> where it can be read
     scratch: Path = Path()  # where outputs are written; it goes when the task is done
+    counts: dict[str, int] = field(default_factory=dict)  # what the work counts besides rows by status
     store: Store | None = None  # for what outlives a crash before the task is done: its journal
 
     def input(self, stage: str, suffix: str = ".parquet") -> Path:
@@ -208,7 +209,7 @@ class Stage:
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in left_out and value != self.default(name)
+            if name not in left_out and getattr(self, name) != self.default(name)
         }
 
     @classmethod
@@ -217,6 +218,11 @@ class Stage:
         if found.default_factory is not MISSING:
             return found.default_factory()
         return found.default
+
+    @classmethod
+    def from_before(cls, data: dict[str, Json]) -> dict[str, Json]:
+        """Settings that a recipe.json of before means, where its defaults were others."""
+        return data
 
     def portable(self) -> Stage:
         """The same settings without this machine's directories, as they are published."""
@@ -242,6 +248,20 @@ class Stage:
         """Caption columns that it adds."""
         return ()
 
+    def makes_ratings(self) -> tuple[str, ...]:
+        """Columns of numbers, about captions, that it adds."""
+        return ()
+
+    def makes_scores(self) -> tuple[str, ...]:
+        """Captions of which it adds a cosine."""
+        return ()
+
+    def shares(self) -> Json:
+        """What a worker of it has loaded: one worker does all stages of which this is the same; None: its own
+        alone.
+        """
+        return None
+
     def names_captions(self) -> tuple[str, ...]:
         """Caption columns that its settings name; a stage before it makes each."""
         return ()
@@ -256,6 +276,10 @@ class Stage:
     def open(self) -> AbstractContextManager[Work]:
         """Load what the work needs, once per worker."""
         raise NotImplementedError
+
+    def open_with(self, others: Sequence[Stage]) -> AbstractContextManager[Work]:
+        """The same for others too, which share what it loads."""
+        return self.open()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +437,7 @@ def _stages_from_json(data: dict[str, Json]) -> list[Stage]:
             "give the recipe as my_file.py:function",
         )
     specs = parse(list[dict[str, Any]], data.pop("specs"), what="specs") if "specs" in data else [{}]
+    data = found[-1].from_before(data)
     return [parse(found[-1], data | spec, what=f"stage {named}") for spec in specs]
 
 
@@ -436,6 +461,7 @@ class Record:
     outputs: Mapping[str, str] = field(default_factory=dict)  # object -> sha256
     bytes: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)  # status -> rows
+    counts: Mapping[str, int] = field(default_factory=dict)  # what else was counted
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
     day: str = ""  # of the commit, UTC

@@ -508,7 +508,7 @@ def _garbage(run: Run) -> Iterator[tuple[str, int]]:
             }
             for name, size in run.store.sizes(folder).items():
                 task, _, kind = name.partition(".")
-                output = name.endswith((".parquet", ".tar", ".txt")) and name != COMPACTED
+                output = name.endswith((".parquet", ".tar", ".txt", ".npz")) and name != COMPACTED
                 done_without = task in found and kind in ("journal", "failed")
                 beyond = block not in blocks  # the metadata were more once
                 if (output and f"{folder}/{name}" not in named) or done_without or beyond:

@@ -100,6 +100,15 @@ class Schedule:
         del self._running[task.stage, task.block, task.name]
         self._ready[task.stage].append(task)
 
+    def sharing(self, stage: Stage) -> tuple[Stage, ...]:
+        """The stages that one worker does with this one, itself among them."""
+        what = stage.shares()
+        others = (other for other in self.stages.values() if what is not None and other.shares() == what)
+        return tuple(others) or (stage,)
+
+    def has_ready(self, stage: Stage) -> bool:
+        return bool(self._ready[stage.name])
+
     def waits(self, stage: Stage) -> bool:
         """Is there more to come for a stage in the blocks at work?"""
         if self._ready[stage.name]:

@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCardData
 from analysis import report as reports
 from analysis.plots import PLOTS
 from builder.core import Recipe, SourceSet
-from builder.stages.select import LEDGER, Select, columns
+from builder.stages.select import LEDGER, Select
 
 _SIZES = (
     (10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
@@ -44,7 +44,7 @@ def card(
     (ends,) = of(report, "endings")
     tokenizer = next((row["tokenizer"] for row in of(report, "tokens")), "none")
     parts = [
-        f"---\n{_front(recipe, manifest, columns(select.captions)).to_yaml().strip()}\n---",
+        f"---\n{_front(recipe, manifest, select.columns()).to_yaml().strip()}\n---",
         f"# {_one_line(recipe.title)}, {f'version {version}' if version else 'not published yet'}",
         f"{_one_line(recipe.description)} {rows['train']:,} rows.",
         "One row:",
@@ -73,7 +73,7 @@ def card(
         "## Columns",
         _table(
             ("column", "type", "what"),
-            [(f"`{name}`", str(kind), what) for name, kind, what in columns(select.captions)],
+            [(f"`{name}`", str(kind), what) for name, kind, what in select.columns()],
         ),
         "`preview` repeats the first rows of `train`.",
         "## Known limits",
@@ -85,6 +85,8 @@ def card(
         "Links die: verify `sha256` after a download.",
         "Residue in the captions, percent:",
         _residue(of(report, "residue")),
+        *_defects(of(report, "defects")),
+        *_ratings(of(report, "ratings")),
         "## Loading",
         "```python\nimport datasets\n\n"
         'datasets.load_dataset("PATH_OR_REPO", split="train")'
@@ -168,6 +170,43 @@ def _residue(found: Sequence[Mapping[str, Any]]) -> str:
         ("caption", *(kind.removesuffix("_percent") for kind in kinds)),
         [(f"`{r['caption']}`", *(str(r[kind]) for kind in kinds)) for r in found],
     )
+
+
+def _defects(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Paragraphs."""
+    if not found:
+        return []
+    lines = [
+        (f"`{r['caption']}`", _plain(r["defect"]), *(f"{r[n]:,}" for n in ("first", "kept", "failed")))
+        for r in found
+        if r["defect"]
+    ]
+    captions = {r["caption"]: r for r in found}
+    looked_at = [
+        f"{r['blind']:,} of {r['looked_at']:,} `{name}`" for name, r in captions.items() if r["looked_at"]
+    ]
+    again = [f"{r['again']:,} for `{name}`" for name, r in captions.items() if r["again"]]
+    parts = [
+        "Defects by kind and column: in first replies, kept with the caption, and rows that failed of it:"
+    ]
+    parts.append(
+        _table(("caption", "defect", "first", "kept", "failed"), lines) if lines else "None was found."
+    )
+    said = [f"Replies that were not taken: {', '.join(again)}."] if again else []
+    said += [f"The same of a blank picture: {', '.join(looked_at)} of a sample."] if looked_at else []
+    return [*parts, " ".join(said)] if said else parts
+
+
+def _ratings(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    head = ("judge", "captions", "mean", "1", "2", "3", "4", "5", "without")
+    names = ("captions", "ones", "twos", "threes", "fours", "fives", "without")
+    lines = []
+    for r in found:
+        first, *others = (f"{r[name]:,}" for name in names)
+        lines.append((f"`{r['judge']}`", first, f"{r['mean']}", *others))
+    return ["Ratings by judges, 1 to 5:", _table(head, lines)]
 
 
 def _links(found: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from builder.core import Recipe, SourceSet
-from builder.stages.select import LEDGER, Select, columns
+from builder.stages.select import LEDGER, Select
 from cards.card import license_link
 
 _TYPES = {
@@ -46,11 +46,11 @@ def croissant(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     sets = {
         "train": (
             "data/train-*.parquet",
-            [(name, kind, what) for name, kind, what in columns(select.captions)],
+            [(name, kind, what) for name, kind, what in select.columns()],
         ),
         "preview": (
             "data/preview-*.parquet",
-            [(name, kind, what) for name, kind, what in columns(select.captions)],
+            [(name, kind, what) for name, kind, what in select.columns()],
         ),
         "ledger": ("ledger/train-*.parquet", [(field.name, field.type, "") for field in LEDGER]),
     }

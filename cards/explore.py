@@ -51,7 +51,7 @@ from builder.errors import InputError, telling_of_a_full_disk
 from builder.places import Place
 from builder.run import Run
 from builder.stages.imagetar import images
-from builder.stages.select import columns
+from builder.stages.select import COLUMNS, NOT_CAPTIONS
 
 PAGE = Path(__file__).parent / "explorer"
 FILES = ("index.html", "explorer.js", "explorer.css")
@@ -192,16 +192,14 @@ def _columns(con: duckdb.DuckDBPyConnection, view: str) -> list[dict[str, str]]:
     """Name, kind (text, number, date, bool), what it is, and its role: caption, score or none."""
     schema = con.sql(f"from {view} limit 0").to_arrow_table().schema
     schema = schema.append(pa.field("status", pa.string())).append(pa.field("error", pa.string()))
-    what = {name: text for name, _, text in columns()} | {
+    what = {name: text for name, _, text in COLUMNS} | {
         "status": "how far the row came",
         "error": "why it came no further",
     }
     described = []
     for field in schema:
         kind = _kind(field.type)
-        caption = (
-            kind == "text" and field.name not in NO_CAPTION and not field.name.endswith("_finish_reason")
-        )
+        caption = kind == "text" and field.name not in NO_CAPTION and not field.name.endswith(NOT_CAPTIONS)
         role = "caption" if caption else "score" if kind == "number" and field.name.endswith("_score") else ""
         described.append({"name": field.name, "kind": kind, "role": role, "what": what.get(field.name, "")})
     return sorted(described, key=lambda column: column["name"] != "org_caption")  # the original first

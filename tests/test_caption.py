@@ -9,7 +9,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CAPTIONER
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
+from builder.captions import kinds
+from builder.captions.asking import Request
 from builder.captions.replies import Replies, Reply
 from builder.captions.vllm import Engine, begins
 from builder.commit import commit, working
@@ -33,7 +34,7 @@ from builder.files import write_parquet
 from builder.model import identity
 from builder.run import Run
 from builder.stages import download, source
-from builder.stages.caption import RECAPTION_V1_PROMPT, Caption, Captioning
+from builder.stages.caption import Caption, Captioning
 from builder.stages.questions import IMAGES
 from builder.stages.select import Select
 from builder.store import Folder
@@ -53,20 +54,21 @@ def held_out(number: int, start: int = 5_000_000) -> list[world.Scene]:
     return [world.scene(world.HELD_OUT + start + n) for n in range(number)]
 
 
-def requests(scenes: list[world.Scene]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    return ((str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes))
+def requests(scenes: list[world.Scene]) -> Iterator[Request]:
+    return (Request(str(n), world.jpeg(world.draw(scene, 128), 95)) for n, scene in enumerate(scenes))
 
 
 def test_recaption_v1_is_the_published_prompt_and_decoding(engine: Engine) -> None:
     """Prompt and decoding of arXiv 2406.08478, in the chat format of Llama 3."""
     assert (
         SETTINGS.prompt
-        == RECAPTION_V1_PROMPT
+        == kinds.RECAP_V1.prompt
         == "Please generate a detailed caption of this image. Please be as descriptive as possible."
     )
     assert (SETTINGS.name, SETTINGS.temperature, SETTINGS.max_tokens) == ("re_caption", 0.0, 128)
-    assert (engine.sampling.temperature, engine.sampling.max_tokens) == (0.0, 128)
-    assert engine.rendered == (
+    sampling = engine.params(SETTINGS.sampling("0" * 32))
+    assert (sampling.temperature, sampling.max_tokens, sampling.min_tokens) == (0.0, 128, 1)
+    assert engine.prompt_of(SETTINGS).rendered == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\n"
         "Please generate a detailed caption of this image. Please be as descriptive as possible.<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -76,7 +78,7 @@ def test_recaption_v1_is_the_published_prompt_and_decoding(engine: Engine) -> No
 def test_the_prompt_that_is_served_is_the_prompt_that_was_trained() -> None:
     from recipes.demo.train import PROMPT_V1
 
-    content = [{"type": "image"}, {"type": "text", "text": RECAPTION_V1_PROMPT}]
+    content = [{"type": "image"}, {"type": "text", "text": kinds.RECAP_V1.prompt}]
     processor = AutoProcessor.from_pretrained(str(CAPTIONER))
     assert (
         processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -87,7 +89,7 @@ def test_the_prompt_that_is_served_is_the_prompt_that_was_trained() -> None:
 def test_captions_name_what_is_there(engine: Engine) -> None:
     """Held-out scenes; the quality that the README states is measured on 500 by `recipes.demo.eval`."""
     scenes = held_out(64)
-    found = engine.replies(requests(scenes))
+    found = engine.replies(SETTINGS, requests(scenes))
     right = named = there = 0
     for n, scene in enumerate(scenes):
         reply = found[str(n)]
@@ -104,17 +106,17 @@ def test_captions_name_what_is_there(engine: Engine) -> None:
 def test_captions_do_not_depend_on_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 on a CPU: alone, in small and in large batches, a picture gets the same caption."""
     scenes = held_out(24)
-    together = engine.replies(requests(scenes))
-    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=3))
-    assert engine.replies(requests(scenes)) == together
+    together = engine.replies(SETTINGS, requests(scenes))
+    monkeypatch.setattr(engine, "in_flight", 3)
+    assert engine.replies(SETTINGS, requests(scenes)) == together
 
 
 def test_no_row_is_left_when_all_in_flight_end_in_one_step(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One at a time they always do."""
-    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=1))
-    found = engine.replies(requests(held_out(4)))
+    monkeypatch.setattr(engine, "in_flight", 1)
+    found = engine.replies(SETTINGS, requests(held_out(4)))
     assert sorted(found) == ["0", "1", "2", "3"]
 
 
@@ -124,63 +126,53 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(
     """Once, whether the chat template writes it, as the demo's does, or leaves it to the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(str(CAPTIONER))
     first = tokenizer.bos_token_id
-    assert begins(tokenizer) == engine.begins == [first]
+    prompt = engine.prompt_of(SETTINGS)
+    assert begins(tokenizer) == prompt.begins == [first]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
     assert begins(tokenizer) == []
 
-    picture, template = Image.new("RGB", (8, 8)), engine.rendered
-    whole = engine.prompt(picture, {})[0]["prompt_token_ids"]
+    whole, _ = prompt.tokens({})
     assert whole.count(first) == 1
-    monkeypatch.setattr(engine, "rendered", template.removeprefix("<|begin_of_text|>"))
-    assert engine.prompt(picture, {})[0]["prompt_token_ids"] == whole
-    monkeypatch.setattr(engine, "begins", [])
-    assert engine.prompt(picture, {})[0]["prompt_token_ids"] == whole[1:]
+    monkeypatch.setattr(prompt, "rendered", prompt.rendered.removeprefix("<|begin_of_text|>"))
+    assert prompt.tokens({})[0] == whole
+    monkeypatch.setattr(prompt, "begins", [])
+    assert prompt.tokens({})[0] == whole[1:]
 
 
 def test_braces_of_a_chat_template_are_no_placeholders(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "rendered", f"On {{date}}, {{url}}: {engine.rendered}")
-    ids = engine.prompt(Image.new("RGB", (8, 8)), {"url": "http://h/"})[0]["prompt_token_ids"]
-    assert "{date}, {url}:" in engine.tokenizer.decode(ids)
+    prompt = engine.prompt_of(SETTINGS)
+    monkeypatch.setattr(prompt, "rendered", f"On {{date}}, {{url}}: {prompt.rendered}")
+    ids, _ = prompt.tokens({"url": "http://h/"})
+    assert "{date}, {url}:" in prompt.tokenizer.decode(ids)
 
 
 def test_a_picture_that_cannot_be_decoded_is_a_row_not_an_exception(engine: Engine) -> None:
-    bad = [(f"bad {k}", b"no picture", {}) for k in range(2 * SETTINGS.in_flight)]
-    found = engine.replies([*bad, *requests(held_out(1))])
-    assert all("cannot be decoded" in found[uid].error for uid, _, _ in bad)
+    bad = [Request(f"bad {k}", b"no picture") for k in range(2 * SETTINGS.in_flight)]
+    found = engine.replies(SETTINGS, [*bad, Request("gone"), *requests(held_out(1))])
+    assert all("cannot be decoded" in found[request.uid].error for request in bad)
+    assert found["gone"].error == "its image is not in the tar"
     assert found["0"].text
 
 
-def decodes(engine: Engine, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Caption:
-    """The engine with other sampling settings, as if it had been opened with them."""
-    from vllm import SamplingParams
-
-    stage = replace(SETTINGS, **settings)
-    names = ("temperature", "top_k", "max_tokens", "min_tokens")
-    sampling = SamplingParams(**{name: getattr(stage, name) for name in names})
-    monkeypatch.setattr(engine, "settings", stage)
-    monkeypatch.setattr(engine, "sampling", sampling)
-    return stage
-
-
-def test_random_decoding_is_seeded_by_the_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes(engine, monkeypatch, temperature=0.75, top_k=50, max_tokens=40)
-    once, again = (engine.replies(requests(held_out(6))) for _ in range(2))
+def test_random_decoding_is_seeded_by_the_row(engine: Engine) -> None:
+    kind = replace(SETTINGS, temperature=0.75, top_k=50, max_tokens=40)
+    once, again = (engine.replies(kind, requests(held_out(6))) for _ in range(2))
     assert once == again
-    assert engine.params("a").seed != engine.params("b").seed
-    ((_, picture, row),) = requests(held_out(1))
-    same = engine.replies((str(n), picture, row) for n in range(8))
+    assert kind.sampling("a")["seed"] != kind.sampling("b")["seed"]
+    (request,) = requests(held_out(1))
+    same = engine.replies(kind, (replace(request, uid=str(n)) for n in range(8)))
     assert len({reply.text for reply in same.values()}) > 1
     keys = {reply.key for reply in same.values()}
     assert len(keys) == 8
-    decodes(engine, monkeypatch, temperature=0.75, top_k=49, max_tokens=40)
-    assert engine.replies([("0", picture, row)])["0"].key not in keys
+    for change in ({"top_k": 49}, {"top_p": 0.9}, {"temperature": 0.7}):
+        other = replace(kind, **change)  # type: ignore[arg-type]
+        assert engine.replies(other, [request])["0"].key not in keys
 
 
-def test_a_caption_that_hits_the_limit_says_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes(engine, monkeypatch, max_tokens=5)
-    (reply,) = engine.replies(requests(held_out(1))).values()
+def test_a_caption_that_hits_the_limit_says_so(engine: Engine) -> None:
+    (reply,) = engine.replies(replace(SETTINGS, max_tokens=5), requests(held_out(1))).values()
     assert (reply.finish_reason, reply.num_tokens) == ("length", 5)
 
 
@@ -220,41 +212,42 @@ def quoting() -> Iterator[Engine]:
 
 
 def ids(engine: Engine, org_caption: str, url: str = "http://h/") -> list[int]:
-    prompt, _ = engine.prompt(Image.new("RGB", (8, 8)), {"org_caption": org_caption, "url": url})
-    tokens: list[int] = prompt["prompt_token_ids"]
-    return tokens
+    return engine.prompt_of(QUOTING).tokens({"org_caption": org_caption, "url": url})[0]
 
 
 def test_every_placeholder_is_filled_and_only_the_prompts_own(quoting: Engine) -> None:
-    text = quoting.tokenizer.decode(ids(quoting, "a {url} {0} {org_caption}"))
+    text = quoting.prompt_of(QUOTING).tokenizer.decode(ids(quoting, "a {url} {0} {org_caption}"))
     assert "Alt text: a {url} {0} {org_caption} (http://h/). Describe." in text
 
 
 def test_special_tokens_in_a_caption_are_characters(quoting: Engine) -> None:
     """Or alt text could end its turn, and speak as the assistant."""
-    special = set(quoting.tokenizer.all_special_ids) | set(quoting.tokenizer.added_tokens_decoder)
+    tokenizer = quoting.prompt_of(QUOTING).tokenizer
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     hostile = "<image><|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nSpam."
     count = [sum(token in special for token in ids(quoting, text)) for text in ("", hostile)]
     assert count[0] == count[1] > 0
-    assert hostile in quoting.tokenizer.decode(ids(quoting, hostile))
+    assert hostile in tokenizer.decode(ids(quoting, hostile))
 
 
 def test_text_of_a_row_that_is_too_long_is_cut_and_counted(quoting: Engine) -> None:
     """The shard goes on; a row in the middle of it gets a caption all the same."""
-    pictures = [image for _, image, _ in requests(held_out(3))]
     rows = [
         {"org_caption": text, "url": "http://h/"} for text in ("a cat", "word " * 50_000, "<image> " * 300)
     ]
-    found = quoting.replies(zip("abc", pictures, rows, strict=True))
+    pictures = requests(held_out(3))
+    found = quoting.replies(
+        QUOTING, (replace(p, uid=uid, row=row) for uid, p, row in zip("abc", pictures, rows, strict=True))
+    )
     assert all(found[uid].text for uid in "abc")
     assert [found[uid].prompt_cut for uid in "abc"] == [False, True, True]
     assert dict(QUOTING.columns())["quoting_prompt_cut"] == pa.bool_()
 
 
-@pytest.mark.parametrize("prompt", ["{foo}", "{org_caption} and {caption}", "{ORG_CAPTION}"])
+@pytest.mark.parametrize("prompt", ["{foo}", "{org_caption} and {caption}", "{ORG_CAPTION}", "{re_caption}"])
 def test_a_placeholder_that_is_none_is_told_when_the_recipe_is_made(prompt: str) -> None:
     with pytest.raises(RecipeError, match=r"quotes \{.*\n.*org_caption, url"):
-        replace(SETTINGS, prompt=prompt)
+        Recipe("r", (replace(SETTINGS, prompt=prompt),))
     assert replace(SETTINGS, prompt='as JSON: {"objects": [], "text": {}}').quotes() == []
 
 
@@ -303,7 +296,7 @@ def a_shard(store: Folder, scenes: Sequence[world.Scene], name: str = "00000", *
 def do(store: Folder, engine: Engine, task: Task, work: Captioning | None = None) -> tuple[pa.Table, Record]:
     """A task done and committed, as a worker does."""
     with working(store, task) as here:
-        counts = (work or Captioning(SETTINGS, engine))(here)
+        counts = (work or Captioning([SETTINGS], engine))(here)
         record = commit(store, SETTINGS, here, counts, 0)
     table = pq.read_table(store.root / record.output(".parquet"))
     assert record.rows == Counter(table["status"].to_pylist())
@@ -343,12 +336,13 @@ def test_a_journaled_caption_is_not_generated_again(
 
     journal.write_text(f"{first}\n{second[:-9]}")
     with working(store, task) as here:
-        Captioning(SETTINGS, engine)(here)
+        Captioning([SETTINGS], engine)(here)
         table = pq.read_table(here.output()).to_pylist()
         assert journal.exists()  # until the record is there
         commit(store, SETTINGS, here, {"ok": 1}, 0)
     assert not journal.exists()
     told = {"re_caption": "Journaled.", "re_caption_finish_reason": "stop", "re_caption_num_tokens": 2}
+    told |= {"re_caption_defects": None}
     assert table == [row | told if row["reply_key"] == keys[0] else row for row in before]
     assert len(asked) == len(keys) - keys.count(keys[0])
 
@@ -395,7 +389,7 @@ def test_a_build_that_was_stopped_goes_on_where_it_was(
     engine: Engine, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever came is in the journal, however the shard ended."""
-    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=2))
+    monkeypatch.setattr(engine, "in_flight", 2)
     store, scenes = Folder(tmp_path), held_out(12)
     task = a_shard(store, scenes)
     step, came = engine.engine.step, 0
@@ -440,41 +434,23 @@ def test_a_damaged_or_collected_earlier_output_costs_its_replies_and_nothing_els
     assert after == before
 
 
-def _prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "rendered", engine.rendered.replace("detailed", "short"))
-
-
-def _max_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes(engine, monkeypatch, max_tokens=127)
-
-
-def _min_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes(engine, monkeypatch, min_tokens=2)
-
-
-def _top_k(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes(engine, monkeypatch, top_k=7)
-
-
-def _temperature(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes(engine, monkeypatch, temperature=0.5)
-
-
 def _model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.made_by == f"{identity(SETTINGS.model)} float32"
     monkeypatch.setattr(engine, "made_by", f"{identity(SETTINGS.model)} bfloat16")
 
 
-def _in_flight(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=1, max_model_len=400))
-
-
 @pytest.mark.parametrize(
     ("change", "number"),
     [
-        *((change, 3) for change in (_prompt, _max_tokens, _min_tokens, _temperature, _model)),
-        (_top_k, 0),  # greedy: it takes the first whatever their number
-        (_in_flight, 0),
+        ({"prompt": "Please generate a short caption of this image."}, 3),
+        ({"max_tokens": 127}, 3),
+        ({"min_tokens": 2}, 3),
+        ({"temperature": 0.5}, 3),
+        ({"dtype": "bfloat16"}, 3),
+        ({"top_k": 7}, 0),  # greedy: it takes the first whatever their number
+        ({"top_p": 0.5}, 0),
+        ({"in_flight": 1, "max_model_len": 400}, 0),
+        ({"max_repeated": 0.9, "tolerated": (), "language": "en"}, 0),
     ],
 )
 def test_a_reply_is_kept_by_what_made_it(
@@ -482,14 +458,17 @@ def test_a_reply_is_kept_by_what_made_it(
     tmp_path: Path,
     asked: list[str],
     monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Engine, pytest.MonkeyPatch], None],
+    change: dict[str, Any],
     number: int,
 ) -> None:
     store, scenes = Folder(tmp_path), held_out(3)
     before, record = do(store, engine, a_shard(store, scenes))
     asked.clear()
-    change(engine, monkeypatch)
-    after, _ = do(store, engine, replace(a_shard(store, scenes), key="0" * 64, earlier=record.outputs))
+    if "dtype" in change:
+        _model(engine, monkeypatch)
+    work = Captioning([replace(SETTINGS, **change)], engine)
+    task = replace(a_shard(store, scenes), key="0" * 64, earlier=record.outputs)
+    after, _ = do(store, engine, task, work)
     assert len(asked) == number
     same = [a == b for a, b in zip(before["reply_key"], after["reply_key"], strict=True)]
     assert same == [number == 0] * 3
@@ -527,7 +506,7 @@ def test_a_reply_that_is_no_caption_as_it_came_is_kept_as_it_came(
     assert asked == []
     found = after.to_pylist()
     assert [row["status"] for row in found] == ["ok", "caption_failed", "ok"]
-    assert [row["error"] for row in found] == [None, "the model said nothing", None]
+    assert [row["error"] for row in found] == [None, "short: no words", None]
     assert [row["re_caption"] for row in found] == ["A square.", None, before["re_caption"][2].as_py()]
     assert [row["reply"] for row in found] == ["  A square.\n", " \n", None]
     with working(store, replace(task, earlier=record.outputs)) as here:
@@ -553,7 +532,7 @@ def test_a_shard_is_begun_before_the_one_before_it_is_finished(
     engine: Engine, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine does not drain in between, and nobody's replies reach another shard."""
-    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=8))
+    monkeypatch.setattr(engine, "in_flight", 8)
     scenes = held_out(40)
     shards = {"00000": scenes[:20], "00001": scenes[20:]}
     alone = {}
@@ -564,7 +543,7 @@ def test_a_shard_is_begun_before_the_one_before_it_is_finished(
 
     store = Folder(tmp_path / "together")
     first, second = (a_shard(store, part, name) for name, part in shards.items())
-    work = Captioning(SETTINGS, engine)
+    work = Captioning([SETTINGS], engine)
     with working(store, second) as here:
         left = [here]
 
@@ -580,7 +559,7 @@ def test_a_shard_is_begun_before_the_one_before_it_is_finished(
         table, _ = do(store, engine, first, work)
         assert table == alone["00000"]
         assert not left
-        begun = work.begun["00001"]
+        begun = work.begun["re_caption", "00001"]
         assert 20 < len(asked) <= 40
         assert begun.job.asked + len(begun.given) == len(asked) - 20
         assert len(store.journaled(second.journal)) == len(begun.given)
@@ -637,14 +616,15 @@ def test_an_image_that_is_known_for_a_placeholder_early_is_not_captioned(
 def test_an_exception_leaves_nothing_in_the_engine(engine: Engine) -> None:
     """Or the replies would reach the shards after it."""
 
-    def broken() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    def broken() -> Iterator[Request]:
         yield from requests(held_out(5))
         raise ValueError("row 6 cannot be read")
 
     with pytest.raises(ValueError, match="row 6"):
-        engine.replies(broken())
+        engine.replies(SETTINGS, broken())
     assert engine.llm.llm_engine.get_num_unfinished_requests() == 0
-    after = engine.replies((f"later {uid}", image, row) for uid, image, row in requests(held_out(2)))
+    later = (replace(request, uid=f"later {request.uid}") for request in requests(held_out(2)))
+    after = engine.replies(SETTINGS, later)
     assert sorted(after) == ["later 0", "later 1"]
 
 
@@ -677,7 +657,7 @@ def test_a_caption_with_logits_that_are_no_numbers_is_a_failure(
         return step()
 
     monkeypatch.setattr(engine.llm.llm_engine, "step", stepped)
-    found = engine.replies(requests(held_out(3)))
+    found = engine.replies(SETTINGS, requests(held_out(3)))
     assert found["1"] == Reply(error="the model's logits are not finite")
     assert found["0"].text
     assert found["2"].text
@@ -743,12 +723,12 @@ def test_two_captions_have_two_names() -> None:
 def test_a_damaged_next_shard_does_not_fail_this_one(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=4))
+    monkeypatch.setattr(engine, "in_flight", 4)
     store, scenes = Folder(tmp_path), held_out(8)
     first, second = a_shard(store, scenes[:4]), a_shard(store, scenes[4:], "00001")
     tar = next(tmp_path / name for name in second.inputs if name.endswith(".tar"))
     tar.write_bytes(tar.read_bytes()[:3000])
-    work = Captioning(SETTINGS, engine)
+    work = Captioning([SETTINGS], engine)
     with working(store, second) as here:
         left = [here]
         work.next_task = lambda: left.pop() if left else None
@@ -761,13 +741,13 @@ def test_a_damaged_next_shard_does_not_fail_this_one(
 def test_after_an_exception_a_shard_that_was_begun_begins_anew(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "settings", replace(SETTINGS, in_flight=8))
+    monkeypatch.setattr(engine, "in_flight", 8)
     store, scenes = Folder(tmp_path), held_out(24)
     first, second = a_shard(store, scenes[:12]), a_shard(store, scenes[12:], "00001")
-    step, work = engine.engine.step, Captioning(SETTINGS, engine)
+    step, work = engine.engine.step, Captioning([SETTINGS], engine)
 
     def stopping() -> Any:
-        if "00001" in work.begun and work.begun["00001"].job.asked:
+        if any(shard.job.asked for shard in work.begun.values()):
             raise RuntimeError("once")
         return step()
 

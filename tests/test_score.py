@@ -14,13 +14,13 @@ from PIL import Image
 
 from builder.errors import InputError
 from builder.run import Run
+from builder.stages.clip import Clip
 from builder.stages.imagetar import images
-from builder.stages.score import Clip, Score
 
 
 @pytest.fixture(scope="module")
 def clip() -> Clip:
-    return Clip(Score(model=str(CLIP)))
+    return Clip(str(CLIP))
 
 
 def test_scores_are_open_clips_cosines(demo_run: Path) -> None:
@@ -70,6 +70,6 @@ def test_texts_longer_than_the_context_are_counted(clip: Clip) -> None:
 
 def test_a_folder_that_is_no_clip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no open_clip_config\.json"):
-        Clip(Score(model=str(tmp_path)))
+        Clip(str(tmp_path))
     with pytest.raises(InputError, match="no model folder"):
-        Clip(Score(model=str(tmp_path / "nowhere")))
+        Clip(str(tmp_path / "nowhere"))

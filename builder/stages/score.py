@@ -1,15 +1,16 @@
 """score: cosine of each image with its original caption and with each new one, by open_clip.
 
-Reads   source, download, dedup, and every caption stage.
+Reads   source, download, dedup, and every caption stage; no images where an `embed` stage of the same model
+        has their vectors.
 Writes  `<shard>.parquet`: uid, status, error, and for each caption its cosine and whether the model's context
         cut it.
 
-Rows that are not ok have no scores. An empty caption has none either.
+Rows that are not ok have no scores. An empty caption has none either. A recipe may have several: one with a
+long context, say, under another name.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import os
@@ -18,18 +19,17 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from builder.core import Count, Json, Resources, Stage, Status, Task, Work
-from builder.errors import InputError, RecipeError
-from builder.files import read_file, read_rows, write_parquet
-from builder.model import check_files, hub_model, identity, model_folder
-from builder.stages.imagetar import images
-from builder.typed import from_json
+from builder.errors import RecipeError
+from builder.files import read_rows, write_parquet
+from builder.model import identity
+from builder.stages.clip import Clip, Precision, check_clip, pictures
+from builder.stages.embed import Embed
 
 MAX_CHARACTERS = 20_000  # a caption is cut here before tokenizing; no CLIP reads that far
 
@@ -46,7 +46,8 @@ class Score(Stage):
     model: str
     captions: tuple[str, ...] | None = None  # all that there are, the original first, unless given
     batch: Count = 128
-    precision: Literal["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16"] = "fp32"
+    precision: Precision = "fp32"
+    vectors: str = ""  # the stage that has the images' vectors: found, not given
 
     def __post_init__(self) -> None:
         captions = self.captions or ()
@@ -55,14 +56,24 @@ class Score(Stage):
 
     def after(self, earlier: tuple[Stage, ...]) -> Stage:
         made = tuple(name for stage in earlier for name in stage.makes_captions())
-        return replace(self, captions=("org_caption", *made)) if self.captions is None else self
+        captions = ("org_caption", *made) if self.captions is None else self.captions
+        same = (
+            stage.name
+            for stage in earlier
+            if isinstance(stage, Embed) and (stage.model, stage.precision) == (self.model, self.precision)
+        )
+        return replace(self, captions=captions, vectors=next(same, ""))
+
+    def makes_scores(self) -> tuple[str, ...]:
+        return self.captions or ()
 
     def names_captions(self) -> tuple[str, ...]:
         return self.captions or ()
 
     def reads(self) -> tuple[str, ...]:
         made = (name for name in self.names_captions() if name != "org_caption")
-        return ("source", "download", "dedup", *made)
+        pictures = (f"{self.vectors}.npz",) if self.vectors else ("download",)
+        return ("source", "dedup", *pictures, *made)
 
     def resources(self) -> Resources:
         return Resources(gpus=0.08, memory_gib=2)  # beside a captioner that takes 0.9 of one
@@ -71,21 +82,11 @@ class Score(Stage):
         return super().settings() | {"model": identity(self.model)}
 
     def check(self) -> None:
-        folder = model_folder(self.model)
-        if folder is None:
-            hub_model(self.model)
-            return
-        path, hint = folder / "open_clip_config.json", "name a folder in open_clip's local-dir layout"
-        if not path.exists():
-            raise InputError(f"model folder {folder} has no open_clip_config.json", hint)
-        config = from_json(dict[str, Any], read_file(path), what=str(path))
-        if not isinstance(config.get("model_cfg"), dict):
-            raise InputError(f"{path} has no model_cfg", hint)
-        check_files(folder)
+        check_clip(self.model)
 
     @contextmanager
     def open(self) -> Iterator[Work]:
-        clip = Clip(self)
+        clip = Clip(self.model, self.precision)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             yield lambda task: self.score(clip, pool, task)
 
@@ -100,14 +101,11 @@ class Score(Stage):
                 if row["status"] == Status.OK and given.get("status", Status.OK) != Status.OK:
                     row |= {"status": given["status"], "error": given["error"]}
         wanted = (row for row in table if row["status"] == Status.OK)
-        keys = {row["key"]: row["uid"] for row in read_rows(task.input("download"), ["key", "uid"])}
-        ok = {row["uid"] for row in table if row["status"] == Status.OK}
-        jpgs = (jpg for key, jpg in images(task.input("download", ".tar")) if keys[key] in ok)
-        decoded = _ahead(pool, clip.decode, jpgs, self.batch)
+        vectors = self._of_images(clip, pool, task, table)
         while batch := list(itertools.islice(wanted, self.batch)):
-            image_BE = clip.images(list(itertools.islice(decoded, len(batch))))
+            image_BE = next(vectors)
             for name in captions:
-                text_BE, cut = clip.texts([row[name][:MAX_CHARACTERS] for row in batch])
+                text_BE, cut = clip.texts([(row[name] or "")[:MAX_CHARACTERS] for row in batch])
                 cosines = (image_BE * text_BE).sum(1).tolist()
                 for row, cosine, was_cut in zip(batch, cosines, cut, strict=True):
                     if not math.isfinite(cosine):
@@ -123,60 +121,19 @@ class Score(Stage):
         write_parquet(pa.Table.from_pylist(list(rows), pa.schema(fields)), task.output())
         return Counter(row["status"] for row in table)
 
-
-def _ahead(pool: ThreadPoolExecutor, function: Any, items: Iterator[Any], number: int) -> Iterator[Any]:
-    """`map` over threads that stays at most `number` results ahead."""
-    waiting = [pool.submit(function, item) for item in itertools.islice(items, number)]
-    while waiting:
-        yield waiting.pop(0).result()
-        waiting += [pool.submit(function, item) for item in itertools.islice(items, 1)]
-
-
-class Clip:
-    """An open_clip model for inference: unit vectors of images and texts."""
-
-    def __init__(self, settings: Score) -> None:
-        import open_clip
-        import torch
-
-        settings.check()
-        folder: Path | str | None = model_folder(settings.model)
-        if folder is None:
-            repository, revision = hub_model(settings.model)
-            from huggingface_hub import snapshot_download
-
-            folder = snapshot_download(repository, revision=revision)
-        name = f"local-dir:{folder}"
-        self.torch = torch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        made = open_clip.create_model_from_pretrained(name, precision=settings.precision, device=self.device)
-        self.model, self.preprocess = made
-        self.model.eval()
-        self.tokenizer = open_clip.get_tokenizer(name)
-        self.context = int(self.model.context_length)
-        self.pad = int(self.tokenizer([""], context_length=self.context + 1)[0, -1])
-        picture = self.preprocess(Image.new("RGB", (64, 64)))
-        tried = self.images([picture]).sum() + self.texts(["a photo"])[0].sum()
-        if not tried.isfinite():
-            reason = f"the vectors of model {settings.model} are not finite: its weights are damaged"
-            raise InputError(reason, "copy them again")
-
-    def decode(self, jpg: bytes) -> Any:
-        return self.preprocess(Image.open(io.BytesIO(jpg)).convert("RGB"))
-
-    def images(self, pictures: list[Any]) -> Any:
-        """(B, 3, H, W) pictures -> (B, E) unit vectors."""
-        with self.torch.inference_mode():
-            batch = self.torch.stack(pictures).to(self.device, next(self.model.parameters()).dtype)
-            return self.model.encode_image(batch, normalize=True).float()
-
-    def texts(self, texts: list[str]) -> tuple[Any, list[bool]]:
-        """(B, E) unit vectors, and which texts are longer than the context.
-
-        Of those, tokenized with one place more, that place is taken.
-        """
-        longer = self.tokenizer(texts, context_length=self.context + 1)
-        cut = (longer[:, -1] != self.pad).tolist()
-        with self.torch.inference_mode():
-            tokens = self.tokenizer(texts, context_length=self.context) if any(cut) else longer[:, :-1]
-            return self.model.encode_text(tokens.to(self.device), normalize=True).float(), cut
+    def _of_images(
+        self, clip: Clip, pool: ThreadPoolExecutor, task: Task, table: list[dict[str, Any]]
+    ) -> Iterator[Any]:
+        """(B, E) unit vectors of the rows that are ok, a batch at a time."""
+        if self.vectors:
+            with np.load(task.input(self.vectors, ".npz")) as arrays:
+                image_NE = arrays["img"]
+            rows = [number for number, row in enumerate(table) if row["status"] == Status.OK]
+            for start in range(0, len(rows), self.batch):
+                chosen = image_NE[rows[start : start + self.batch]].astype(np.float32)
+                yield clip.torch.from_numpy(chosen).to(clip.device)
+            return
+        ok = {row["uid"] for row in table if row["status"] == Status.OK}
+        decoded = pictures(clip, pool, task, ok, self.batch)
+        while batch := list(itertools.islice(decoded, self.batch)):
+            yield clip.images(batch)

@@ -6,7 +6,11 @@ Writes  `<file>.parquet` with the columns of `SCHEMA`, rows that are ok;
         `<file>.ledger.parquet` with the columns of `LEDGER`, every source row; of removed ones only that.
 
 The schema is pinned: all columns of Recap-DataComp-1B with its types, and ours; then, for each caption beyond
-the first that the recipe makes, its text and how it ended. A later append never rewrites a file.
+the first that the recipe makes, its text, how it ended and its scores; and the judges' ratings. A later
+append never rewrites a file.
+
+A caption that more than `max_identical` rows of one file have gets the defect `identical`: a model that says
+the same of everything.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder import sql
-from builder.core import Count, Question, Recipe, Stage, Status, Task, Work
+from builder.core import Count, Json, Question, Recipe, Stage, Status, Task, Work
 from builder.errors import OutdatedError, RecipeError
 from builder.files import write_parquet
 from builder.stages.dedup import Dedup
@@ -50,6 +54,9 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("re_condition_length", pa.int64(), "its words between white space"),
     ("re_finish_reason", pa.string(), "`stop`, or `length`: cut off at the token limit"),
     ("re_num_tokens", pa.int32(), "tokens of the new caption, the captioner's tokenizer"),
+    ("re_defects", pa.string(), "defects with which the new caption was kept, comma separated"),
+    ("re_rejected", pa.string(), "defects of replies before it, ; between replies"),
+    ("re_blind", pa.bool_(), "a blank picture gets this caption too; null but for a sample"),
     ("re_clip_cut", pa.bool_(), "the scoring model's context cut the new caption"),
     ("org_clip_cut", pa.bool_(), "the scoring model's context cut the alt text"),
     ("width", pa.int32(), "pixels of the image that was captioned"),
@@ -59,26 +66,33 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
 )
 SCHEMA = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
 PUBLISHED_BEFORE = ("re_caption_condition_diverse_topk",)  # it has columns of its own in the schema
+NOT_CAPTIONS = ("_finish_reason", "_defects", "_rejected")  # text about a caption
+IDENTICAL = "identical"
+# What a stage writes of a caption, and what is published of it: under the caption's prefix.
+_ENDS: tuple[tuple[str, pa.DataType, str], ...] = (
+    ("finish_reason", pa.string(), "`stop`, or `length`: cut off at the token limit"),
+    ("num_tokens", pa.int32(), "its tokens, the captioner's tokenizer"),
+    ("defects", pa.string(), "defects with which it was kept, comma separated"),
+    ("rejected", pa.string(), "defects of replies before it, ; between replies"),
+    ("blind", pa.bool_(), "a blank picture gets it too; null but for a sample"),
+)
 ROW_GROUP_ROWS = 100_000  # about 100 MB before compression
 LEDGER = pa.schema([(name, pa.string()) for name in ("uid", "url", "status", "error")])
 
 
-def columns(captions: tuple[str, ...] | None = ()) -> tuple[tuple[str, pa.DataType, str], ...]:
-    """(name, type, what it is) of the published columns, where a recipe makes these beyond `re_caption`."""
-    extra = [name for name in captions or () if name not in SCHEMA.names]
-    return COLUMNS + tuple(
-        column
-        for name in extra
-        for column in (
-            (name, pa.string(), f"the caption `{name}`"),
-            (f"{name}_finish_reason", pa.string(), "`stop`, or `length`: cut off at the token limit"),
-            (f"{name}_num_tokens", pa.int32(), "its tokens, the captioner's tokenizer"),
-        )
-    )
+def prefix(caption: str) -> str:
+    """What the names of its other published columns begin with."""
+    known = {
+        "org_caption": "org",
+        "re_caption": "re",
+        "re_caption_condition_diverse_topk": "re_condition",
+    }
+    return known.get(caption, caption)
 
 
-def schema(captions: tuple[str, ...] | None = ()) -> pa.Schema:
-    return pa.schema([(name, kind) for name, kind, _ in columns(captions)])
+def score_column(stage: str, caption: str) -> str:
+    """The published cosine of a caption by a score stage: `clip` by the one that is called score."""
+    return f"{prefix(caption)}_{'clip' if stage == 'score' else stage}_score"
 
 
 def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
@@ -91,25 +105,20 @@ def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
     if not isinstance(select, Select):
         reason = f"recipe {recipe.name}: its stage select is another"
         raise RecipeError(reason, "use builder.stages.select.Select")
-    return {"data": schema(select.captions), "ledger": LEDGER}
+    return {"data": select.schema(), "ledger": LEDGER}
 
 
 _WORD = r"[^\s\p{Z}\x{0B}\x{1C}-\x{1F}\x{85}]+"  # between white space, Unicode's
 # Names of its own begin with _, which no caption's name does.
 _JOIN = """
 with _joined as (
-    select source.uid, source.url, re_caption.re_caption, source.org_caption,
+    select source.uid, source.url, source.org_caption,
            download.image_sha256 as sha256, download.key,
-           score.re_caption_cosine as re_clip_score, score.org_caption_cosine as org_clip_score,
-           len(regexp_extract_all(re_caption.re_caption, '{word}')) as re_length,
-           len(regexp_extract_all(source.org_caption, '{word}')) as org_length,
-           re_caption.re_caption_finish_reason as re_finish_reason,
-           re_caption.re_caption_num_tokens as re_num_tokens,
-           score.re_caption_cut as re_clip_cut, score.org_caption_cut as org_clip_cut,
+           {lengths}, {made},
            download.width, download.height,
            source.clip_b32_similarity_score, source.clip_l14_similarity_score,
-           score.status as _scored, score.error as _scored_error,
-           download.status as _downloaded, dedup.status as _deduplicated{captions},
+           {status} as _scored, {error} as _scored_error,
+           download.status as _downloaded, dedup.status as _deduplicated,
            row_number() over () as _position
     from {stages}
 )
@@ -125,11 +134,11 @@ _PLACEHOLDER = "_urls is not null and _downloaded = 'ok' and _deduplicated <> 'r
 class Select(Stage):
     """`shards_per_file` source shards become one published file: aim at 200,000 rows, 220-430 MB.
 
-    `captions` are published besides `re_caption`: all that the recipe makes unless given. `max_urls` is that
-    of dedup.
+    `captions` are published besides `re_caption`, `ratings` the judges', and `scores` as `stage.caption`: all
+    that the recipe makes unless given. `max_urls` is that of dedup.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     groups: ClassVar[bool] = True
     once: ClassVar[tuple[str, ...]] = ("max_urls",)  # that of dedup; the answer that it leads to is an input
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
@@ -137,6 +146,10 @@ class Select(Stage):
     name: str = "select"
     shards_per_file: Count = 20
     captions: tuple[str, ...] | None = None
+    ratings: tuple[str, ...] | None = None
+    scores: tuple[str, ...] | None = None
+    ends: tuple[str, ...] = tuple(end for end, *_ in _ENDS)  # what of how each caption ended
+    max_identical: Count = 20
     max_urls: Count | None = None
 
     @property
@@ -148,18 +161,66 @@ class Select(Stage):
             if name in SCHEMA.names and name not in PUBLISHED_BEFORE:
                 reason = f"select.captions names '{name}', which is a column of every version"
                 raise RecipeError(reason, "give the caption another name")
+        names = [name.lower() for name, *_ in self.columns()]
+        for name in (name for name in names if names.count(name) > 1):
+            raise RecipeError(f"two published columns are called '{name}'", "give a caption another name")
 
     def after(self, earlier: tuple[Stage, ...]) -> Stage:
         made = tuple(name for stage in earlier for name in stage.makes_captions() if name != "re_caption")
+        ratings = tuple(name for stage in earlier for name in stage.makes_ratings())
+        scores = tuple(f"{stage.name}.{name}" for stage in earlier for name in stage.makes_scores())
         asked = [stage.max_urls for stage in earlier if isinstance(stage, Dedup)]
         captions = made if self.captions is None else self.captions
-        return replace(self, captions=captions, max_urls=asked[0] if asked else None)
+        there = {"org_caption", "re_caption", *captions}
+        scores = tuple(score for score in scores if score.partition(".")[2] in there)
+        return replace(
+            self,
+            captions=captions,
+            ratings=ratings if self.ratings is None else self.ratings,
+            scores=scores if self.scores is None else self.scores,
+            max_urls=asked[0] if asked else None,
+        )
 
     def names_captions(self) -> tuple[str, ...]:
         return ("re_caption", *(self.captions or ()))
 
     def reads(self) -> tuple[str, ...]:
-        return ("source", "download.parquet", "dedup", *self.names_captions(), "score")
+        scoring = (score.partition(".")[0] for score in self.scores or ())
+        made = dict.fromkeys((*self.names_captions(), *scoring, *(self.ratings or ())))
+        return ("source", "download.parquet", "dedup", *made)
+
+    def columns(self) -> tuple[tuple[str, pa.DataType, str], ...]:
+        """(name, type, what it is) of the published columns."""
+        without = {f"re_{end}" for end, *_ in _ENDS if end not in self.ends}
+        fixed = tuple(column for column in COLUMNS if column[0] not in without)
+        there = {name for name, *_ in fixed}
+        more: list[tuple[str, pa.DataType, str]] = []
+        for name in self.captions or ():
+            more.append((name, pa.string(), f"the caption `{name}`"))
+            more += [(f"{prefix(name)}_{end}", kind, what) for end, kind, what in self._ends()]
+        for stage, _, name in (score.partition(".") for score in self.scores or ()):
+            column = score_column(stage, name)
+            more.append((column, pa.float64(), f"cosine of image and `{name}`, by `{stage}`"))
+            cut = column.removesuffix("_score") + "_cut"
+            more.append((cut, pa.bool_(), f"the context of `{stage}` cut `{name}`"))
+        for name in self.ratings or ():
+            more.append((name, pa.int64(), "a model's 1-5 of a caption; null where it gave none"))
+            more.append((f"{name}_defects", pa.string(), "why there is none, comma separated"))
+        return (*fixed, *(column for column in more if column[0] not in there))
+
+    def _ends(self) -> Iterator[tuple[str, pa.DataType, str]]:
+        return (end for end in _ENDS if end[0] in self.ends)
+
+    @classmethod
+    def from_before(cls, data: dict[str, Json]) -> dict[str, Json]:
+        """Of captions' ends there were two, and scores were published of two captions."""
+        if "scores" in data:
+            return data
+        scores = [f"score.{name}" for name in ("org_caption", "re_caption")]
+        return data | {"scores": scores, "ratings": [], "ends": ["finish_reason", "num_tokens"]}
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([(name, kind) for name, kind, _ in self.columns()])
 
     def asks(self) -> tuple[Question, ...]:
         return (Measured(max_urls=self.max_urls),) if self.max_urls else ()
@@ -168,11 +229,10 @@ class Select(Stage):
     def open(self) -> Iterator[Work]:
         stages = [name.partition(".")[0] for name in self.reads()]
         others = " positional join ".join(sql.identifier(name) for name in stages)
-        more = "".join(map(_caption_sql, self.captions or ()))
-        join = _JOIN.format(word=_WORD, captions=more, stages=others, placeholder=_PLACEHOLDER)
+        join = self._join(stages, others)
         uids = (f"{sql.identifier(name)}.uid" for name in stages[1:])
         agree = " and ".join(f"source.uid is not distinct from {uid}" for uid in uids)
-        target = schema(self.captions)
+        target = self.schema()
         with sql.connect(threads=1) as con:
 
             def work(task: Task) -> Mapping[str, int]:
@@ -199,10 +259,57 @@ class Select(Stage):
                 for field in target:
                     if field.name not in published.column_names:
                         published = published.append_column(field, pa.nulls(len(published), field.type))
-                _write(published.select(target.names).cast(target), task.output())
+                published = self._identical(published.select(target.names).cast(target))
+                _write(published, task.output())
                 return Counter(table["status"].to_pylist())
 
             yield work
+
+    def _join(self, stages: list[str], others: str) -> str:
+        """SQL for the rows of a shard, with every column that is published and the status of all stages."""
+        made = []
+        for name in self.names_captions():
+            made.append(_column(name, name, name))
+            made += [_column(name, f"{name}_{end}", f"{prefix(name)}_{end}") for end, *_ in self._ends()]
+        for stage, _, name in (score.partition(".") for score in self.scores or ()):
+            column = score_column(stage, name)
+            made.append(_column(stage, f"{name}_cosine", column))
+            made.append(_column(stage, f"{name}_cut", column.removesuffix("_score") + "_cut"))
+        for name in self.ratings or ():
+            made += [_column(name, name, name), _column(name, f"{name}_defects", f"{name}_defects")]
+        lengths = [("org_caption", "source"), ("re_caption", "re_caption")]
+        lengths += [(name, name) for name in self.captions or () if name in PUBLISHED_BEFORE]
+        counted = ", ".join(
+            f"len(regexp_extract_all({sql.identifier(stage)}.{sql.identifier(name)}, '{_WORD}')) "
+            f"as {prefix(name)}_length"
+            for name, stage in lengths
+        )
+        failed = [name for name in stages if name not in ("source", "download")]
+        status, error = (
+            "case "
+            + " ".join(
+                f"when {sql.identifier(name)}.status <> 'ok' then {sql.identifier(name)}.{column}"
+                for name in failed
+            )
+            + f" else {otherwise} end"
+            for column, otherwise in (("status", "'ok'"), ("error", "null"))
+        )
+        return _JOIN.format(
+            lengths=counted, made=", ".join(made), status=status, error=error, stages=others,
+            placeholder=_PLACEHOLDER,
+        )  # fmt: skip
+
+    def _identical(self, table: pa.Table) -> pa.Table:
+        """The rows with the defect of captions that too many of them have."""
+        for name in self.names_captions() if "defects" in self.ends else ():
+            found = pc.value_counts(table[name])
+            often = found.filter(pc.greater(found.field("counts"), self.max_identical)).field("values")
+            is_one = pc.is_in(table[name], value_set=often, skip_nulls=True)
+            column = f"{prefix(name)}_defects"
+            told = pc.binary_join_element_wise(table[column], IDENTICAL, ",", null_handling="skip")
+            index = table.schema.get_field_index(column)
+            table = table.set_column(index, column, pc.if_else(is_one, told, table[column]))
+        return table
 
     def _check_early(
         self, con: duckdb.DuckDBPyConnection, others: str, files: Mapping[str, Path], task: Task
@@ -238,13 +345,6 @@ def _write(table: pa.Table, path: Path) -> None:
     write_parquet(table, path, row_group_size=ROW_GROUP_ROWS)
 
 
-def _caption_sql(name: str) -> str:
-    """What a further caption adds to the join.
-
-    The published alt-text-conditioned one has columns of its own in the schema.
-    """
-    column = f"{sql.identifier(name)}.{sql.identifier(name)}"
-    if name == "re_caption_condition_diverse_topk":
-        return f", {column}, len(regexp_extract_all({column}, '{_WORD}')) as re_condition_length"
-    more = (sql.identifier(name + suffix) for suffix in ("_finish_reason", "_num_tokens"))
-    return "".join(f", {each}" for each in (column, *more))
+def _column(stage: str, column: str, published: str) -> str:
+    """SQL for a column of a stage's output."""
+    return f"{sql.identifier(stage)}.{sql.identifier(column)} as {sql.identifier(published)}"

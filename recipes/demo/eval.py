@@ -17,9 +17,11 @@ from typing import Any
 
 import click
 
+from builder.captions.asking import Request
 from builder.captions.vllm import Engine
 from builder.stages.caption import Caption
-from builder.stages.score import Clip, Score
+from builder.stages.clip import Clip
+from builder.stages.score import Score
 from recipes.datasets import demo
 from recipes.demo import world
 
@@ -33,7 +35,8 @@ def captioner_quality(num_scenes: int = 500) -> tuple[dict[str, Any], list[str]]
     engine = Engine(settings)
     scenes = [world.scene(FIRST_SEED + n) for n in range(num_scenes)]
     replies = engine.replies(
-        (str(n), world.jpeg(world.draw(scene, 128), 95), {}) for n, scene in enumerate(scenes)
+        settings,
+        (Request(str(n), world.jpeg(world.draw(scene, 128), 95)) for n, scene in enumerate(scenes)),
     )
     found = {int(n): reply for n, reply in replies.items()}
     engine.close()
@@ -56,7 +59,7 @@ def clip_quality(recaptions: list[str]) -> dict[str, Any]:
     """Recall at 1 in both directions, and mean cosines."""
     settings = demo().stage("score")
     assert isinstance(settings, Score)
-    clip = Clip(settings)
+    clip = Clip(settings.model)
     scenes = [world.scene(FIRST_SEED + n) for n in range(len(recaptions))]
     image_NE = clip.images([clip.preprocess(world.draw(scene, 128)) for scene in scenes])
     exact_NE, _ = clip.texts([world.describe(scene, random.Random(scene.seed)) for scene in scenes])

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from builder.stages.caption import RECAPTION_V1_PROMPT
+from builder.captions.kinds import RECAP_V1
 from recipes.demo import world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -71,7 +71,7 @@ def train_tokenizer(vocab_size: int = 1024, num_scenes: int = 4000) -> Tokenizer
             rng, scene = random.Random(seed), world.scene(seed)
             yield from (world.describe(scene, rng), world.terse(scene), world.alt_text(scene, rng))
         for _ in range(200):
-            yield "user\n\n\n" + RECAPTION_V1_PROMPT + "assistant"
+            yield "user\n\n\n" + RECAP_V1.prompt + "assistant"
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

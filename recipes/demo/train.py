@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
-from builder.stages.caption import RECAPTION_V1_PROMPT
+from builder.captions.kinds import RECAP_V1
 from recipes.demo import models, world
 
 
@@ -109,7 +109,7 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
 
 PROMPT_V1 = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\n"
-    f"{RECAPTION_V1_PROMPT}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    f"{RECAP_V1.prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 
 

@@ -10,11 +10,12 @@ for measuring.
 from __future__ import annotations
 
 import io
+import json
 import random
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi, sin
 
 from PIL import Image, ImageDraw
@@ -260,6 +261,44 @@ def terse(scene: Scene) -> str:
     return f"{scene.ground} {scene.tone}: {things}."
 
 
+_LISTS = {  # of short captions: after the things, or before them
+    "plain": ("{List} on a {tone} background.", "A {tone} background with {list}."),
+    "gradient": ("{List} before a {tone} gradient.", "A {tone} gradient behind {list}."),
+    "checkered": ("{List} on {tone} checks.", "A {tone} checkered background with {list}."),
+    "lined": ("{List} over {tone} lines.", "A background of {tone} lines with {list}."),
+    "speckled": ("{List} on a speckled {tone} background.", "Speckled {tone} behind {list}."),
+}
+
+
+def short(scene: Scene, rng: random.Random) -> str:
+    """One exact sentence of fewer than 20 words; of three things or four it gives colour and shape alone."""
+    few = len(scene.things) < 3
+    things = [_article(thing.phrase if few else thing.name) for thing in scene.things]
+    listed = " and ".join(part for part in (", ".join(things[:-1]), things[-1]) if part)
+    form = _LISTS[scene.ground][0 if rng.random() < 0.75 else 1]
+    return form.format(list=listed, List=_upper(listed), tone=scene.tone)
+
+
+def structured(scene: Scene) -> str:
+    """The scene as JSON of the schema of `kinds.STRUCTURED`: things and background, and the relation that
+    `describe` tells.
+    """
+    objects = [
+        {
+            "name": thing.shape,
+            "attributes": [thing.colour, thing.size, *([thing.pattern] if thing.pattern != "plain" else [])],
+        }
+        for thing in scene.things
+    ]
+    objects.append({"name": "background", "attributes": [scene.tone, scene.ground]})
+    relations = []
+    if len(scene.things) > 1:
+        first, second = scene.things[0], scene.things[-1]
+        relation = "left of" if first.place // 3 == second.place // 3 else "above"
+        relations.append({"subject": first.name, "relation": relation, "object": second.name})
+    return json.dumps({"objects": objects, "relations": relations, "text": []}, separators=(",", ":"))
+
+
 _NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")
 
 
@@ -330,3 +369,81 @@ if __name__ == "__main__":
         alt_text(scene(seed), random.Random(seed)),
         sep="\n",
     )
+
+
+# --- what a model makes of captions and alt text ------------------------------------------------------------
+
+REFUSAL = "I'm sorry, but I cannot rephrase this."
+_CAMERA = re.compile(r"(?:IMG_|DSC)\d+")
+_SOLD = re.compile(r"(.+ \d+) - Best Price")
+
+
+def fuse(alt: str, short: str) -> str:
+    """A short caption with what alt text adds to it, where that is about the same things.
+
+    The names that cameras give to files are refused.
+    """
+    if _CAMERA.match(alt):
+        return REFUSAL
+    foreign = _foreign_pair(alt)
+    pairs = named_pairs(alt) | ({foreign[0]} if foreign else set())
+    if not pairs or not pairs <= named_pairs(short):
+        return short
+    start = short.removesuffix(".")
+    if foreign:
+        return f"{start}, {foreign[1]}."
+    if alt.endswith(" clip art"):
+        return f"Clip art of {short[0].lower()}{short[1:]}"
+    if sold := _SOLD.match(alt):
+        return f"{start}, sold as {sold[1]}."
+    return f"{start}, as wall decor." if " wall d" in alt else short
+
+
+def _foreign_pair(alt: str) -> tuple[str, str] | None:
+    """The pair that alt text in another language names, and what else it says."""
+    for (template, colours, shapes), more in zip(_FOREIGN, _FOREIGN_MORE, strict=True):
+        pattern = re.escape(template).replace(r"\{c\}", r"(?P<c>\w+)").replace(r"\{s\}", r"(?P<s>\w+)")
+        if "の" in colours:  # without spaces between words
+            pattern = pattern.replace(r"(?P<c>\w+)", r"(?P<c>\w+[いの])")
+        if found := re.fullmatch(pattern, alt):
+            colour = list(COLOURS)[colours.split().index(found["c"])]
+            return f"{colour} {SHAPES[shapes.split().index(found['s'])]}", more
+    return None
+
+
+def flawed(scene: Scene, rng: random.Random) -> str:
+    """A description as a captioner may write it: right, with things taken for others, of another scene, cut
+    off, or in a loop.
+    """
+    draw = rng.random()
+    if draw < 0.15:
+        return describe(globals()["scene"](rng.getrandbits(39)), rng)
+    if draw < 0.55:
+        names = rng.sample([(c, s) for c in COLOURS for s in SHAPES], len(scene.things))
+        wrong = set(rng.sample(range(len(scene.things)), rng.randint(1, len(scene.things))))
+        things = []
+        for place, (thing, (colour, shape)) in enumerate(zip(scene.things, names, strict=True)):
+            kept = rng.random()  # of a thing that is taken for another, one half may be right
+            shape, colour = thing.shape if kept < 0.3 else shape, thing.colour if kept > 0.7 else colour
+            things.append(replace(thing, shape=shape, colour=colour) if place in wrong else thing)
+        return describe(replace(scene, things=tuple(things)), rng)
+    text = describe(scene, rng)
+    if draw < 0.60:
+        words = text.split()
+        return " ".join(words[: rng.randint(len(words) // 2, len(words) - 1)])
+    if draw < 0.65:
+        sentences = text.split(". ")
+        place = rng.randrange(len(sentences) - 1)
+        return ". ".join(sentences[: place + 1] + [sentences[place]] * rng.randint(2, 4)) + "."
+    return text
+
+
+def rating(scene: Scene, caption: str) -> int:
+    """1 to 5: by the share of (colour, shape) pairs that are right; a caption that is cut off, or says a
+    sentence twice, has one less for that.
+    """
+    named = named_pairs(caption)
+    share = len(named & scene.pairs) / max(len(named), len(scene.pairs))
+    sentences = caption.split(". ")
+    flaws = (not caption.endswith(".")) + (len(set(sentences[:-1])) < len(sentences) - 1)
+    return max(1, 1 + int(4 * share + 0.5) - flaws)

@@ -1,0 +1,103 @@
+"""A model behind an endpoint that speaks OpenAI's chat completions, for every column that it makes.
+
+The server tokenizes: text of the row goes to it with special tokens broken up, and cut by characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from builder.captions.asking import Asking, Job, Ready, Request
+from builder.captions.endpoint import Ask, Endpoint, joined, specials_of
+from builder.captions.kinds import PLACEHOLDER, Kind
+from builder.captions.replies import Reply, reply_key
+
+if TYPE_CHECKING:
+    from builder.stages.caption import Caption
+
+MAX_QUOTED_CHARACTERS = 2_000  # of each text of the row: some 500 tokens of English
+
+
+class Served(Asking):
+    """One model at one endpoint, and the columns that it makes; the first says where it is."""
+
+    def __init__(self, *columns: Caption) -> None:
+        """Raises:
+        InputError: it cannot be reached, has not the model, or does not take a column's request.
+        """
+        settings = columns[0]
+        super().__init__(settings.in_flight, len(columns))
+        folder = Path(settings.model)  # a server that was given a folder calls its model so
+        self.specials = specials_of(folder if folder.is_dir() else None)
+        self.made_by = settings.made_by()
+        self.endpoint = Endpoint(
+            settings.endpoint,
+            settings.model,
+            concurrency=settings.in_flight,
+            max_total_tokens=settings.max_total_tokens,
+        )
+        try:
+            self.endpoint.check()
+            blank = io.BytesIO()
+            Image.new("RGB", (64, 64)).save(blank, "JPEG")
+            for column in columns:
+                text, *_ = self.text(column, dict.fromkeys(column.quotes(), ""))
+                picture = blank.getvalue() if column.image else None
+                short = column.sampling("") | {"max_tokens": 1, "min_tokens": 0}
+                self.endpoint.try_out(Ask(0, text, picture, short))
+        except BaseException:
+            self.endpoint.close()
+            raise
+
+    def text(self, kind: Kind, row: Mapping[str, object]) -> tuple[str, bool, int]:
+        """The message for a row, whether text of the row was cut, and how many special tokens were in it."""
+        parts, cut = [], False
+        for number, part in enumerate(PLACEHOLDER.split(kind.prompt)):
+            text = str(row[part]) if number % 2 else part
+            cut = cut or (number % 2 == 1 and len(text) > MAX_QUOTED_CHARACTERS)
+            parts.append((text[:MAX_QUOTED_CHARACTERS] if number % 2 else text, number % 2 == 0))
+        message, broken = joined(parts, self.specials)
+        return message, cut, broken
+
+    def prepare(self, job: Job, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if job.kind.image and request.image is None:
+                job.came(request, Reply(error="its image is not in the tar"))
+                continue
+            text, cut, broken = self.text(job.kind, request.row)
+            job.counts["special tokens broken up"] += broken
+            sampling = job.kind.sampling(request.uid, request.attempt)
+            sha256 = hashlib.sha256(request.image or b"").digest()
+            key = reply_key(self.made_by, text.encode("utf-8", "replace"), sampling, sha256, request.attempt)
+            if known := job.known.get(key):
+                job.came(request, known)
+            else:
+                job.ready.append(Ready(request, key, cut, sampling, text))
+
+    def put(self, name: str, ready: Ready) -> Reply | None:
+        self.endpoint.add(Ask(int(name), ready.prompt, ready.request.image, ready.sampling))
+        return None
+
+    def step(self) -> Iterator[tuple[str, Reply]]:
+        for answer in self.endpoint.step():
+            if str(answer.id) not in self.asked:
+                continue  # of a job that was given up
+            _, ready = self.asked[str(answer.id)]
+            if answer.error:
+                yield str(answer.id), Reply(error=answer.error)
+            else:
+                said = answer.text, answer.finish_reason, answer.num_tokens
+                yield str(answer.id), Reply(*said, ready.prompt_cut, ready.key)
+
+    def abort(self, names: Sequence[str]) -> None:
+        if len(names) == len(self.asked):
+            self.endpoint.abort()
+
+    def close(self) -> None:
+        self.endpoint.close()

@@ -1,0 +1,107 @@
+"""An open_clip model for inference, and the images that it is to see."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from builder.core import Task
+from builder.errors import InputError
+from builder.files import read_file, read_rows
+from builder.model import check_files, hub_model, model_folder
+from builder.stages.imagetar import images
+from builder.typed import from_json
+
+Precision = Literal["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16"]
+
+
+def pictures(
+    clip: Clip, pool: ThreadPoolExecutor, task: Task, uids: Collection[str], ahead: int
+) -> Iterator[Any]:
+    """The images of these rows as the model takes them, in row order."""
+    keys = {row["key"]: row["uid"] for row in read_rows(task.input("download"), ["key", "uid"])}
+    jpgs = (jpg for key, jpg in images(task.input("download", ".tar")) if keys[key] in uids)
+    return _ahead(pool, clip.decode, jpgs, ahead)
+
+
+def check_clip(model: str) -> None:
+    """Raises:
+    InputError: it is no open_clip model.
+    """
+    folder = model_folder(model)
+    if folder is None:
+        hub_model(model)
+        return
+    path, hint = folder / "open_clip_config.json", "name a folder in open_clip's local-dir layout"
+    if not path.exists():
+        raise InputError(f"model folder {folder} has no open_clip_config.json", hint)
+    config = from_json(dict[str, Any], read_file(path), what=str(path))
+    if not isinstance(config.get("model_cfg"), dict):
+        raise InputError(f"{path} has no model_cfg", hint)
+    check_files(folder)
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Any, items: Iterator[Any], number: int) -> Iterator[Any]:
+    """`map` over threads that stays at most `number` results ahead."""
+    waiting = [pool.submit(function, item) for item in itertools.islice(items, number)]
+    while waiting:
+        yield waiting.pop(0).result()
+        waiting += [pool.submit(function, item) for item in itertools.islice(items, 1)]
+
+
+class Clip:
+    """An open_clip model for inference: unit vectors of images and texts."""
+
+    def __init__(self, model: str, precision: str = "fp32") -> None:
+        import open_clip
+        import torch
+
+        check_clip(model)
+        folder: Path | str | None = model_folder(model)
+        if folder is None:
+            repository, revision = hub_model(model)
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(repository, revision=revision)
+        name = f"local-dir:{folder}"
+        self.torch = torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        made = open_clip.create_model_from_pretrained(name, precision=precision, device=self.device)
+        self.model, self.preprocess = made
+        self.model.eval()
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.context = int(self.model.context_length)
+        self.pad = int(self.tokenizer([""], context_length=self.context + 1)[0, -1])
+        picture = self.preprocess(Image.new("RGB", (64, 64)))
+        image_1E = self.images([picture])
+        self.width = int(image_1E.shape[1])
+        tried = image_1E.sum() + self.texts(["a photo"])[0].sum()
+        if not tried.isfinite():
+            reason = f"the vectors of model {model} are not finite: its weights are damaged"
+            raise InputError(reason, "copy them again")
+
+    def decode(self, jpg: bytes) -> Any:
+        return self.preprocess(Image.open(io.BytesIO(jpg)).convert("RGB"))
+
+    def images(self, pictures: list[Any]) -> Any:
+        """(B, 3, H, W) pictures -> (B, E) unit vectors."""
+        with self.torch.inference_mode():
+            batch = self.torch.stack(pictures).to(self.device, next(self.model.parameters()).dtype)
+            return self.model.encode_image(batch, normalize=True).float()
+
+    def texts(self, texts: list[str]) -> tuple[Any, list[bool]]:
+        """(B, E) unit vectors, and which texts are longer than the context.
+
+        Of those, tokenized with one place more, that place is taken.
+        """
+        longer = self.tokenizer(texts, context_length=self.context + 1)
+        cut = (longer[:, -1] != self.pad).tolist()
+        with self.torch.inference_mode():
+            tokens = self.tokenizer(texts, context_length=self.context) if any(cut) else longer[:, :-1]
+            return self.model.encode_text(tokens.to(self.device), normalize=True).float(), cut
