@@ -24,7 +24,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
 from builder.captions import kinds
-from builder.captions.asking import Request
+from builder.captions.asking import Ready, Request
+from builder.captions.checks import Defect
 from builder.captions.replies import Replies, Reply
 from builder.captions.vllm import Engine, begins
 from builder.commit import commit, working
@@ -306,13 +307,13 @@ def do(store: Folder, engine: Engine, task: Task, work: Captioning | None = None
 @pytest.fixture
 def asked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The requests that were put to the engine."""
-    add, names = engine.engine.add_request, []
+    put, names = engine.put, []
 
-    def added(name: str, *given: Any) -> Any:
+    def counted(name: str, ready: Ready) -> Reply | None:
         names.append(name)
-        return add(name, *given)
+        return put(name, ready)
 
-    monkeypatch.setattr(engine.engine, "add_request", added)
+    monkeypatch.setattr(engine, "put", counted)
     return names
 
 
@@ -450,7 +451,7 @@ def _model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"top_k": 7}, 0),  # greedy: it takes the first whatever their number
         ({"top_p": 0.5}, 0),
         ({"in_flight": 1, "max_model_len": 400}, 0),
-        ({"max_repeated": 0.9, "tolerated": (), "language": "en"}, 0),
+        ({"max_repeated": 0.9, "language": "en"}, 0),
     ],
 )
 def test_a_reply_is_kept_by_what_made_it(
@@ -490,7 +491,7 @@ def test_the_reply_of_a_picture_is_that_of_its_bytes(
 def test_a_reply_that_is_no_caption_as_it_came_is_kept_as_it_came(
     engine: Engine, tmp_path: Path, asked: list[str]
 ) -> None:
-    """White space around it, or nothing but that: the row fails, and asking again would give the same."""
+    """White space around it, or nothing but that, which is no caption: such a row is asked again."""
     store = Folder(tmp_path)
     scenes = held_out(3)
     before, record = do(store, engine, a_shard(store, scenes))
@@ -503,12 +504,16 @@ def test_a_reply_that_is_no_caption_as_it_came_is_kept_as_it_came(
         journal.add(json.dumps(asdict(reply)))
     journal.close()
     after, record = do(store, engine, task)
-    assert asked == []
+    assert len(asked) == 1
     found = after.to_pylist()
-    assert [row["status"] for row in found] == ["ok", "caption_failed", "ok"]
-    assert [row["error"] for row in found] == [None, "short: no words", None]
-    assert [row["re_caption"] for row in found] == ["A square.", None, before["re_caption"][2].as_py()]
-    assert [row["reply"] for row in found] == ["  A square.\n", " \n", None]
+    assert [row["status"] for row in found] == ["ok"] * 3
+    assert [row["re_caption"] for row in found] == [
+        "A square.",
+        found[1]["re_caption"],
+        before["re_caption"][2].as_py(),
+    ]
+    assert [row["reply"] for row in found] == ["  A square.\n", None, None]
+    assert [row["re_caption_rejected"] for row in found] == [None, "truncated,short", None]
     with working(store, replace(task, earlier=record.outputs)) as here:
         replies = Replies(here, "re_caption")
         replies.close()
@@ -523,6 +528,170 @@ def test_a_reply_that_failed_is_asked_for_again(engine: Engine, tmp_path: Path, 
         replies.close()
         assert replies.known == {}
     assert store.journaled(here.journal) == []
+
+
+# --- defects, retries and what stands in --------------------------------------------------------------------
+
+STRICT = replace(SETTINGS, min_words=1000)  # no caption is good enough
+
+
+def with_settings(
+    store: Folder, engine: Engine | None, scenes: Sequence[world.Scene], column: Caption, **more: Any
+) -> tuple[list[dict[str, Any]], Record]:
+    work = Captioning([column], engine)
+    key = hashlib.sha256(repr((column, more)).encode()).hexdigest()
+    task = replace(a_shard(store, scenes, **more), key=key)
+    table, record = do(store, engine, task, work)  # type: ignore[arg-type]
+    return table.to_pylist(), record
+
+
+def test_a_reply_that_is_no_good_is_asked_again_a_bounded_number_of_times(
+    engine: Engine, tmp_path: Path, asked: list[str]
+) -> None:
+    """Drawn anew each time; all replies are kept, and the row says why it failed."""
+    (row,), record = with_settings(Folder(tmp_path), engine, held_out(1), STRICT)
+    assert len(asked) == 3
+    assert (row["status"], row["re_caption"]) == ("caption_failed", None)
+    assert re.fullmatch(r"re_caption: short: \d+ words; 3 replies", row["error"])
+    assert row["re_caption_rejected"].count("short") == 3
+    texts = [row["reply"], *(other["text"] for other in row["other_replies"])]
+    assert len({row["reply_key"], *(other["key"] for other in row["other_replies"])}) == 3
+    assert all(texts)
+    assert record.counts == {"first boilerplate": 1, "first short": 1, "last short": 1} | {
+        name: number for name, number in record.counts.items() if name == "last boilerplate"
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "defects"),
+    [
+        ({"tolerated": (Defect.SHORT, Defect.BOILERPLATE, Defect.LOOP)}, ..., "boilerplate,short"),
+        ({"retries": 0, "otherwise": "null"}, None, "missing"),
+        ({"retries": 1, "otherwise": "org_caption"}, "alt", "stand_in"),
+    ],
+)
+def test_what_becomes_of_a_row_is_the_recipe_s_to_say(
+    engine: Engine, tmp_path: Path, asked: list[str], settings: dict[str, Any], value: Any, defects: str
+) -> None:
+    column = replace(STRICT, **settings)
+    (row,), _ = with_settings(Folder(tmp_path), engine, held_out(1), column)
+    assert len(asked) == (1 if "tolerated" in settings else 1 + column.retries)
+    assert row["status"] == "ok"
+    assert row["re_caption_defects"] == defects
+    assert row["re_caption"] == value if value is not ... else row["re_caption"]
+
+
+def test_a_changed_check_needs_no_engine(
+    engine: Engine, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies are kept as they came, those that were not taken too. One more than there were is asked."""
+    monkeypatch.setattr("builder.captions.vllm.Engine", None)
+    store, scenes = Folder(tmp_path), held_out(4)
+    good, first = with_settings(store, engine, scenes, SETTINGS)
+    assert len(asked) == 4
+    strict, second = with_settings(store, engine, scenes, STRICT, earlier=first.outputs)
+    assert len(asked) == 4 + 8
+    for column, before in ((SETTINGS, first), (SETTINGS, second), (STRICT, second)):
+        rows, _ = with_settings(store, None, scenes, column, earlier=before.outputs)
+        assert rows == (good if column is SETTINGS else strict)
+    with pytest.raises(TypeError):  # there is no engine to ask
+        with_settings(store, None, scenes, replace(STRICT, retries=3), earlier=second.outputs)
+    with pytest.raises(TypeError):
+        with_settings(store, None, scenes, replace(SETTINGS, max_tokens=100), earlier=second.outputs)
+
+
+def test_two_columns_of_a_shard_take_turns(engine: Engine, tmp_path: Path, asked: list[str]) -> None:
+    """Image by image, so that what the engine knows of one is still there; each has what it has alone."""
+    short = replace(SETTINGS, name="short_caption", max_tokens=8, retries=0)
+    scenes = held_out(12)
+    alone = {}
+    for column in (SETTINGS, short):
+        store = Folder(tmp_path / column.name)
+        task = replace(a_shard(store, scenes), stage=column.name)
+        alone[column.name], _ = do(store, engine, task, Captioning([column], engine))
+    asked.clear()
+    store = Folder(tmp_path / "together")
+    tasks = {column.name: replace(a_shard(store, scenes), stage=column.name) for column in (SETTINGS, short)}
+    work = Captioning([SETTINGS, short], engine)
+    order: list[str] = []
+    put = engine.put
+
+    def seen(name: str, ready: Any) -> Any:
+        order.append(ready.request.uid)
+        return put(name, ready)
+
+    with working(store, tasks["short_caption"]) as here, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "columns", 2)
+        patched.setattr(engine, "put", seen)
+        left = [here]
+        work.next_task = lambda: left.pop() if left else None
+        table, _ = do(store, engine, tasks["re_caption"], work)
+        assert table == alone["re_caption"]
+        work(here)
+        assert pq.read_table(here.output()) == alone["short_caption"]
+    assert len(asked) == 24
+    assert order[::2] == order[1::2]
+
+
+def test_a_caption_of_captions_sees_no_image(engine: Engine, tmp_path: Path, asked: list[str]) -> None:
+    """It is asked where the one that it quotes is there; where that failed, it has failed for that reason."""
+    store, scenes = Folder(tmp_path), held_out(3)
+    task = a_shard(store, scenes)
+    before, record = do(store, engine, task)
+    (made,) = record.outputs
+    rows = before.to_pylist()
+    rows[1] |= {"status": "caption_failed", "error": "re_caption: loop: x", "re_caption": None}
+    write_parquet(pa.Table.from_pylist(rows, before.schema), tmp_path / made)
+    asked.clear()
+    fused = replace(
+        SETTINGS, name="fused", prompt="{org_caption} {re_caption}", image=False, max_tokens=4, retries=0,
+        tolerated=tuple(Defect),
+    )  # fmt: skip
+    inputs = {name: digits for name, digits in task.inputs.items() if not name.endswith(".tar")}
+    task = replace(task, stage="fused", inputs=inputs | {made: "0" * 64})
+    work = Captioning([fused], engine)
+    found, _ = do(store, engine, task, work)
+    assert len(asked) == 2
+    assert found["status"].to_pylist() == ["ok", "caption_failed", "ok"]
+    assert found["error"][1].as_py() == "re_caption: loop: x"
+    assert found["fused_prompt_cut"].to_pylist() == [False, None, False]
+
+
+def test_a_row_whose_image_left_the_tar_fails_alone(engine: Engine, tmp_path: Path) -> None:
+    store, scenes = Folder(tmp_path), held_out(3)
+    task = a_shard(store, scenes)
+    (tar,) = (tmp_path / name for name in task.inputs if name.endswith(".tar"))
+    with tarfile.open(tar) as archive:
+        members = [(member, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as archive:
+        for member, body in (members[0], members[2]):
+            archive.addfile(member, io.BytesIO(body))
+    table, _ = do(store, engine, task)
+    assert table["status"].to_pylist() == ["ok", "caption_failed", "ok"]
+    assert table["error"][1].as_py() == "re_caption: its image is not in the tar"
+    assert table["re_caption"][2].as_py()
+
+
+def test_a_sample_is_also_captioned_on_a_blank_picture(
+    engine: Engine, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that says of it what it said of the photo has not looked."""
+    monkeypatch.setattr("builder.stages.caption.BLIND_SAMPLE", 2)
+    store, scenes = Folder(tmp_path), held_out(12)
+    table, record = do(store, engine, a_shard(store, scenes))
+    looked_at = [blind for blind in table["re_caption_blind"].to_pylist() if blind is not None]
+    assert 0 < len(looked_at) < 12
+    assert not any(looked_at)
+    assert len(asked) == 12 + len(looked_at)
+    assert record.counts["looked at"] == len(looked_at)
+    again, _ = do(store, engine, a_shard(store, scenes, earlier=record.outputs))
+    assert again == table
+    assert len(asked) == 12 + len(looked_at)
+
+    blindfolded = replace(SETTINGS, name="blindfolded", max_tokens=1)
+    task = replace(a_shard(store, scenes), stage="blindfolded")
+    table, record = do(store, engine, task, Captioning([blindfolded], engine))
+    assert record.counts["blind"] > 0
 
 
 # --- the next shard, ahead ----------------------------------------------------------------------------------

@@ -29,20 +29,14 @@ PORT, ROWS = 8662, 100
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Requests that the engines get, by caption column."""
     found: Counter[str] = Counter()
-    init = Engine.__init__
+    look_up = Engine._look_up
 
-    def counting(engine: Engine, settings: Any) -> None:
-        init(engine, settings)
-        add = engine.engine.add_request
+    def counting(engine: Engine, job: Any, *given: Any) -> Any:
+        unknown = look_up(engine, job, *given)
+        found[job.kind.name] += unknown is not None
+        return unknown
 
-        def added(*given: Any) -> str:
-            found[settings.name] += 1
-            name: str = add(*given)
-            return name
-
-        engine.engine.add_request = added
-
-    monkeypatch.setattr(Engine, "__init__", counting)
+    monkeypatch.setattr(Engine, "_look_up", counting)
     return found
 
 

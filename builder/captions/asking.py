@@ -49,7 +49,7 @@ class Job:
     counts: Counter[str] = field(default_factory=Counter)  # what the engine counts besides
     more: bool = True  # requests that nobody has looked at yet
     again: deque[Request] = field(default_factory=deque)
-    preparing: int = 0  # requests that somebody makes ready
+    preparing: deque[tuple[Ready, Any]] = field(default_factory=deque)  # what somebody makes ready
     ready: deque[Ready] = field(default_factory=deque)
     asked: int = 0  # requests in the engine
     is_broken: bool = False  # begun ahead of its time, and then its input could not be read
@@ -61,12 +61,12 @@ class Job:
     def is_done(self) -> bool:
         return self.is_fed() and not self.asked
 
-    def group(self) -> list[Request]:
+    def group(self, number: int) -> list[Request]:
         """The next ones to look at."""
-        group = [self.again.popleft() for _ in range(min(PREPARED, len(self.again)))]
+        group = [self.again.popleft() for _ in range(min(number, len(self.again)))]
         if self.more and not group:
-            group = list(islice(self.requests, PREPARED))
-            self.more = len(group) == PREPARED
+            group = list(islice(self.requests, number))
+            self.more = len(group) == number
         return group
 
     def came(self, request: Request, reply: Reply) -> None:
@@ -95,6 +95,7 @@ class Asking(ABC):
     def __init__(self, in_flight: int, columns: int = 1) -> None:
         self.in_flight = in_flight
         self.columns = columns  # that it makes of one shard
+        self.at_a_time = PREPARED
         self.jobs: list[Job] = []
         self.asked: dict[str, tuple[Job, Ready]] = {}
         self.number = 0
@@ -102,8 +103,15 @@ class Asking(ABC):
     @abstractmethod
     def prepare(self, job: Job, requests: Sequence[Request]) -> None:
         """Make requests ready, for `job.ready`, or answer them by what is known. What is not finished at once
-        counts in `job.preparing`.
+        goes into `job.preparing`.
         """
+
+    def has_room(self, job: Job) -> bool:
+        """Is it time to prepare more of a job?"""
+        return not job.ready
+
+    def collect(self, job: Job, *, wait: bool = False) -> None:  # noqa: B027 - most prepare at once
+        """Move what is prepared to `job.ready`; with `wait` at least one, if there is one."""
 
     @abstractmethod
     def put(self, name: str, ready: Ready) -> Reply | None:
@@ -146,7 +154,10 @@ class Asking(ABC):
                     self.jobs.append(of_this_shard)
             while not job.is_done():
                 self._fill(job, more)
-                for name, reply in self.step() if self.asked else ():
+                if not self.asked:
+                    self.collect(job, wait=True)
+                    continue
+                for name, reply in self.step():
                     asked_by, ready = self.asked.pop(name)
                     asked_by.asked -= 1
                     asked_by.came(ready.request, reply)
@@ -172,8 +183,9 @@ class Asking(ABC):
     def _ask(self, job: Job, current: Job) -> bool:
         """Put the next request of a job to the engine; False where it has none just now."""
         try:
-            if not job.ready and (group := job.group()):
+            while self.has_room(job) and (group := job.group(self.at_a_time)):
                 self.prepare(job, group)
+            self.collect(job)
         except Exception:
             if job is current:
                 raise

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 QUOTABLE = ("org_caption", "url")  # of the row; besides, every caption that a stage before makes
 FAIL, NULL = "fail", "null"
 PLACEHOLDER = re.compile(r"\{([a-zA-Z_]\w*)\}")
-_RATING = re.compile(r"rating\W{0,4}([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)(?![\w.]*\d)")
+_RATING = re.compile(r"rating\W{0,4}(?<!-)([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.-])([0-9]+(?:\.[0-9]+)?)(?![\w.]*\d|-)")
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

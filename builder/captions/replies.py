@@ -83,7 +83,8 @@ class Replies:
             self._journal.add(json.dumps(vars(reply)))
 
     def of_row(self, uid: str, attempt: int, blank: bool) -> Reply | None:
-        return self._of_rows.get((uid, attempt, blank))
+        found = self._of_rows.get((uid, attempt, blank))
+        return self.known[found.key] if found else None  # the journal is younger
 
     def close(self) -> None:
         self._journal.close()
@@ -100,6 +101,8 @@ def _of_output(
     try:
         file = pq.ParquetFile(task.files[name])
         schema = file.schema_arrow
+        if not set(columns) <= set(schema.names):
+            return
         rows = file.read(columns=columns + [one for one in more if one in schema.names]).to_pylist()
     except (pa.ArrowException, OSError, KeyError):
         return

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from builder.captions.asking import Asking, Job, Ready, Request
+from builder.captions.asking import PREPARED, Asking, Job, Ready, Request
+from builder.captions.feeder import AT_A_TIME, Failure, Feeder
 from builder.captions.kinds import Kind
 from builder.captions.replies import Reply, reply_key
 from builder.errors import InputError
@@ -43,6 +45,10 @@ def begins(tokenizer: Any) -> list[int]:
 def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Of what a prompt says in every row."""
     return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _decoded(_: str, image: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(image)).convert("RGB")
 
 
 class Prompt:
@@ -146,12 +152,18 @@ class Engine(Asking):
         self.refused = (ValueError, VLLMClientError)
         self.model, self.dtype = settings.model, settings.dtype
         self.made_by = settings.made_by()
+        # Of a picture that several columns are made of, which take turns.
+        self._decoded = lru_cache(maxsize=2 * PREPARED if looking > 1 else 0)(_decoded)
         self.prompts: dict[Kind, Prompt] = {}
         self.greedy: dict[Kind, Any] = {}  # their sampling, as vLLM takes it: the same for every row
         self.engines_ids: dict[str, str] = {}  # the engine's own names of the requests in it -> ours
         self._watch()
         for column in columns:
             self.prompt_of(column)
+        number = settings.num_feeders() if looking else 0
+        self.feeder = Feeder(self.engine.vllm_config, number, again=looking > 1) if number else None
+        self.at_a_time = AT_A_TIME if self.feeder else PREPARED
+        self.waited_s = 0.0  # with nothing in the engine
 
     def _watch(self) -> None:
         """Note in `not_finite` the requests, by the engine's ids, that had logits that are not numbers."""
@@ -238,6 +250,12 @@ class Engine(Asking):
         """
         prompt = self.prompt_of(job.kind)
         unknown = [found for request in requests if (found := self._look_up(job, prompt, request))]
+        if self.feeder and job.kind.image:
+            for ready in unknown:
+                image = ready.request.image
+                assert image is not None  # then it is not looked up
+                job.preparing.append((ready, self.feeder.submit(ready.sha256, image, ready.prompt)))
+            return
         pictures = [self._decode(job, ready) if job.kind.image else None for ready in unknown]
         for ready, picture in zip(unknown, pictures, strict=True):
             if job.kind.image and picture is None:
@@ -250,8 +268,30 @@ class Engine(Asking):
             else:
                 job.ready.append(replace(ready, prompt=rendered))
 
+    def has_room(self, job: Job) -> bool:
+        if self.feeder and job.kind.image:
+            return self.feeder.has_room(AT_A_TIME)
+        return super().has_room(job)
+
+    def collect(self, job: Job, *, wait: bool = False) -> None:
+        while job.preparing and self.feeder:
+            ready, pending = job.preparing[0]
+            if not wait and not self.feeder.is_ready(pending):
+                return
+            start = time.monotonic()
+            made, wait = self.feeder.result(pending), False
+            self.waited_s += time.monotonic() - start if not self.asked else 0.0
+            job.preparing.popleft()
+            if isinstance(made, Failure):
+                job.came(ready.request, Reply(error=made.reason))
+            else:
+                job.ready.append(replace(ready, prompt=made))
+
     def _look_up(self, job: Job, prompt: Prompt, request: Request) -> Ready | None:
-        """What is to be asked, its prompt as tokens; None where the reply is known."""
+        """What is to be asked, its prompt as tokens; None where the reply is known, or there can be none."""
+        if job.kind.image and request.image is None:
+            job.came(request, Reply(error="its image is not in the tar"))
+            return None
         ids, cut = prompt.tokens(request.row)
         sampling = job.kind.sampling(request.uid, request.attempt)
         sha256 = hashlib.sha256(request.image or b"")
@@ -266,11 +306,8 @@ class Engine(Asking):
         return Ready(request, key, cut, self.greedy[job.kind], ids, sha256.hexdigest())
 
     def _decode(self, job: Job, ready: Ready) -> Image.Image | None:
-        if ready.request.image is None:
-            job.came(ready.request, Reply(error="its image is not in the tar"))
-            return None
         try:
-            return Image.open(io.BytesIO(ready.request.image)).convert("RGB")
+            return self._decoded(ready.sha256, ready.request.image or b"")
         except (OSError, ValueError) as error:
             job.came(ready.request, Reply(error=f"the image cannot be decoded: {error}"))
             return None
@@ -301,6 +338,8 @@ class Engine(Asking):
             self.engines_ids.pop(name, None)
 
     def close(self) -> None:
+        if self.feeder:
+            self.feeder.close()
         self.engine.engine_core.shutdown()
 
 

@@ -82,7 +82,7 @@ class Caption(Kind, Stage):
     paths: ClassVar[tuple[str, ...]] = ("model",)
     effort: ClassVar[tuple[str, ...]] = (
         "in_flight", "kv_cache_gib", "gpu_memory_utilization", "tensor_parallel_size", "endpoint",
-        "max_total_tokens",
+        "max_total_tokens", "feeders",
     )  # fmt: skip
 
     name: Identifier = kinds.RECAP_V1.name
@@ -96,6 +96,8 @@ class Caption(Kind, Stage):
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     tensor_parallel_size: Count = 1  # GPUs for one engine
+    # Processes that decode images ahead of the engine; unless given, none where it computes on those cores.
+    feeders: Annotated[int, Field(ge=0, le=64)] | None = None
     endpoint: str = ""  # http://HOST:PORT/v1: `model` is asked for there, and is the name that it has there
     max_total_tokens: Count | None = None  # of prompts and replies of an endpoint, after which it stops
 
@@ -201,6 +203,12 @@ class Caption(Kind, Stage):
         if self.endpoint:
             return 1  # as many requests as it is to have at a time are `in_flight`
         return max(1, len(gpus()) // self.tensor_parallel_size)
+
+    def num_feeders(self) -> int:
+        if self.feeders is not None:
+            return self.feeders
+        cores = Machine.here().cpus // self.num_workers()
+        return max(1, min(4, int(cores) - 1)) if gpus() else 0
 
     def resources(self) -> Resources:
         if self.endpoint:
@@ -437,18 +445,18 @@ class Captioning:
 
     def __call__(self, task: Task) -> Mapping[str, int]:
         column = self.columns[task.stage]
-        shard = self.begun.pop((task.stage, task.name), None)
+        shard = begun = self.begun.pop((task.stage, task.name), None)
         if shard and shard.job.is_broken:
             shard.replies.close()
         if shard is None or shard.job.is_broken:
             shard = _Shard(column, task)
         try:
             with closing(shard.replies):
-                if shard.has_more():
+                if shard is begun or shard.has_more():
                     self.engine.finish(shard.job, self._more)
         except BaseException:
-            for begun in self.begun.values():
-                begun.replies.close()
+            for other in self.begun.values():
+                other.replies.close()
             self.begun.clear()
             raise
         table = column.table(task, shard.given, shard.early)

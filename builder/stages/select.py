@@ -192,21 +192,22 @@ class Select(Stage):
     def columns(self) -> tuple[tuple[str, pa.DataType, str], ...]:
         """(name, type, what it is) of the published columns."""
         without = {f"re_{end}" for end, *_ in _ENDS if end not in self.ends}
-        fixed = tuple(column for column in COLUMNS if column[0] not in without)
-        there = {name for name, *_ in fixed}
-        more: list[tuple[str, pa.DataType, str]] = []
+        found = [column for column in COLUMNS if column[0] not in without]
         for name in self.captions or ():
-            more.append((name, pa.string(), f"the caption `{name}`"))
-            more += [(f"{prefix(name)}_{end}", kind, what) for end, kind, what in self._ends()]
+            if name not in PUBLISHED_BEFORE:
+                found.append((name, pa.string(), f"the caption `{name}`"))
+            found += [(f"{prefix(name)}_{end}", kind, what) for end, kind, what in self._ends()]
         for stage, _, name in (score.partition(".") for score in self.scores or ()):
             column = score_column(stage, name)
-            more.append((column, pa.float64(), f"cosine of image and `{name}`, by `{stage}`"))
             cut = column.removesuffix("_score") + "_cut"
-            more.append((cut, pa.bool_(), f"the context of `{stage}` cut `{name}`"))
+            if column not in SCHEMA.names:
+                found.append((column, pa.float64(), f"cosine of image and `{name}`, by `{stage}`"))
+                found.append((cut, pa.bool_(), f"the context of `{stage}` cut `{name}`"))
         for name in self.ratings or ():
-            more.append((name, pa.int64(), "a model's 1-5 of a caption; null where it gave none"))
-            more.append((f"{name}_defects", pa.string(), "why there is none, comma separated"))
-        return (*fixed, *(column for column in more if column[0] not in there))
+            if name not in SCHEMA.names:
+                found.append((name, pa.int64(), "a model's 1-5 of a caption; null where it gave none"))
+            found.append((f"{name}_defects", pa.string(), "why there is none, comma separated"))
+        return tuple(found)
 
     def _ends(self) -> Iterator[tuple[str, pa.DataType, str]]:
         return (end for end in _ENDS if end[0] in self.ends)

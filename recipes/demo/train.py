@@ -1,11 +1,13 @@
 """Trains the demo's captioner and CLIP from scratch on scenes of the procedural world.
 
-    python -m recipes.demo.train            # both, into recipes/demo/weights; under an hour on 2 cores
+    python -m recipes.demo.train            # all, into recipes/demo/weights; HOURS on 2 cores
+    python -m recipes.demo.train kinds      # the captioner's stage 3 alone, on the captioner that lies there
     python -m recipes.demo.train clip       # CLIP alone, on the captioner that lies there
 
 The captioner is trained in LLaVA's two stages: (1) feature alignment on short captions, plain format; (2)
 detailed captions in the chat format. Nothing comes pretrained here, so stage 1 also trains the ViT and the
-decoder, and stage 2 keeps the ViT frozen, as LLaVA does. CLIP's image tower starts from the captioner's ViT.
+decoder, and stage 2 keeps the ViT frozen, as LLaVA does. Stage 3 goes on with the prompts of every kind of
+caption, as builder/captions asks them. CLIP's image tower starts from the captioner's ViT.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -26,8 +30,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from builder.captions.kinds import RECAP_V1
+from builder.captions import kinds
+from builder.captions.kinds import RECAP_V1, Kind
+from builder.captions.vllm import Prompt
 from recipes.demo import models, world
 
 
@@ -45,6 +52,7 @@ class Phase:
 STAGE_1 = Phase("captioner stage 1", steps=3000, batch=64, lr=1.5e-3, first_seed=1_000_000)
 STAGE_2 = Phase("captioner stage 2", steps=800, batch=64, lr=1.0e-3, first_seed=2_000_000)
 STAGE_2_AGAIN = Phase("captioner stage 2, second cycle", steps=700, batch=64, lr=0.8e-3, first_seed=2_500_000)
+STAGE_3 = Phase("captioner stage 3: every kind's prompt", 1000, batch=96, lr=1.0e-3, first_seed=4_000_000)
 CONTRASTIVE = Phase("clip", steps=300, batch=256, lr=1.0e-3, first_seed=3_000_000)
 
 
@@ -63,6 +71,14 @@ def picture(scene: world.Scene, rng: random.Random) -> Image.Image:
     return Image.open(io.BytesIO(world.jpeg(image, rng.randint(80, 95)))) if rng.random() < 0.7 else image
 
 
+def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
+    """Rows of one length, padded on the right."""
+    table = torch.full((len(rows), max(map(len, rows))), value)
+    for row, ids in enumerate(rows):
+        table[row, : len(ids)] = torch.tensor(ids)
+    return table
+
+
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
     """Batches of one phase, in the order of the seeds."""
 
@@ -78,16 +94,10 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
                 rng, scene = random.Random(~seed), world.scene(seed)
                 images.append(pixels(picture(scene, rng)))
                 texts.append(self.text(scene, rng))
-            width = max(len(ids) for ids, _ in texts)
-            input_ids = torch.full((len(texts), width), self.ids["<pad>"])
-            labels = torch.full((len(texts), width), -100)
-            for row, (ids, prompt) in enumerate(texts):
-                input_ids[row, : len(ids)] = torch.tensor(ids)
-                labels[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
             yield {
                 "pixel_values": torch.from_numpy(np.stack(images)),
-                "input_ids": input_ids,
-                "labels": labels,
+                "input_ids": padded([ids for ids, _ in texts], self.ids["<pad>"]),
+                "labels": padded([[-100] * prompt + ids[prompt:] for ids, prompt in texts], -100),
             }
 
     def text(self, scene: world.Scene, rng: random.Random) -> tuple[list[int], int]:
@@ -111,6 +121,99 @@ PROMPT_V1 = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>\n"
     f"{RECAP_V1.prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 )
+
+
+# --- stage 3 ------------------------------------------------------------------------------------------------
+
+JUDGE = kinds.judge("re_caption", "demo")
+LESSONS: dict[Kind, tuple[float, float]] = {  # share of the examples, and how much a token of a reply counts
+    RECAP_V1: (0.38, 1.0),
+    kinds.RECAP_V2: (0.08, 1.0),
+    kinds.VEC: (0.06, 1.0),
+    kinds.SHORT: (0.04, 1.0),
+    kinds.NGUYEN: (0.02, 1.0),
+    kinds.LONG: (0.02, 1.0),
+    kinds.VECAP: (0.11, 1.0),
+    kinds.CAPSFUSION: (0.05, 1.0),
+    kinds.STRUCTURED: (0.08, 1.0),
+    JUDGE: (0.16, 5.0),  # one of a rating's tokens says something
+}
+MAX_MODEL_LEN = 768  # the demo's setting
+
+
+def lesson(kind: Kind, scene: world.Scene, rng: random.Random) -> tuple[dict[str, str], str]:
+    """What the prompt of a kind quotes, and the reply that is right."""
+    if kind == JUDGE:
+        caption = world.flawed(scene, rng)
+        return {"re_caption": caption}, f"Rating: {world.rating(scene, caption)}"
+    if kind == kinds.STRUCTURED:
+        return {}, world.structured(scene)
+    if kind in (kinds.VEC, kinds.SHORT, kinds.NGUYEN):
+        return {}, world.short(scene, rng)
+    if kind in (RECAP_V1, kinds.LONG):
+        return {}, world.describe(scene, rng)
+    seen = world.scene(rng.getrandbits(39)) if rng.random() < 0.15 else scene  # alt text is often of another
+    alt = world.alt_text(seen, rng) if rng.random() < 0.95 else ""
+    if kind == kinds.RECAP_V2:
+        return {"org_caption": alt}, world.describe(scene, rng)
+    short = world.short(scene, rng)
+    return {"org_caption": alt, "vec_caption": short, "short_caption": short}, world.fuse(alt, short)
+
+
+class Asked:
+    """Prompts as the engine makes them of the captioner's folder, with a token for each patch of a picture."""
+
+    def __init__(self, folder: Path = models.CAPTIONER) -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.tokenizer = self.processor.tokenizer
+        self.image = int(self.tokenizer.convert_tokens_to_ids("<image>"))
+        self.prompts: dict[Kind, Prompt] = {}
+
+    def prompt(self, kind: Kind, row: dict[str, str]) -> list[int]:
+        if kind not in self.prompts:
+            self.prompts[kind] = Prompt(kind, self.processor)
+            self.prompts[kind].room = MAX_MODEL_LEN  # nothing is cut: lengths are tested
+        patches = (models.IMAGE_PX // models.PATCH_PX) ** 2
+        ids, _ = self.prompts[kind].tokens(row)
+        return [token for token in ids for _ in range(patches if token == self.image else 1)]
+
+    def reply(self, text: str) -> list[int]:
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+
+class Lessons(IterableDataset[list[dict[str, torch.Tensor]]]):
+    """Batches of every kind, in the order of the seeds; each in parts of like lengths."""
+
+    def __init__(self, phase: Phase, parts: tuple[int, ...] = (200, 350)) -> None:
+        self.phase, self.parts = phase, parts
+
+    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        asked = Asked()
+        shares = [share for share, _ in LESSONS.values()]
+        for step in range(self.phase.steps):
+            first = self.phase.first_seed + step * self.phase.batch
+            parts: dict[int, list[tuple[list[int], list[float], np.ndarray | None]]] = {}
+            for seed in range(first, first + self.phase.batch):
+                rng, scene = random.Random(~seed), world.scene(seed)
+                (kind,) = rng.choices(list(LESSONS), shares)
+                row, said = lesson(kind, scene, rng)
+                prompt, reply = asked.prompt(kind, row), asked.reply(said)
+                counts = [0.0] * len(prompt) + [LESSONS[kind][1]] * len(reply)
+                image = pixels(picture(scene, rng)) if kind.image else None
+                part = sum(len(counts) > length for length in self.parts)
+                parts.setdefault(part, []).append(([*prompt, *reply], counts, image))
+            total = sum(sum(counts) for part in parts.values() for _, counts, _ in part)
+            yield [self.part(part, total, int(asked.tokenizer.pad_token_id)) for part in parts.values()]
+
+    def part(
+        self, examples: list[tuple[list[int], list[float], np.ndarray | None]], total: float, pad: int
+    ) -> dict[str, torch.Tensor]:
+        images = [image for _, _, image in examples if image is not None]
+        found = {
+            "input_ids": padded([ids for ids, _, _ in examples], pad),
+            "counts": padded([counts for _, counts, _ in examples], 0.0) / total,
+        }
+        return found | ({"pixel_values": torch.from_numpy(np.stack(images))} if images else {})
 
 
 def optimise(phase: Phase, module: torch.nn.Module, tokenizer: Tokenizer, loss_of, device: str) -> None:  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import cos, pi, sin
 
 from PIL import Image, ImageDraw
@@ -360,22 +361,12 @@ def _foreign(thing: Thing, rng: random.Random) -> str:
     return template.format(c=colour, s=shapes.split()[SHAPES.index(thing.shape)])
 
 
-if __name__ == "__main__":
-    seed = int(sys.argv[1])
-    draw(scene(seed), 256).save(f"scene-{seed}.png")
-    print(
-        describe(scene(seed), random.Random(seed)),
-        terse(scene(seed)),
-        alt_text(scene(seed), random.Random(seed)),
-        sep="\n",
-    )
-
-
 # --- what a model makes of captions and alt text ------------------------------------------------------------
 
 REFUSAL = "I'm sorry, but I cannot rephrase this."
 _CAMERA = re.compile(r"(?:IMG_|DSC)\d+")
 _SOLD = re.compile(r"(.+ \d+) - Best Price")
+_FOREIGN_MORE = ("for the home", "for the home", "free to download")  # beside the pair, as `_FOREIGN`
 
 
 def fuse(alt: str, short: str) -> str:
@@ -385,13 +376,13 @@ def fuse(alt: str, short: str) -> str:
     """
     if _CAMERA.match(alt):
         return REFUSAL
-    foreign = _foreign_pair(alt)
-    pairs = named_pairs(alt) | ({foreign[0]} if foreign else set())
+    pair, more = _foreign_pairs().get(alt, ("", ""))
+    pairs = named_pairs(alt) | ({pair} if pair else set())
     if not pairs or not pairs <= named_pairs(short):
         return short
     start = short.removesuffix(".")
-    if foreign:
-        return f"{start}, {foreign[1]}."
+    if more:
+        return f"{start}, {more}."
     if alt.endswith(" clip art"):
         return f"Clip art of {short[0].lower()}{short[1:]}"
     if sold := _SOLD.match(alt):
@@ -399,16 +390,15 @@ def fuse(alt: str, short: str) -> str:
     return f"{start}, as wall decor." if " wall d" in alt else short
 
 
-def _foreign_pair(alt: str) -> tuple[str, str] | None:
-    """The pair that alt text in another language names, and what else it says."""
-    for (template, colours, shapes), more in zip(_FOREIGN, _FOREIGN_MORE, strict=True):
-        pattern = re.escape(template).replace(r"\{c\}", r"(?P<c>\w+)").replace(r"\{s\}", r"(?P<s>\w+)")
-        if "の" in colours:  # without spaces between words
-            pattern = pattern.replace(r"(?P<c>\w+)", r"(?P<c>\w+[いの])")
-        if found := re.fullmatch(pattern, alt):
-            colour = list(COLOURS)[colours.split().index(found["c"])]
-            return f"{colour} {SHAPES[shapes.split().index(found['s'])]}", more
-    return None
+@cache
+def _foreign_pairs() -> dict[str, tuple[str, str]]:
+    """Alt text in another language -> the pair that it names, and what else it says."""
+    return {
+        template.format(c=c, s=s): (f"{colour} {shape}", more)
+        for (template, colours, shapes), more in zip(_FOREIGN, _FOREIGN_MORE, strict=True)
+        for colour, c in zip(COLOURS, colours.split(), strict=True)
+        for shape, s in zip(SHAPES, shapes.split(), strict=True)
+    }
 
 
 def flawed(scene: Scene, rng: random.Random) -> str:
@@ -432,8 +422,8 @@ def flawed(scene: Scene, rng: random.Random) -> str:
         words = text.split()
         return " ".join(words[: rng.randint(len(words) // 2, len(words) - 1)])
     if draw < 0.65:
-        sentences = text.split(". ")
-        place = rng.randrange(len(sentences) - 1)
+        sentences = text.removesuffix(".").split(". ")
+        place = rng.randrange(len(sentences))
         return ". ".join(sentences[: place + 1] + [sentences[place]] * rng.randint(2, 4)) + "."
     return text
 
@@ -444,6 +434,17 @@ def rating(scene: Scene, caption: str) -> int:
     """
     named = named_pairs(caption)
     share = len(named & scene.pairs) / max(len(named), len(scene.pairs))
-    sentences = caption.split(". ")
-    flaws = (not caption.endswith(".")) + (len(set(sentences[:-1])) < len(sentences) - 1)
+    sentences = caption.removesuffix(".").split(". ")
+    flaws = (not caption.endswith(".")) + (len(set(sentences)) < len(sentences))
     return max(1, 1 + int(4 * share + 0.5) - flaws)
+
+
+if __name__ == "__main__":
+    seed = int(sys.argv[1])
+    draw(scene(seed), 256).save(f"scene-{seed}.png")
+    print(
+        describe(scene(seed), random.Random(seed)),
+        terse(scene(seed)),
+        alt_text(scene(seed), random.Random(seed)),
+        sep="\n",
+    )
