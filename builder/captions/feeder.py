@@ -41,6 +41,9 @@ _HEADER = struct.Struct("<QQ")  # bytes of all, and where the pickle begins
 _ALIGNED = 64
 
 
+NO_PICTURE = (OSError, ValueError, Image.DecompressionBombError)
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why there is no request: of this image, not of the feeders."""
@@ -228,9 +231,21 @@ def _work(own: socket.socket, renderer: Any) -> None:
         pass
 
 
-@lru_cache(maxsize=AHEAD)
-def _decoded(name: str, image: bytes) -> Image.Image:
+def decoded(_: str, image: bytes) -> Image.Image:
+    """The picture of that name.
+
+    Raises:
+        NO_PICTURE: it is none.
+    """
     return Image.open(io.BytesIO(image)).convert("RGB")
+
+
+def not_decoded(error: Exception) -> str:
+    """Without the address of an object, or the same rows would not be the same bytes."""
+    return f"the image cannot be decoded: {str(error).partition(' <_io.')[0]}"
+
+
+_decoded = lru_cache(maxsize=AHEAD)(decoded)
 
 
 def _made_ready(renderer: Any, name: str, image: bytes, ids: list[int]) -> Any:
@@ -238,8 +253,8 @@ def _made_ready(renderer: Any, name: str, image: bytes, ids: list[int]) -> Any:
 
     try:
         picture = _decoded(name, image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return Failure(f"the image cannot be decoded: {error}")
+    except NO_PICTURE as error:
+        return Failure(not_decoded(error))
     # Without a name of ours it is numbered, in each process from 1: another's picture would be shown.
     prompt = {
         "prompt_token_ids": ids,

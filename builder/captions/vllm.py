@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from builder.captions.asking import PREPARED, Asking, Job, Ready, Request
-from builder.captions.feeder import AT_A_TIME, Failure, Feeder
+from builder.captions.feeder import AT_A_TIME, NO_PICTURE, Failure, Feeder, decoded, not_decoded
 from builder.captions.kinds import Kind
 from builder.captions.replies import Reply, reply_key
 from builder.errors import InputError
@@ -45,10 +44,6 @@ def begins(tokenizer: Any) -> list[int]:
 def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Of what a prompt says in every row."""
     return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _decoded(_: str, image: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(image)).convert("RGB")
 
 
 class Prompt:
@@ -153,7 +148,7 @@ class Engine(Asking):
         self.model, self.dtype = settings.model, settings.dtype
         self.made_by = settings.made_by()
         # Of a picture that several columns are made of, which take turns.
-        self._decoded = lru_cache(maxsize=2 * PREPARED if looking > 1 else 0)(_decoded)
+        self._decoded = lru_cache(maxsize=2 * PREPARED if looking > 1 else 0)(decoded)
         self.prompts: dict[Kind, Prompt] = {}
         self.greedy: dict[Kind, Any] = {}  # their sampling, as vLLM takes it: the same for every row
         self.engines_ids: dict[str, str] = {}  # the engine's own names of the requests in it -> ours
@@ -308,8 +303,8 @@ class Engine(Asking):
     def _decode(self, job: Job, ready: Ready) -> Image.Image | None:
         try:
             return self._decoded(ready.sha256, ready.request.image or b"")
-        except (OSError, ValueError) as error:
-            job.came(ready.request, Reply(error=f"the image cannot be decoded: {error}"))
+        except NO_PICTURE as error:
+            job.came(ready.request, Reply(error=not_decoded(error)))
             return None
 
     def put(self, name: str, ready: Ready) -> Reply | None:

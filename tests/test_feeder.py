@@ -1,0 +1,101 @@
+"""Requests made ready in processes of their own are those that the engine makes, whatever befalls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import CAPTIONER
+
+from builder.captions import feeder as feeding
+from builder.captions.asking import Request
+from builder.captions.feeder import AHEAD, Failure, Feeder
+from builder.captions.vllm import Engine
+from builder.stages.caption import Caption
+from recipes.demo import world
+
+SETTINGS = Caption(model=str(CAPTIONER), dtype="float32", max_model_len=512, kv_cache_gib=1, feeders=2)
+SHORT = replace(SETTINGS, name="short_caption", max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(SETTINGS, SHORT)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def feeder(engine: Engine) -> Feeder:
+    assert engine.feeder is not None
+    return engine.feeder
+
+
+def requests(number: int) -> list[Request]:
+    scenes = (world.scene(world.HELD_OUT + 8_000_000 + n) for n in range(number))
+    return [Request(str(n), world.jpeg(world.draw(scene, 128), 95)) for n, scene in enumerate(scenes)]
+
+
+def test_captions_are_those_of_one_process(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the feeders hold at a time, some of which are no pictures."""
+    asked = requests(3 * AHEAD)
+    asked[5], asked[70] = replace(asked[5], image=b"no picture"), replace(asked[70], image=None)
+    fed = engine.replies(SETTINGS, asked)
+    assert engine.waited_s > 0
+    monkeypatch.setattr(engine, "feeder", None)
+    assert engine.replies(SETTINGS, asked) == fed
+    assert "cannot be decoded" in fed["5"].error
+    assert fed["70"].error == "its image is not in the tar"
+    assert sum(not reply.error for reply in fed.values()) == len(asked) - 2
+
+
+def test_a_feeder_that_is_killed_is_replaced_and_costs_nothing(engine: Engine, feeder: Feeder) -> None:
+    before = engine.replies(SETTINGS, requests(8))
+    for child in children(feeder.template.pid):
+        os.kill(child, signal.SIGKILL)
+    assert engine.replies(SETTINGS, requests(8)) == before
+
+
+def test_an_image_of_which_feeders_die_fails_alone(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is at it dies; those behind it are asked of another."""
+    (picture, *_) = requests(1)
+    assert picture.image is not None
+    pending = [feeder.submit(f"name {n}", picture.image, [1, 2, 3]) for n in range(4)]
+    del pending  # their answers are read below, in order, by those that follow
+    deadly = feeder.submit("deadly", picture.image, [1])
+    monkeypatch.setattr(deadly, "deaths", feeding.DEATHS - 1)
+    worker = next(worker for worker in feeder.workers if deadly in worker.asked)
+    while worker.asked[0] is not deadly:
+        feeder._receive(wait=True)
+    if deadly.value is None:  # it may have been answered already
+        worker.socket.shutdown(2)
+        assert feeder.result(deadly) == Failure("the process that decoded the image died of it")
+
+
+def test_feeders_end_with_the_process_that_has_them(engine: Engine, tmp_path: Path) -> None:
+    """Also where it is killed; nothing of theirs is left in a folder of the machine's."""
+    shared = set(os.listdir("/dev/shm"))
+    feeder = Feeder(engine.engine.vllm_config, 2)
+    (picture,) = requests(1)
+    assert picture.image is not None
+    feeder.result(feeder.submit("picture", picture.image, engine.prompt_of(SETTINGS).tokens({})[0]))
+    those = [feeder.template.pid, *children(feeder.template.pid)]
+    assert len(those) == 3
+    feeder.control.close()  # as the kernel does for whoever is killed
+    for worker in feeder.workers:
+        worker.socket.close()
+    feeder.template.wait(timeout=20)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in those) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in those)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
