@@ -36,7 +36,7 @@ def keep(name: str, result: dict[str, Any]) -> None:
     """Print a result and write it to benchmarks/results/<name>.json."""
     result = {
         **result,
-        "command": f"python benchmarks/{name}.py",
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
     }

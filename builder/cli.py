@@ -193,6 +193,8 @@ def _say_built(run: Path, result: runs.Result, as_json: bool) -> None:
     """What a build did. Exits with 1 where something was not done."""
     about = {"run": str(run), "done": len(result.done), "failed": result.failed, "held": result.held}
     _print(about, as_json, f"{run}: {len(result.done)} shards done, {len(result.failed)} failed")
+    for warning in result.warnings:
+        _echo(f"warning: {warning}", err=True)
     for name, reason in result.failed.items():
         _echo(f"failed: {name}: {reason}", err=True)
     for reason in result.held.values():
@@ -273,6 +275,10 @@ def status(run: Path, as_json: bool) -> None:
         shards = f"{row['shards_done']} shards done, {row['shards_left']} left"
         lines.append(f"{row['stage']:<10} {shards}{rate}{eta}")
         lines += [f"{'':<10} {number:>9,} {name}" for name, number in rows.items()]
+        if counts := row.get("counts"):
+            assert isinstance(counts, dict)
+            told = ", ".join(f"{name} {number:,}" for name, number in counts.items())
+            lines.append(f"{'':<10} counted: {told}")
         lines += [f"{'':<10} failed {name}: {reason}" for name, reason in failed.items()]
         if row.get("captions_wasted"):
             what = "captions of images that turned out to be placeholders"

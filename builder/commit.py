@@ -41,7 +41,7 @@ def working(store: Store, task: Task) -> Iterator[Task]:
         for name in (*task.hints, *task.earlier):
             with suppress(FileNotFoundError):  # it was garbage, and somebody collected it
                 files[name] = store.fetch(name, scratch)
-        yield replace(task, scratch=scratch, files=files, store=store, counts={})
+        yield replace(task, scratch=scratch, files=files, store=store, counts={}, loading=[])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -98,6 +98,7 @@ class Task:
     files: Mapping[str, Path] = field(default_factory=dict)  # object -> where it can be read
     scratch: Path = Path()  # where outputs are written; it goes when the task is done
     counts: dict[str, int] = field(default_factory=dict)  # what the work counts besides rows by status
+    loading: list[float] = field(default_factory=list)  # seconds that it took to load what others use too
     store: Store | None = None  # for what outlives a crash before the task is done: its journal
 
     def input(self, stage: str, suffix: str = ".parquet") -> Path:
@@ -255,6 +256,10 @@ class Stage:
     def makes_scores(self) -> tuple[str, ...]:
         """Captions of which it adds a cosine."""
         return ()
+
+    def warns(self, counts: Mapping[str, int]) -> list[str]:
+        """What a user should be told of what it counted in a build."""
+        return []
 
     def shares(self) -> Json:
         """What a worker of it has loaded: one worker does all stages of which this is the same; None: its own

@@ -51,6 +51,8 @@ class Result:
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)  # by stage, what it counted besides rows
+    warnings: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -236,6 +238,8 @@ def _build(
         if not schedule.damaged:
             break
         run.extend(redo)
+    for stage in run.recipe.stages:
+        result.warnings += stage.warns(result.counts.get(stage.name, {}))
     return result
 
 
@@ -250,6 +254,7 @@ def _carry_out(
         if outcome.record:
             result.done.append(name)
             result.failed.pop(name, None)
+            result.counts.setdefault(outcome.task.stage, Counter()).update(outcome.record.counts)
         else:
             result.failed[name] = outcome.error
             run.store.write(outcome.task.failure, (outcome.error + "\n").encode())

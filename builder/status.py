@@ -23,6 +23,7 @@ class _Sums:
     done: int = 0
     left: int = 0
     rows: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
     seconds: float = 0.0
     rows_left: int = 0  # of shards that are not done
@@ -32,6 +33,7 @@ class _Sums:
     def add(self, found: StagePlan, block: BlockPlan, index: Index) -> None:
         for record in found.done.values():
             self.rows.update(record.rows)
+            self.counts.update(record.counts)
             self.bytes += sum(record.bytes.values())
             self.seconds += record.seconds
         self.done += len(found.done)
@@ -100,8 +102,8 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
 
 
 def status(run: Run) -> list[dict[str, object]]:
-    """Per stage: shards done and left, rows by status, rows per second of all workers, seconds left,
-    failures.
+    """Per stage: shards done and left, rows by status, what else was counted, rows per second of all workers,
+    seconds left, failures.
 
     `captions_wasted`: rows that were captioned, and then found to be placeholders by images that came later.
     """
@@ -119,6 +121,7 @@ def status(run: Run) -> list[dict[str, object]]:
                 "shards_done": sums.done,
                 "shards_left": sums.left,
                 "rows": dict(sums.rows),
+                "counts": dict(sums.counts),
                 "rows_per_s": round(sums.rows.total() / at_once, 1) if at_once else None,
                 "eta_s": eta,
                 "failed": sums.failed,

@@ -128,9 +128,11 @@ def a_version(
     from builder.core import Recipe
     from builder.files import write_parquet
     from builder.stages.caption import Caption
-    from builder.stages.select import LEDGER, Select, schema
+    from builder.stages.select import LEDGER, Select, schemas
 
-    whole = schema(captions)
+    made = tuple(Caption(model="no/model@0", name=name) for name in ("re_caption", *captions))
+    recipe = Recipe("tiny", (*made, Select()), **about)
+    whole = schemas(recipe)["data"]
     data = pa.table(
         {
             f.name: data[f.name].cast(f.type) if f.name in data.column_names else pa.nulls(len(data), f.type)
@@ -148,9 +150,7 @@ def a_version(
             "bytes": path.stat().st_size,
             "rows": table.num_rows,
         }
-    made = tuple(Caption(model="no/model@0", name=name) for name in ("re_caption", *captions))
-    stages = (*made, Select())
-    (folder / "recipe.json").write_text(Recipe("tiny", stages, **about).to_json())
+    (folder / "recipe.json").write_text(recipe.to_json())
     none = {"train": 0, "preview": 0, "ledger": 0}
     manifest = {"name": "tiny", "version": "1.2.3", "rows": none, "bytes": none, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))

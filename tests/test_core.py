@@ -14,9 +14,11 @@ import pytest
 from builder.core import Recipe, Record, Stage, Task, task_key
 from builder.errors import RecipeError
 from builder.files import read_rows, sha256_file, write_parquet
+from builder.stages.best import Best
 from builder.stages.caption import Caption
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
+from builder.stages.embed import Embed
 from builder.stages.score import Score
 from builder.stages.select import Select
 from builder.stages.source import Source
@@ -114,17 +116,26 @@ DEFAULTS = {
         "user_agent_token": "recapkit",
     },
     ("Dedup", 2): {"max_urls": 5, "tombstones": None},
-    ("Caption", 1): {
+    ("Caption", 2): {
+        "max_repeated": 0.25, "max_stutter": 0.9, "max_same": 3, "min_words": 1, "language": "",
+        "min_bytes": 25, "min_confidence": 0.5,
         "prompt": "Please generate a detailed caption of this image. Please be as descriptive as possible.",
-        "max_tokens": 128, "temperature": 0.0, "top_k": 0, "min_tokens": 1, "dtype": "auto",
-        "max_model_len": None,
+        "image": True, "max_tokens": 128, "min_tokens": 1, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
+        "value": "text", "json_schema": "", "retries": 2, "retry_temperature": 0.7, "retry_top_p": 0.9,
+        "tolerated": ("truncated", "boilerplate"), "otherwise": "fail",
+        "dtype": "auto", "quantization": "", "max_model_len": None,
     },
-    ("Score", 1): {"captions": None, "precision": "fp32"},
-    ("Select", 2): {"shards_per_file": 20, "captions": None},
+    ("Score", 1): {"captions": None, "precision": "fp32", "vectors": ""},
+    ("Embed", 1): {"precision": "fp32"},
+    ("Best", 1): {"by": "score"},
+    ("Select", 3): {
+        "shards_per_file": 20, "captions": None, "ratings": None, "scores": None,
+        "ends": ("finish_reason", "num_tokens", "defects", "rejected", "blind"), "max_identical": 20,
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [Source, Download, Dedup, Caption, Score, Select])
+@pytest.mark.parametrize("stage", [Source, Download, Dedup, Caption, Embed, Score, Best, Select])
 def test_the_defaults_are_those_of_the_stages_version(stage: type[Stage]) -> None:
     left_out = {"name", *stage.effort, *stage.once}
     shaping = [f.name for f in fields(stage) if f.name not in left_out and f.default is not MISSING]

@@ -20,6 +20,7 @@ from builder.captions.kinds import Kind
 from builder.captions.replies import Reply
 
 log = logging.getLogger(__name__)
+BROKEN_UP = "special tokens broken up"  # what is counted of a job
 PREPARED = 64  # requests that are made ready at a time
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from builder.captions.asking import Asking, Job, Ready, Request
+from builder.captions.asking import BROKEN_UP, Asking, Job, Ready, Request
 from builder.captions.endpoint import Ask, Endpoint, joined, specials_of
 from builder.captions.kinds import PLACEHOLDER, Kind
 from builder.captions.replies import Reply, reply_key
@@ -71,7 +71,7 @@ class Served(Asking):
                 job.came(request, Reply(error="its image is not in the tar"))
                 continue
             text, cut, broken = self.text(job.kind, request.row)
-            job.counts["special tokens broken up"] += broken
+            job.counts[BROKEN_UP] += broken
             sampling = job.kind.sampling(request.uid, request.attempt)
             sha256 = hashlib.sha256(request.image or b"").digest()
             key = reply_key(self.made_by, text.encode("utf-8", "replace"), sampling, sha256, request.attempt)

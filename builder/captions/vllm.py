@@ -100,7 +100,8 @@ class Prompt:
 class Engine(Asking):
     """One model, and the columns that it makes; the first says how it is loaded."""
 
-    def __init__(self, *columns: Caption) -> None:
+    def __init__(self, *columns: Caption, **more: Any) -> None:
+        """`more` is for vLLM's `LLM`."""
         settings = columns[0]
         settings.check()
         super().__init__(settings.in_flight, len(columns))
@@ -130,7 +131,7 @@ class Engine(Asking):
         self.llm = LLM(
             model=name, revision=revision, tokenizer_revision=revision, dtype=settings.dtype,
             max_model_len=settings.max_model_len, gpu_memory_utilization=settings.gpu_memory_utilization,
-            **{"enable_prefix_caching": False, **of_images},
+            **{"enable_prefix_caching": False, **of_images, **more},
             tensor_parallel_size=settings.tensor_parallel_size,
             # Without white space: within the grammar of JSON a model may write it for ever.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},

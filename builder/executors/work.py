@@ -30,7 +30,8 @@ def attempt(
         with telling_of_a_full_disk(store.place), prepared or working(store, task) as here:
             start = time.monotonic()
             rows = work(here)
-            return Outcome(task, commit(store, stage, here, rows, time.monotonic() - start))
+            seconds = time.monotonic() - start - sum(here.loading)
+            return Outcome(task, commit(store, stage, here, rows, seconds))
     except OutdatedError as error:
         for name in error.names:
             forget_maker(store, name)

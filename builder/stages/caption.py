@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -34,7 +35,7 @@ from pydantic import Field
 
 from builder import sql
 from builder.captions import kinds
-from builder.captions.asking import Job, Request
+from builder.captions.asking import BROKEN_UP, Job, Request
 from builder.captions.checks import Defect
 from builder.captions.kinds import FAIL, NULL, Kind
 from builder.captions.replies import OTHERS, Replies, Reply
@@ -59,6 +60,8 @@ SCORED = ("_cosine", "_cut")  # what a score stage adds to a caption's name
 BLIND_SAMPLE = 256  # of so many rows one is also captioned on a blank picture
 # Instead of defects: no reply was good enough, and another column stands in, or nothing does.
 STAND_IN, MISSING = "stand_in", "missing"
+PROMPT_CUT, LOOKED_AT, BLIND = "prompt cut", "looked at", "blind"  # what is counted, besides defects
+FEW = 4  # captions that were looked at prove nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +201,18 @@ class Caption(Kind, Stage):
             return KV_CACHE_GIB
         needed = of_token * (4 if self.dtype in ("float32", "float") else 2) * longest * self.in_flight
         return min(KV_CACHE_GIB, -(-needed // 2**30))
+
+    def warns(self, counts: Mapping[str, int]) -> list[str]:
+        looked_at, blind = counts.get(LOOKED_AT, 0), counts.get(BLIND, 0)
+        found = []
+        if looked_at >= FEW and blind > looked_at / 2:
+            same = f"{blind} of {looked_at} captions of a sample are the same for a blank picture"
+            found.append(f"{self.name}: {same}: does {self.model} see its images?")
+        if cut := counts.get(PROMPT_CUT, 0):
+            found.append(f"{self.name}: the text that {cut:,} prompts quote was cut to fit")
+        if broken := counts.get(BROKEN_UP, 0):
+            found.append(f"{self.name}: {broken:,} special tokens in quoted text were broken up")
+        return found
 
     def num_workers(self) -> int:
         if self.endpoint:
@@ -453,7 +468,10 @@ class Captioning:
         try:
             with closing(shard.replies):
                 if shard is begun or shard.has_more():
-                    self.engine.finish(shard.job, self._more)
+                    start = time.monotonic()
+                    engine = self.engine
+                    task.loading.append(time.monotonic() - start)
+                    engine.finish(shard.job, self._more)
         except BaseException:
             for other in self.begun.values():
                 other.replies.close()
@@ -528,7 +546,7 @@ class _Shard:
             first = given.rejected[0][1] if given.rejected else given.defects
             found.update(f"first {defect}" for defect in first)
             found.update(f"last {defect}" for defect in given.defects)
-            found["prompt cut"] += given.reply.prompt_cut
-            found["looked at"] += given.blind() is not None
-            found["blind"] += bool(given.blind())
+            found[PROMPT_CUT] += given.reply.prompt_cut
+            found[LOOKED_AT] += given.blind() is not None
+            found[BLIND] += bool(given.blind())
         return +found

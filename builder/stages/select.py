@@ -206,7 +206,8 @@ class Select(Stage):
         for name in self.ratings or ():
             if name not in SCHEMA.names:
                 found.append((name, pa.int64(), "a model's 1-5 of a caption; null where it gave none"))
-            found.append((f"{name}_defects", pa.string(), "why there is none, comma separated"))
+            found.append((f"{name}_defects", pa.string(), "`missing` where there is none"))
+            found.append((f"{name}_rejected", pa.string(), "defects of replies before, ; between replies"))
         return tuple(found)
 
     def _ends(self) -> Iterator[tuple[str, pa.DataType, str]]:
@@ -277,7 +278,9 @@ class Select(Stage):
             made.append(_column(stage, f"{name}_cosine", column))
             made.append(_column(stage, f"{name}_cut", column.removesuffix("_score") + "_cut"))
         for name in self.ratings or ():
-            made += [_column(name, name, name), _column(name, f"{name}_defects", f"{name}_defects")]
+            made += [
+                _column(name, column, column) for column in (name, f"{name}_defects", f"{name}_rejected")
+            ]
         lengths = [("org_caption", "source"), ("re_caption", "re_caption")]
         lengths += [(name, name) for name in self.captions or () if name in PUBLISHED_BEFORE]
         counted = ", ".join(

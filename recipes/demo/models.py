@@ -160,6 +160,11 @@ def save_captioner(
         num_additional_image_tokens=1,
         chat_template=LLAMA3_CHAT_TEMPLATE,
     ).save_pretrained(folder)
+    save_weights(model, folder)
+
+
+def save_weights(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write the weights alone."""
     save_file(published_names(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
 
 

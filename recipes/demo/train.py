@@ -37,6 +37,9 @@ from builder.captions.kinds import RECAP_V1, Kind
 from builder.captions.vllm import Prompt
 from recipes.demo import models, world
 
+Batch = dict[str, torch.Tensor]
+LossOf = Callable[[Batch], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -52,7 +55,7 @@ class Phase:
 STAGE_1 = Phase("captioner stage 1", steps=3000, batch=64, lr=1.5e-3, first_seed=1_000_000)
 STAGE_2 = Phase("captioner stage 2", steps=800, batch=64, lr=1.0e-3, first_seed=2_000_000)
 STAGE_2_AGAIN = Phase("captioner stage 2, second cycle", steps=700, batch=64, lr=0.8e-3, first_seed=2_500_000)
-STAGE_3 = Phase("captioner stage 3: every kind's prompt", 1000, batch=96, lr=1.0e-3, first_seed=4_000_000)
+STAGE_3 = Phase("captioner stage 3: every kind's prompt", 1500, batch=64, lr=1.0e-3, first_seed=4_000_000)
 CONTRASTIVE = Phase("clip", steps=300, batch=256, lr=1.0e-3, first_seed=3_000_000)
 
 
@@ -79,14 +82,14 @@ def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
     return table
 
 
-class Batches(IterableDataset[dict[str, torch.Tensor]]):
+class Batches(IterableDataset[Batch]):
     """Batches of one phase, in the order of the seeds."""
 
     def __init__(self, phase: Phase, tokenizer: Tokenizer):
         self.phase, self.tokenizer = phase, tokenizer
         self.ids: dict[str, int] = {token: tokenizer.token_to_id(token) or 0 for token in models.SPECIAL}
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for step in range(self.phase.steps):
             first = self.phase.first_seed + step * self.phase.batch
             images, texts = [], []
@@ -123,20 +126,83 @@ PROMPT_V1 = (
 )
 
 
+def optimise(
+    phase: Phase, module: torch.nn.Module, batches: IterableDataset[Any], loss_of: LossOf, device: str
+) -> None:
+    """Train the parameters of `module` that require a gradient. A batch may be a list of parts; their losses
+    add up to the batch's.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    warm = max(1, phase.steps // 30)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda k: min(1, (k + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, k / phase.steps)))
+    )
+    start, seen = time.monotonic(), 0
+    for step, batch in enumerate(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4), 1):
+        said = 0.0
+        for part in batch if isinstance(batch, list) else [batch]:
+            part = {name: tensor.to(device) for name, tensor in part.items()}
+            with torch.autocast(device, torch.bfloat16):
+                loss = loss_of(part)
+            loss.backward()
+            said += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        seen += phase.batch
+        if step % 50 == 0 or step == phase.steps:
+            rate = seen / (time.monotonic() - start)
+            print(
+                f"{phase.name} {step}/{phase.steps} loss {said:.3f} {rate:.0f} scenes/s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def train_captioner(device: str) -> None:
+    torch.manual_seed(0)
+    tokenizer = models.train_tokenizer()
+    model = models.captioner(tokenizer).to(device)
+    model.set_attn_implementation("eager")
+
+    def loss(batch: Batch) -> torch.Tensor:
+        labels_BT = batch["labels"]
+        first = int((labels_BT != -100).any(0).nonzero()[0])  # nothing before is predicted: images and prompt
+        mask_BT = batch["input_ids"] != tokenizer.token_to_id("<pad>")
+        keep = labels_BT.shape[1] - first + 1
+        logits_BTV = model(
+            pixel_values=batch["pixel_values"],
+            input_ids=batch["input_ids"],
+            attention_mask=mask_BT,
+            logits_to_keep=keep,
+        ).logits
+        return torch.nn.functional.cross_entropy(
+            logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, first:].flatten()
+        )
+
+    optimise(STAGE_1, model, Batches(STAGE_1, tokenizer), loss, device)
+    model.model.vision_tower.requires_grad_(False)
+    optimise(STAGE_2, model, Batches(STAGE_2, tokenizer), loss, device)
+    optimise(STAGE_2_AGAIN, model, Batches(STAGE_2_AGAIN, tokenizer), loss, device)
+    models.save_captioner(model, tokenizer, models.CAPTIONER)
+
+
 # --- stage 3 ------------------------------------------------------------------------------------------------
 
 JUDGE = kinds.judge("re_caption", "demo")
 LESSONS: dict[Kind, tuple[float, float]] = {  # share of the examples, and how much a token of a reply counts
-    RECAP_V1: (0.38, 1.0),
-    kinds.RECAP_V2: (0.08, 1.0),
-    kinds.VEC: (0.06, 1.0),
+    RECAP_V1: (0.36, 1.0),
+    kinds.RECAP_V2: (0.07, 1.0),
+    kinds.VEC: (0.05, 1.0),
     kinds.SHORT: (0.04, 1.0),
     kinds.NGUYEN: (0.02, 1.0),
     kinds.LONG: (0.02, 1.0),
     kinds.VECAP: (0.11, 1.0),
     kinds.CAPSFUSION: (0.05, 1.0),
     kinds.STRUCTURED: (0.08, 1.0),
-    JUDGE: (0.16, 5.0),  # one of a rating's tokens says something
+    JUDGE: (0.20, 5.0),  # one of a rating's tokens says something
 }
 MAX_MODEL_LEN = 768  # the demo's setting
 
@@ -161,7 +227,7 @@ def lesson(kind: Kind, scene: world.Scene, rng: random.Random) -> tuple[dict[str
 
 
 class Asked:
-    """Prompts as the engine makes them of the captioner's folder, with a token for each patch of a picture."""
+    """Prompts as the engine makes them of a captioner's folder, with a token for each patch of a picture."""
 
     def __init__(self, folder: Path = models.CAPTIONER) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
@@ -181,98 +247,76 @@ class Asked:
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
 
-class Lessons(IterableDataset[list[dict[str, torch.Tensor]]]):
-    """Batches of every kind, in the order of the seeds; each in parts of like lengths."""
+@dataclass(frozen=True)
+class Example:
+    """`counts`: of each token, what its loss counts; 0 in the prompt."""
 
-    def __init__(self, phase: Phase, parts: tuple[int, ...] = (200, 350)) -> None:
-        self.phase, self.parts = phase, parts
+    ids: list[int]
+    counts: list[float]
+    image: np.ndarray | None
 
-    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+
+class Lessons(IterableDataset[list[Batch]]):
+    """Batches of every kind, in the order of the seeds; each in parts of like lengths that caches can hold."""
+
+    PART = 6000  # tokens
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+
+    def __iter__(self) -> Iterator[list[Batch]]:
         asked = Asked()
-        shares = [share for share, _ in LESSONS.values()]
+        pad = int(asked.tokenizer.pad_token_id)
         for step in range(self.phase.steps):
             first = self.phase.first_seed + step * self.phase.batch
-            parts: dict[int, list[tuple[list[int], list[float], np.ndarray | None]]] = {}
-            for seed in range(first, first + self.phase.batch):
-                rng, scene = random.Random(~seed), world.scene(seed)
-                (kind,) = rng.choices(list(LESSONS), shares)
-                row, said = lesson(kind, scene, rng)
-                prompt, reply = asked.prompt(kind, row), asked.reply(said)
-                counts = [0.0] * len(prompt) + [LESSONS[kind][1]] * len(reply)
-                image = pixels(picture(scene, rng)) if kind.image else None
-                part = sum(len(counts) > length for length in self.parts)
-                parts.setdefault(part, []).append(([*prompt, *reply], counts, image))
-            total = sum(sum(counts) for part in parts.values() for _, counts, _ in part)
-            yield [self.part(part, total, int(asked.tokenizer.pad_token_id)) for part in parts.values()]
+            examples = [self.example(seed, asked) for seed in range(first, first + self.phase.batch)]
+            examples.sort(key=lambda example: len(example.ids))
+            total = sum(sum(example.counts) for example in examples)
+            parts: list[list[Example]] = [[]]
+            for example in examples:
+                if parts[-1] and (len(parts[-1]) + 1) * len(example.ids) > self.PART:
+                    parts.append([])
+                parts[-1].append(example)
+            yield [self.part(part, total, pad) for part in parts]
 
-    def part(
-        self, examples: list[tuple[list[int], list[float], np.ndarray | None]], total: float, pad: int
-    ) -> dict[str, torch.Tensor]:
-        images = [image for _, _, image in examples if image is not None]
+    def example(self, seed: int, asked: Asked) -> Example:
+        rng, scene = random.Random(~seed), world.scene(seed)
+        (kind,) = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()])
+        row, said = lesson(kind, scene, rng)
+        prompt, reply = asked.prompt(kind, row), asked.reply(said)
+        counts = [0.0] * len(prompt) + [LESSONS[kind][1]] * len(reply)
+        return Example([*prompt, *reply], counts, pixels(picture(scene, rng)) if kind.image else None)
+
+    def part(self, examples: list[Example], total: float, pad: int) -> Batch:
+        images = [example.image for example in examples if example.image is not None]
         found = {
-            "input_ids": padded([ids for ids, _, _ in examples], pad),
-            "counts": padded([counts for _, counts, _ in examples], 0.0) / total,
+            "input_ids": padded([example.ids for example in examples], pad),
+            "counts": padded([example.counts for example in examples], 0.0) / total,
         }
         return found | ({"pixel_values": torch.from_numpy(np.stack(images))} if images else {})
 
 
-def optimise(phase: Phase, module: torch.nn.Module, tokenizer: Tokenizer, loss_of, device: str) -> None:  # type: ignore[no-untyped-def]
-    """Train the parameters of `module` that require a gradient."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    warm = max(1, phase.steps // 30)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda k: min(1, (k + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, k / phase.steps)))
-    )
-    start, seen = time.monotonic(), 0
-    for step, batch in enumerate(
-        DataLoader(Batches(phase, tokenizer), batch_size=None, num_workers=1, prefetch_factor=4), 1
-    ):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        # On CPUs the fused kernel's backward is slower.
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = loss_of(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-        seen += phase.batch
-        if step % 50 == 0 or step == phase.steps:
-            rate = seen / (time.monotonic() - start)
-            print(
-                f"{phase.name} {step}/{phase.steps} loss {loss.item():.3f} {rate:.0f} scenes/s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def train_captioner(device: str) -> None:
+def train_kinds(device: str, folder: Path = models.CAPTIONER) -> None:
+    """Stage 3, on the captioner that lies in the demo's folder; writes the weights alone."""
     torch.manual_seed(0)
-    tokenizer = models.train_tokenizer()
-    model = models.captioner(tokenizer).to(device)
-    model.set_attn_implementation("eager")
-
-    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels_BT = batch["labels"]
-        first = int((labels_BT != -100).any(0).nonzero()[0])  # nothing before is predicted: images and prompt
-        mask_BT = batch["input_ids"] != tokenizer.token_to_id("<pad>")
-        keep = labels_BT.shape[1] - first + 1
-        logits_BTV = model(
-            pixel_values=batch["pixel_values"],
-            input_ids=batch["input_ids"],
-            attention_mask=mask_BT,
-            logits_to_keep=keep,
-        ).logits
-        return torch.nn.functional.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, first:].flatten()
-        )
-
-    optimise(STAGE_1, model, tokenizer, loss, device)
+    model = LlavaForConditionalGeneration.from_pretrained(models.CAPTIONER, dtype=torch.float32).to(device)
     model.model.vision_tower.requires_grad_(False)
-    optimise(STAGE_2, model, tokenizer, loss, device)
-    optimise(STAGE_2_AGAIN, model, tokenizer, loss, device)
-    models.save_captioner(model, tokenizer, models.CAPTIONER)
+
+    def loss(part: Batch) -> torch.Tensor:
+        # Padded on the right, under a causal mask: what is padding reaches nothing that counts.
+        hidden_BTE = model.model(
+            input_ids=part["input_ids"], pixel_values=part.get("pixel_values")
+        ).last_hidden_state
+        counts_BT = part["counts"][:, 1:]
+        counted_BT = counts_BT > 0
+        logits_NV = model.lm_head(hidden_BTE[:, :-1][counted_BT])
+        losses_N = torch.nn.functional.cross_entropy(
+            logits_NV.float(), part["input_ids"][:, 1:][counted_BT], reduction="none"
+        )
+        return (losses_N * counts_BT[counted_BT]).sum()
+
+    optimise(STAGE_3, model, Lessons(STAGE_3), loss, device)
+    models.save_weights(model, folder)
 
 
 def train_clip(device: str) -> None:
@@ -289,25 +333,25 @@ def train_clip(device: str) -> None:
     }
     model.load_state_dict(models.clip_vision_weights(tower), strict=False)
 
-    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(batch: Batch) -> torch.Tensor:
         text = torch.nn.functional.pad(
             batch["input_ids"], (0, models.CLIP_CONTEXT - batch["input_ids"].shape[1]), value=0
         )
-        image_BE, text_BE, scale = model(batch["pixel_values"], text)
+        with sdpa_kernel(SDPBackend.MATH):  # on CPUs the fused kernel's backward is slower
+            image_BE, text_BE, scale = model(batch["pixel_values"], text)
         logits_BB = scale * image_BE @ text_BE.T
         target_B = torch.arange(len(logits_BB), device=device)
         cross_entropy = torch.nn.functional.cross_entropy
         return (cross_entropy(logits_BB, target_B) + cross_entropy(logits_BB.T, target_B)) / 2
 
-    optimise(CONTRASTIVE, model, tokenizer, loss, device)
+    optimise(CONTRASTIVE, model, Batches(CONTRASTIVE, tokenizer), loss, device)
     models.save_clip(model, tokenizer, models.CLIP)
 
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
-    if sys.argv[1:] != ["clip"]:
-        train_captioner(device)
-    if sys.argv[1:] != ["captioner"]:
-        train_clip(device)
+    trained = {"captioner": train_captioner, "kinds": train_kinds, "clip": train_clip}
+    for name in sys.argv[1:] or trained:
+        trained[name](device)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes on {device}", file=sys.stderr)
