@@ -97,6 +97,15 @@ def stats(parts: Parts, options: Options | None = None) -> dict[str, Any]:
     return report
 
 
+def defects(con: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    """Rows of the query of that name; none where the rows do not say how their captions were found."""
+    if not {"defects", "ledger"} <= _views(con):
+        return []
+    query, _ = views.declared(QUERIES / "defects.sql", "reads", views.NAMES)
+    found: list[dict[str, Any]] = con.sql(query).to_arrow_table().to_pylist()
+    return found
+
+
 def prepare(con: duckdb.DuckDBPyConnection) -> None:
     """The tables `counted` and `words`, which several queries read."""
     con.execute(

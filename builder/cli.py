@@ -605,14 +605,18 @@ def remove(
     type=click.IntRange(1, 65535),
     help="Of the small web on 127.0.0.1.",
 )
+@click.option(
+    "--every", is_flag=True, help="Captions of every kind: five more columns, and a judge's ratings."
+)
 @_run_option
-def demo(rows: int, port: int, run: Path | None) -> None:
+def demo(rows: int, port: int, every: bool, run: Path | None) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
     from recipes.demo.demo import demo as run_demo
 
-    run = run or Path("runs", "demo" if (rows, port) == (2000, 8642) else f"demo-{rows}-{port}")
+    name = "demo-every" if every else "demo"
+    run = run or Path("runs", name if (rows, port) == (2000, 8642) else f"{name}-{rows}-{port}")
     with shown_progress() as progress:
-        code = run_demo(run, rows=rows, port=port, progress=progress)
+        code = run_demo(run, rows=rows, port=port, every=every, progress=progress)
     sys.exit(code)
 
 

@@ -1,7 +1,7 @@
 """A static page to look at a run or a version: samples with image, captions, scores and status.
 
     OUT/index.html, explorer.js, explorer.css   the page, the same for every data set
-    OUT/data.json                               what it is, its columns, rows by status, number of chunks
+    OUT/data.json                               what it is, columns, rows by status, defects, number of chunks
     OUT/rows/00000.json.gz                      a chunk of rows, by column
     OUT/thumbs/00000/000000001.jpg              a run's images, at most 256 px; of a version `url` is shown
 
@@ -45,13 +45,14 @@ import duckdb
 import pyarrow as pa
 from PIL import Image
 
+from analysis import report
 from analysis.views import connect
 from builder import sql
 from builder.errors import InputError, telling_of_a_full_disk
 from builder.places import Place
 from builder.run import Run
 from builder.stages.imagetar import images
-from builder.stages.select import COLUMNS, NOT_CAPTIONS
+from builder.stages.select import COLUMNS, NOT_CAPTIONS, prefix
 
 PAGE = Path(__file__).parent / "explorer"
 FILES = ("index.html", "explorer.js", "explorer.css")
@@ -130,6 +131,7 @@ def _write(place: Place, folder: Path, room: int) -> None:
             else f"select 'ok', count(*) from {view}"
         )
         status = dict(con.sql(counted).fetchall())
+        defects = report.defects(con)
         for table in _chunks(_sample(con, view, sum(n for name, n in status.items() if name != "ok"), room)):
             data = _chunk(table)
             (folder / "rows" / f"{chunks:05d}.json.gz").write_bytes(data)
@@ -144,6 +146,9 @@ def _write(place: Place, folder: Path, room: int) -> None:
         "rows": shown,
         "chunks": chunks,
         "columns": described,
+        "defects": [
+            {**row, "column": f"{prefix(row['caption'])}_defects"} for row in defects if row["defect"]
+        ],
         "thumbs": bool(tars),
     }
     (folder / "data.json").write_text(

@@ -53,7 +53,8 @@ def demo(
     """The embedded default: a procedural world behind a small faulty web, and two tiny models trained on it.
 
     It has 2,000 rows. `every` adds columns of the other kinds: alt-text-conditioned, VeCLIP's two, a
-    structured one and a judge's score, all by the one captioner. `short` adds a second column, cut at 24 tokens.
+    structured one and a judge's score, all by the one captioner. `short` adds a second column, cut at 24
+    tokens.
     """
 
     def column(kind: kinds.Kind) -> Caption:

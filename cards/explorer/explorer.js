@@ -332,10 +332,19 @@ function statusButton([status, number]) {
   return button;
 }
 
+function defectRow({ caption, defect, column, first, kept, failed }) {
+  const shows = element("button", { type: "button", textContent: count(kept), title: "Show these rows" });
+  shows.addEventListener("click", () => { addFilter(column, "contains", defect); change({}); });
+  const cells = [caption, defect, count(first), kept && column in columns ? shows : count(kept), count(failed)];
+  return element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
+}
+
 function wire() {
   const on = (id, event, act) => $(id).addEventListener(event, act);
   $("sort").append(...meta.columns.map(({ name }) => option(name)));
   $("statuses").append(...[["", inAll()], ...Object.entries(meta.status)].map(statusButton));
+  $("defects").hidden = !meta.defects?.length;
+  $("defects").querySelector("tbody").append(...(meta.defects ?? []).map(defectRow));
   for (const name of FIELDS) on(name, "input", (event) => change({ [name]: event.target.value }, 120));
   on("add", "click", () => addFilter().focus());
   on("filters", "input", (event) => { offer(event.target.closest(".line")); change({}, 120); });

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from analysis import report
+from analysis.report import caption_names
 from builder import run as runs
 from builder.errors import VersionError
 from builder.versions.publish import publish
@@ -16,8 +17,11 @@ from recipes import datasets as recipes
 from recipes.demo import web
 
 
-def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
-    """Serve a small web, build, publish 0.1.0 next to the run, load it back. Returns the exit status."""
+def demo(run: Path, *, rows: int, port: int, progress: runs.Progress, every: bool = False) -> int:
+    """Serve a small web, build, publish 0.1.0 next to the run, load it back. Returns the exit status.
+
+    `every` is the recipe's: captions of every kind.
+    """
     import datasets
 
     start = time.monotonic()
@@ -26,7 +30,7 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
         click.echo(f"drawing {rows} pictures for a small web on {web.HOST}:{port}", err=True)
         web.make(site, rows=rows, port=port)
     with web.serve(site, port):
-        result = runs.build(recipes.demo(web=str(site)), run, progress=progress)
+        result = runs.build(recipes.demo(web=str(site), every=every), run, progress=progress)
     if result.failed:
         for name, reason in result.failed.items():
             click.echo(f"failed: {name}: {reason}", err=True)
@@ -43,12 +47,24 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress) -> int:
 
     row = next((r for r in train if r["org_length"] and r["re_clip_score"] > r["org_clip_score"]), train[0])
     click.echo("\nOne row that came out:\n")
-    for name in ("url", "org_caption", "re_caption", "org_clip_score", "re_clip_score"):
-        click.echo(f"  {name:<15} {row[name] if isinstance(row[name], str) else format(row[name], '.3f')}")
+    captions = [name for name in caption_names(statistics) if name not in ("org_caption", "re_caption")]
+    ratings = [line["judge"] for line in report.rows(statistics, "ratings")]
+    shown = ("url", "org_caption", "re_caption", *captions, *ratings, "org_clip_score", "re_clip_score")
+    width = max(map(len, shown))
+    for name in shown:
+        value = row[name]
+        click.echo(f"  {name:<{width}} {format(value, '.3f') if isinstance(value, float) else value}")
     click.echo(f"\nAll {len(train)} of them, original against recaption:\n")
     head, lines = report.table(statistics)
     for label, *values in [head, *lines]:
         click.echo(f"  {label:<34} {' '.join(f'{value:>9}' for value in values)}")
+    if found := [r for r in report.rows(statistics, "defects") if r["defect"]]:
+        click.echo(
+            "\nDefects of captions, in first replies, kept with a caption, and rows that failed of it:\n"
+        )
+        for r in found:
+            numbers = f"{r['first']:>6} {r['kept']:>6} {r['failed']:>6}"
+            click.echo(f"  {r['caption']:<34} {r['defect']:<12} {numbers}")
     click.echo("\nWhat became of every URL:\n")
     for r in statistics["rows_by_status"]["rows"]:
         click.echo(f"  {r['status']:<16} {r['rows']:>6} {r['percent']:>6} %")
