@@ -66,7 +66,7 @@ def stats(parts: Parts, options: Options | None = None) -> dict[str, Any]:
             absent = next(
                 (
                     f"no {name} here"
-                    for name in ("ledger", "scores", "defects", "ratings")
+                    for name in ("defects", "ratings", "ledger", "scores")
                     if name in reads and name not in _views(con)
                 ),
                 None,

@@ -60,8 +60,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from builder import sql
+from builder.columns import NOT_CAPTIONS, caption_of, score_column
 from builder.errors import InputError
-from builder.stages.select import NOT_CAPTIONS, PUBLISHED_BEFORE, prefix, score_column
 
 MEMORY = "2500MB"  # DuckDB spills to disk beyond
 # What the queries see, but for tables that report.py makes.
@@ -308,11 +308,10 @@ def _captions_view(con: duckdb.DuckDBPyConnection, found: Parts) -> None:
 def _about_captions(con: duckdb.DuckDBPyConnection) -> None:
     """The views `defects` and `ratings`, where the rows have such columns."""
     kinds = {name: kind for name, kind, *_ in con.sql("describe published").fetchall()}
-    of_prefix = {prefix(name): name for name in ("org_caption", "re_caption", *PUBLISHED_BEFORE)}
     defects = []
     for told in (name for name in kinds if name.endswith("_defects") and kinds[name] == "VARCHAR"):
         before = told.removesuffix("_defects")
-        caption = of_prefix.get(before, before)
+        caption = caption_of(before)
         others = [f"{before}_rejected", f"{before}_blind"]
         rejected, blind = (sql.identifier(name) if name in kinds else "null" for name in others)
         if caption in kinds:

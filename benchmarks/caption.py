@@ -1,14 +1,14 @@
 """The caption stage, images/s, against the engine alone and against a plain script, in turns with one engine.
 
-    python benchmarks/caption.py                              # the demo's captioner; 15 minutes on 2 cores
+    python benchmarks/caption.py                            # the demo's captioner; 15 minutes on 2 cores
     python benchmarks/caption.py --shape llava-llama3-8b    # dummy weights, 336 px, 60 tokens out: for a GPU
-    python benchmarks/caption.py --stand-in                   # an engine that sleeps 14 ms an image: the feeder
+    python benchmarks/caption.py --stand-in                 # an engine that sleeps 14 ms an image: the feeder
 
 (a) plain   reads the tars, decodes with Pillow, `LLM.generate` on all
 (b) stage   `Captioning`, shard after shard, the next one at hand before its time
 (c) ready   the engine alone: inputs made ready before the clock runs, as many in flight as in (b)
 
-The images are crops of the photos in ../shared/data, 512 px and JPEG; scenes of the demo where these are absent.
+The images are crops of the photos in ../shared/data, 512 px and JPEG; scenes of the demo where they are absent.
 `--photos`, `--turns`, `--feeders`, `--quantization fp8` and `--tokens` change what their names say.
 """
 
@@ -321,7 +321,8 @@ def compare(options: argparse.Namespace, folder: Path, images: Sequence[bytes]) 
     keep(
         "caption" if options.shape == "tiny" else f"caption_{options.shape}",
         {
-            "unit": "images/s", "images": len(images), "rows_a_shard": options.rows, "feeders": kind.num_feeders(),
+            "unit": "images/s", "images": len(images), "rows_a_shard": options.rows,
+            "feeders": kind.num_feeders(),
             "stage_over_plain": ratio(rates["stage"], rates["plain"]),
             "stage_over_ready": ratio(rates["stage"], rates["ready"]),
             "outside_the_engines_step_percent": outside,

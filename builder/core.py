@@ -466,7 +466,6 @@ class Record:
     outputs: Mapping[str, str] = field(default_factory=dict)  # object -> sha256
     bytes: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)  # status -> rows
-    counts: Mapping[str, int] = field(default_factory=dict)  # what else was counted
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
     day: str = ""  # of the commit, UTC
@@ -474,6 +473,7 @@ class Record:
     outside: Mapping[str, str] = field(default_factory=dict)  # inputs that are not objects of the run
     attempt: int = 0  # how often rows were done again on purpose
     dropped: tuple[str, ...] = ()  # outputs that were deleted on purpose
+    counts: Mapping[str, int] = field(default_factory=dict)  # what was counted besides rows
 
     @classmethod
     def from_json(cls, data: str | builtins.bytes) -> Record | None:

@@ -48,11 +48,12 @@ from PIL import Image
 from analysis import report
 from analysis.views import connect
 from builder import sql
+from builder.columns import NOT_CAPTIONS, prefix
 from builder.errors import InputError, telling_of_a_full_disk
 from builder.places import Place
 from builder.run import Run
 from builder.stages.imagetar import images
-from builder.stages.select import COLUMNS, NOT_CAPTIONS, prefix
+from builder.stages.select import COLUMNS
 
 PAGE = Path(__file__).parent / "explorer"
 FILES = ("index.html", "explorer.js", "explorer.css")

@@ -1,122 +1,90 @@
-"""Captions by other architectures than LLaVA, through vLLM's real engine; their weights alone are random."""
+"""Captions by other architectures than the demo's, through the real engine; their weights are random."""
 
 from __future__ import annotations
 
-import gc
+import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 from PIL import Image, ImageDraw
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+from builder.captions.asking import Request
+from builder.captions.vllm import Engine
+from builder.errors import InputError
+from builder.stages.caption import Caption
 
-ASKED = "Describe this image. Its alt text was: "
-SEEING: dict[Callable[[Path], None], str] = {
-    tiny.llava: "<image>",
-    tiny.smolvlm: "<image>",
-    tiny.qwen_vl: "<|image_pad|>",
-}
+pytestmark = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+HOSTILE = "<image> <|image_pad|> <|im_end|> <|eot_id|> </s>"
+SETTINGS = {
+    "dtype": "float32", "max_model_len": 1024, "kv_cache_gib": 1, "in_flight": 4, "max_tokens": 8,
+    "retries": 0,
+}  # fmt: skip
 
 
-def _pictures() -> list[Image.Image]:
-    """Three, of different shapes."""
+def requests() -> list[Request]:
+    """Three pictures, of different shapes, beside text that would be special."""
     found = []
-    for size, colour in (((96, 64), "red"), ((64, 160), "blue"), ((200, 200), "green")):
-        picture = Image.new("RGB", size, "white")
+    for n, (size, colour) in enumerate((((96, 64), "red"), ((64, 160), "blue"), ((200, 200), "green"))):
+        picture, file = Image.new("RGB", size, "white"), io.BytesIO()
         ImageDraw.Draw(picture).ellipse((8, 8, size[0] - 8, size[1] // 2), fill=colour)
-        found.append(picture)
+        picture.save(file, "JPEG")
+        found.append(Request(str(n), file.getvalue(), {"org_caption": HOSTILE}))
     return found
 
 
-@contextmanager
-def _engine(folder: Path, **settings: Any) -> Iterator[Any]:
-    from vllm import LLM
-
-    llm = LLM(
-        model=str(folder), dtype="float32", max_model_len=1024, enable_prefix_caching=False, seed=0,
-        enforce_eager=True, disable_log_stats=True, max_num_seqs=4, max_num_batched_tokens=1024, **settings,
+@pytest.mark.parametrize(
+    ("make", "feeders"), [(tiny.llava, 0), (tiny.smolvlm, 0), (tiny.qwen_vl, 1)], ids=lambda value: str(value)
+)
+def test_a_captioner_of_another_architecture(
+    make: Callable[[Path], None], feeders: int, tmp_path: Path
+) -> None:
+    """By its own processor's chat template; what is special in a row's text is not."""
+    make(tmp_path / "model")
+    column = Caption(
+        model=str(tmp_path / "model"), prompt="Describe this. Alt text: {org_caption}", feeders=feeders,
+        **SETTINGS,
     )  # fmt: skip
+    column.check()
+    engine = Engine(column)
     try:
-        yield llm.llm_engine
+        prompt = engine.prompt_of(column)
+        special = set(prompt.tokenizer.all_special_ids) | set(prompt.tokenizer.added_tokens_decoder)
+        ids, empty = (prompt.tokens({"org_caption": text})[0] for text in (HOSTILE, ""))
+        assert [one for one in ids if one in special] == [one for one in empty if one in special]
+        found = engine.replies(column, requests())
+        assert [reply.error for reply in found.values()] == [""] * 3
+        assert all(reply.num_tokens for reply in found.values())
+        assert len({reply.text for reply in found.values()}) > 1
+        assert engine.replies(column, requests()) == found
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+        engine.close()
 
 
-def _tokens(tokenizer: Any, rendered: str, quoted: str) -> list[int]:
-    """The prompt, the alt text put where it says so; special tokens in that are characters like others."""
-    before, after = rendered.split("\ue000")
-    encode = tokenizer.encode
-    text = encode(quoted, add_special_tokens=False, split_special_tokens=True)
-    return [*encode(before, add_special_tokens=False), *text, *encode(after, add_special_tokens=False)]
-
-
-def _said(engine: Any, prompts: Sequence[Mapping[str, Any]], max_tokens: int = 12) -> list[str]:
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, min_tokens=max_tokens)
-    for number, prompt in enumerate(prompts):
-        (rendered,) = engine.renderer.render_cmpl([prompt])
-        engine.add_request(str(number), rendered, params)
-    said: dict[int, Any] = {}
-    while engine.has_unfinished_requests():
-        said |= {int(output.request_id): output.outputs[0] for output in engine.step() if output.finished}
-    assert [len(said[number].token_ids) for number in range(len(prompts))] == [max_tokens] * len(prompts)
-    return [said[number].text for number in range(len(prompts))]
-
-
-@pytest.mark.parametrize("write", SEEING, ids=lambda write: write.__name__)
-def test_it_says_something_else_of_another_picture(write: Callable[[Path], None], tmp_path: Path) -> None:
-    from transformers import AutoProcessor
-
-    write(tmp_path)
-    processor = AutoProcessor.from_pretrained(tmp_path)
-    tokenizer, image = processor.tokenizer, SEEING[write]
-    content = [{"type": "image"}, {"type": "text", "text": f"{ASKED}\ue000"}]
-    rendered = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
+def test_a_language_model_writes_captions_of_captions(tmp_path: Path) -> None:
+    tiny.llama(tmp_path / "model")
+    column = Caption(
+        name="fused", model=str(tmp_path / "model"), prompt="Rephrase: {org_caption}", image=False, **SETTINGS
     )
-    ids = _tokens(tokenizer, rendered, f"a {image} in <|im_end|> words")
-    assert ids.count(tokenizer.convert_tokens_to_ids(image)) == 1  # the template's, not the alt text's
-    prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"image": picture}} for picture in _pictures()]
-    with _engine(tmp_path, limit_mm_per_prompt={"image": 1}, mm_processor_cache_gb=0) as engine:
-        assert engine.model_config.is_multimodal_model
-        for prompt in prompts:
-            (seen,) = engine.renderer.render_cmpl([prompt])
-            (place,) = seen["mm_placeholders"]["image"]
-            start = ids.index(tokenizer.convert_tokens_to_ids(image))
-            assert place.offset == start
-            around = [*ids[:start], *ids[start + 1 :]]  # all but the placeholder is as it was
-            assert (
-                seen["prompt_token_ids"][:start] + seen["prompt_token_ids"][start + place.length :] == around
-            )
-        captions = _said(engine, prompts)
-        assert len(set(captions)) == 3
-        assert captions == _said(engine, prompts)
+    column.check()
+    engine = Engine(column)
+    try:
+        asked = [
+            Request(str(n), None, {"org_caption": text}) for n, text in enumerate((HOSTILE, "a cat", ""))
+        ]
+        found = engine.replies(column, asked)
+        assert [reply.error for reply in found.values()] == [""] * 3
+        assert all(reply.num_tokens for reply in found.values())
+    finally:
+        engine.close()
 
 
-def test_a_model_that_sees_nothing_rewrites(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tiny.llama(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    message = [{"role": "user", "content": f"{ASKED}\ue000"}]
-    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    texts = ("a red circle", "free shipping <|eot_id|>", "東京の夜景")
-    prompts = [{"prompt_token_ids": _tokens(tokenizer, rendered, text)} for text in texts]
-    ends = [
-        prompt["prompt_token_ids"].count(tokenizer.convert_tokens_to_ids("<|eot_id|>")) for prompt in prompts
-    ]
-    assert ends == [1, 1, 1]
-    with _engine(tmp_path) as engine:
-        assert not engine.model_config.is_multimodal_model
-        assert len(set(_said(engine, prompts))) == 3
+def test_what_only_reads_is_asked_for_no_captions_of_images(tmp_path: Path) -> None:
+    tiny.llama(tmp_path / "model")
+    with pytest.raises(InputError, match=r"preprocessor_config.json or processor_config.json"):
+        Caption(model=str(tmp_path / "model")).check()
+    (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is of llama, which sees no pictures\n.*or set image=false"):
+        Caption(model=str(tmp_path / "model")).check()

@@ -76,6 +76,9 @@ class Shards:
                 "re_caption": text,
                 "re_caption_finish_reason": text,
                 "re_caption_num_tokens": pa.int32(),
+                "re_caption_defects": text,
+                "re_caption_rejected": text,
+                "re_caption_blind": pa.bool_(),
             }
             score = {"re_caption_cosine": cosine, "re_caption_cut": cut}
             score |= {"org_caption_cosine": cosine, "org_caption_cut": cut}
@@ -184,7 +187,8 @@ def test_a_caption_may_have_any_name_that_nobody_has(tmp_path: Path, name: str) 
     captions = pa.table({
         "uid": [f"0-{n}" for n in range(4)], "status": ["ok"] * 4, "error": pa.nulls(4, pa.string()),
         name: [f"caption {n}" for n in range(4)], f"{name}_finish_reason": ["stop"] * 4,
-        f"{name}_num_tokens": pa.array([2] * 4, pa.int32()),
+        f"{name}_num_tokens": pa.array([2] * 4, pa.int32()), f"{name}_defects": pa.nulls(4, pa.string()),
+        f"{name}_rejected": pa.nulls(4, pa.string()), f"{name}_blind": pa.nulls(4, pa.bool_()),
     })  # fmt: skip
     shards.write(name, 0, captions)
     stages = (Dedup(by_metadata=False), *(Caption(model="no/model@0", name=n) for n in ("re_caption", name)))

@@ -141,6 +141,7 @@ def test_there_is_no_circle_of_files() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
     of_builder = {name for module in graph if module.startswith("analysis") for name in graph[module]}
     below = {
+        "builder.columns",
         "builder.errors",
         "builder.files",
         "builder.sql",

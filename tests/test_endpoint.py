@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -31,15 +31,20 @@ from conftest import CAPTIONER, ROOT, survived
 from faulty import redirect, response
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_caption import a_shard, do
 from tokenizers import Tokenizer
 
 from builder.captions import endpoint
+from builder.captions.checks import Defect
 from builder.captions.endpoint import Answer, Ask, CeilingError, Endpoint, joined, plain, specials_of
 from builder.captions.vllm import Engine
 from builder.errors import InputError
-from builder.stages.caption import Caption
+from builder.stages.caption import Caption, Captioning
+from builder.store import Folder
 from recipes.demo import world
 
+FULL = bool(os.environ.get("RECAP_FULL"))
+of_the_server = pytest.mark.skipif(not FULL, reason="a minute and a half; make test-slow runs it")
 KEY = "sk-never-to-be-seen-4711"
 SETTINGS = Caption(model=str(CAPTIONER), dtype="float32", max_model_len=512, kv_cache_gib=1)
 GREEDY = {"temperature": 0.0, "top_k": 0, "max_tokens": 128, "min_tokens": 1, "seed": None, "json_schema": ""}
@@ -89,10 +94,13 @@ class Booting:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def booting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booting]:
+def booting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booting | None]:
     """`vllm serve`, which takes its time to start, while the other tests run. Its model's own sampling is not
     ours: a request has to say all of it.
     """
+    if not FULL:
+        yield None
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,6 +116,7 @@ def booting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booting]:
         "--limit-mm-per-prompt", '{"image": 1}', "--mm-processor-cache-gb", 0, "--no-enable-prefix-caching",
         "--disable-log-stats", "--disable-uvicorn-access-log", "--kv-cache-memory-bytes", "128M",
         "--override-generation-config", '{"repetition_penalty": 1.5, "temperature": 1.0, "top_k": 3}',
+        "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
     ]  # fmt: skip
     with open(log, "wb") as file:
         process = subprocess.Popen(
@@ -826,6 +835,7 @@ def test_special_tokens_are_read_from_where_a_model_has_them(tmp_path: Path) -> 
 # --- the engine in this process, and vLLM's server ----------------------------------------------------------
 
 
+@of_the_server
 def test_the_server_says_what_the_engine_says(served: Endpoint, engine: Engine) -> None:
     """Greedy, in float32: the same prompt, the same picture, the same tokens."""
     asks = [Ask(n, SETTINGS.prompt, image, GREEDY) for n, image in enumerate(PICTURES)]
@@ -844,6 +854,7 @@ def test_the_server_says_what_the_engine_says(served: Endpoint, engine: Engine) 
     assert served.total_tokens >= sum(a.num_tokens + a.prompt_tokens for a in found.values())  # type: ignore[operator]
 
 
+@of_the_server
 def test_at_random_a_seed_says_the_same(served: Endpoint, engine: Engine) -> None:
     kind = Caption(**{**vars(SETTINGS), "temperature": 0.9, "top_k": 20})
     known = by_engine(engine, 8, kind)
@@ -854,6 +865,7 @@ def test_at_random_a_seed_says_the_same(served: Endpoint, engine: Engine) -> Non
     assert same == 8
 
 
+@of_the_server
 def test_a_schema_says_the_same(served: Endpoint, engine: Engine) -> None:
     schema = json.dumps(
         {"type": "object", "properties": {"a": {"enum": ["red", "blue"]}, "n": {"enum": [1, 2]}},
@@ -868,6 +880,7 @@ def test_a_schema_says_the_same(served: Endpoint, engine: Engine) -> None:
     assert all(re.match(r'\{\s*"a"', answer.text) for answer in found.values())
 
 
+@of_the_server
 def test_a_special_token_in_a_row_is_text_to_the_server(served: Endpoint) -> None:
     text, number = plain("Say <image> what <|eot_id|> it is.", specials_of(CAPTIONER))
     assert number == 2
@@ -876,6 +889,7 @@ def test_a_special_token_in_a_row_is_text_to_the_server(served: Endpoint) -> Non
     assert (found[0].prompt_tokens or 0) - (found[1].prompt_tokens or 0) == tokens[0] - tokens[1]
 
 
+@of_the_server
 def test_the_server_refuses_what_it_cannot_do(served: Endpoint, booting: Booting) -> None:
     found = all_of(
         served,
@@ -899,3 +913,50 @@ def test_the_server_refuses_what_it_cannot_do(served: Endpoint, booting: Booting
             with pytest.raises(InputError, match="does not accept the key in RECAP_API_KEY"):
                 asking.check()
             stops(asking, [ask(0)], "does not accept the key in RECAP_API_KEY")
+
+
+@of_the_server
+def test_a_column_by_an_endpoint_is_that_of_the_engine(
+    served: Endpoint, booting: Booting, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stage makes it; what it asks for is kept, and asked for once."""
+    assert served.is_vllm
+    monkeypatch.setenv("RECAP_API_KEY", KEY)
+    scenes = [world.scene(world.HELD_OUT + 6_000_000 + n) for n in range(24)]
+    remote = Caption(model="demo", endpoint=booting.url, in_flight=8)
+    remote.check()
+    by_both = []
+    for name, column, asking in (("here", SETTINGS, engine), ("there", remote, None)):
+        store = Folder(tmp_path / name)
+        work = Captioning([column], asking)
+        table, record = do(store, engine, a_shard(store, scenes), work)
+        again, _ = do(store, engine, a_shard(store, scenes, earlier=record.outputs), work)
+        assert again == table
+        if asking is None:
+            work.close()
+        by_both.append(table["re_caption"].to_pylist())
+    assert by_both[0] == by_both[1]
+
+    quoting = Caption(
+        name="quoting", model="demo", endpoint=booting.url, prompt="Say {org_caption}.", max_tokens=8,
+        retries=0, tolerated=tuple(Defect), max_total_tokens=100_000,
+    )  # fmt: skip
+    monkeypatch.setattr("builder.captions.served.MAX_QUOTED_CHARACTERS", 100)
+    store = Folder(tmp_path / "quoting")
+    with closing(Captioning([quoting])) as work:
+        task = replace(a_shard(store, scenes[:2], alt="<|eot_id|><image> a cat" * 1000), stage="quoting")
+        _, record = do(store, engine, task, work)
+    assert record.counts["special tokens broken up"] >= 2 * 8
+    assert record.counts["prompt cut"] == 2
+    assert any("special tokens" in warning for warning in quoting.warns(record.counts))
+
+    ceiling = replace(remote, max_total_tokens=1500, in_flight=2)
+    store = Folder(tmp_path / "ceiling")
+    task = a_shard(store, scenes)
+    with closing(Captioning([ceiling])) as work, pytest.raises(CeilingError, match="tokens are used"):
+        do(store, engine, task, work)
+    kept = len(store.journaled(task.journal))
+    assert 0 < kept < len(scenes)
+    with closing(Captioning([remote])) as work:
+        table, _ = do(store, engine, task, work)
+    assert table["re_caption"].to_pylist() == by_both[0]

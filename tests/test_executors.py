@@ -248,7 +248,7 @@ def pool_with(*working: float) -> executor._Pool:
     pool = object.__new__(executor._Pool)
     pool.machine, pool.wanted = Machine(2, (), 64), 0.0
     pool.needs = {str(cpus): Resources(cpus=cpus) for cpus in working}
-    pool.workers = [SimpleNamespace(stage=SimpleNamespace(name=str(c)), tasks=[1]) for c in working]  # type: ignore[misc]
+    pool.workers = [SimpleNamespace(name=str(c), tasks=[1]) for c in working]  # type: ignore[misc]
     return pool
 
 
@@ -303,7 +303,7 @@ def test_a_worker_that_raised_does_not_begin_what_it_was_given_ahead(
     hear = executor._Worker.hear
 
     def late(worker: executor._Worker) -> Outcome | None:
-        time.sleep(0.3 if worker.stage.name == "poisoned" else 0)
+        time.sleep(0.3 if worker.name == "poisoned" else 0)
         return hear(worker)
 
     monkeypatch.setattr(executor._Worker, "hear", late)

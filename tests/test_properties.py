@@ -44,7 +44,8 @@ from markdown_it import MarkdownIt
 
 from analysis import report
 from builder import sql, tombstones, urls
-from builder.captions.vllm import MAX_QUOTED_CHARACTERS, Engine
+from builder.captions.kinds import QUOTABLE
+from builder.captions.vllm import MAX_QUOTED_CHARACTERS, Prompt
 from builder.cli import printable
 from builder.core import Recipe, Record, Stage
 from builder.errors import InputError, RecipeError, UserError
@@ -52,7 +53,7 @@ from builder.executors.work import in_this_process
 from builder.places import look, parts
 from builder.run import Run, build
 from builder.schedule import Outcome
-from builder.stages.caption import QUOTABLE, Caption
+from builder.stages.caption import Caption
 from builder.stages.download import _faces
 from builder.stages.select import LEDGER, SCHEMA
 from builder.stages.source import LAYOUTS, OPTIONAL, Source
@@ -865,9 +866,9 @@ def test_text_of_a_row_is_only_text_in_a_prompt(caption: str, url: str, room: in
     content = [{"type": "image"}, {"type": "text", "text": marked}]
     turns = [{"role": "user", "content": content}]
     rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    engine: Any = SimpleNamespace(room=room, rendered=rendered, tokenizer=tokenizer, begins=[])
-    got, cut = Engine.tokens(engine, {"uid": "0", "org_caption": caption, "url": url})
-    bare, uncut = Engine.tokens(engine, dict.fromkeys(QUOTABLE, ""))
+    prompt: Any = SimpleNamespace(room=room, rendered=rendered, tokenizer=tokenizer, begins=[])
+    got, cut = Prompt.tokens(prompt, {"uid": "0", "org_caption": caption, "url": url})
+    bare, uncut = Prompt.tokens(prompt, dict.fromkeys(QUOTABLE, ""))
     assert not uncut
 
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import CAPTIONER, CLIP, ROOT, recap, survived
 
+from builder.captions.checks import Defect
 from builder.run import Run
 
 ROWS, PORT = 200, 8657
@@ -80,7 +81,8 @@ def command(site: Path, run: Path, verify: bool) -> list[str]:
     return [
         "build", "recap_datacomp_1b", f"metadata={site}/metadata", f"captioner={CAPTIONER}", f"clip={CLIP}",
         f"verify_sha256={verify}", "rows_per_shard=100", "allow_private=127.0.0.1/32", "download.timeout_s=8",
-        "caption.max_model_len=512", "--run", str(run),
+        # The demo's captioner knows no photos: what it writes of them is full of loops.
+        "caption.max_model_len=512", f"caption.tolerated={','.join(Defect)}", "--run", str(run),
     ]  # fmt: skip
 
 
@@ -128,6 +130,7 @@ def test_every_row_agrees_and_memory_stays_low(shared: Path, site: Path, tmp_pat
         str(tmp_path / "out" / "v0.1.0"), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert all(caption for caption in train["re_caption"])
+    assert sum("loop" in (defects or "") for defects in train["re_defects"]) > 0.5 * len(train)
     assert len(train) > 0.7 * ROWS
 
 

@@ -141,7 +141,10 @@ def test_values_get_the_types_of_the_function(
         (["caption.specs=short"], r"no setting .specs."),
         (["rows_per_shard"], "'rows_per_shard' is not key=value\n.*for example"),
         (["rows_pr_shard=5"], "recipe demo has no parameter 'rows_pr_shard'\n.*did you mean rows_per_shard"),
-        (["colour=red"], "recipe demo has no parameter 'colour'\n.*there are: rows_per_shard, short, web"),
+        (
+            ["colour=red"],
+            "recipe demo has no parameter 'colour'\n.*there are: every, rows_per_shard, short, web",
+        ),
         (["download.timeout=5"], "stage download has no setting 'timeout'\n.*did you mean timeout_s"),
         (["dedup.colour=5"], "stage dedup has no setting 'colour'\n.*there are: by_metadata, max_urls"),
         (["downlod.timeout_s=5"], "recipe demo has no stage 'downlod'\n.*download"),
@@ -163,7 +166,9 @@ def test_what_a_recipe_needs_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["dmo", "", "demo.x", "Recipe", "DEMO_CLIP"])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"no recipe '{name}'\n.*demo, recap_datacomp_1b"):
+    with pytest.raises(
+        RecipeError, match=f"no recipe '{name}'\n.*demo, nguyen_blip2_style, recap_datacomp_1b"
+    ):
         resolve(name)
 
 

@@ -1003,6 +1003,9 @@ def small_version() -> tuple[list[Row], list[Row]]:
         row |= {score: (2 * rng.randrange(100) + 1) / 500 for score in CAPTIONS.values()}
         row |= {"width": rng.randrange(90, 512), "height": rng.randrange(90, 512), "re_clip_cut": n % 8 == 0}
         row |= {"org_clip_cut": None if n % 9 else True, "re_finish_reason": "stop" if n % 7 else "length"}
+        row |= {"re_defects": (None, "boilerplate", "truncated,boilerplate", "identical")[n % 4]}
+        row |= {"re_rejected": (None, "loop", "loop,short;short", None, None)[n % 5]}
+        row |= {"re_blind": (None, None, True, False)[n % 4]}
         rows.append(row | {"org_gpt4v_score": n % 4 + 1, "re_gpt4v_score": n % 5 + 1})
     rows[0]["re_caption"], rows[1]["org_caption"] = "cat " * 90, rows[3]["org_caption"]
     rows[2]["re_clip_score"], rows[99]["org_caption"] = None, "unheard of before"  # a new word in the 100th
@@ -1011,7 +1014,9 @@ def small_version() -> tuple[list[Row], list[Row]]:
     ledger = [{"uid": row["uid"], "url": row["url"], "status": "ok"} for row in rows]
     for n, kind in enumerate((kind for times, kind in enumerate(KINDS, 3) for _ in range(times)), 120):
         url = None if kind == "removed" else f"http://h1.t1/{n}"
-        ledger.append({"uid": f"{n:032x}", "url": url, "status": kind})
+        failed = kind == "caption_failed"
+        reason = ("re_caption: loop: 0.9 of 4-grams repeat", "re_caption: its image: x")[n % 2]
+        ledger.append({"uid": f"{n:032x}", "url": url, "status": kind, "error": reason if failed else None})
     return rows, ledger
 
 
@@ -1149,6 +1154,38 @@ def endings_in_python(rows: list[Row]) -> Row:
     }
 
 
+def defects_in_python(rows: list[Row], ledger: list[Row]) -> list[Row]:
+    first, kept, failed = Counter[str](), Counter[str](), Counter[str]()
+    for row in rows:
+        defects = row["re_defects"].split(",") if row["re_defects"] else []
+        before = row["re_rejected"].split(";")[0].split(",") if row["re_rejected"] else defects
+        kept.update(defects)
+        first.update(defect for defect in before if defect != "identical")
+    for row in ledger:
+        if row["status"] == "caption_failed" and (found := re.match(r"re_caption: (\w+): ", row["error"])):
+            failed[found[1]] += 1
+    about = {
+        "caption": "re_caption",
+        "captions": len(rows),
+        "again": sum(len(row["re_rejected"].split(";")) for row in rows if row["re_rejected"]),
+        "looked_at": sum(row["re_blind"] is not None for row in rows),
+        "blind": sum(row["re_blind"] is True for row in rows),
+    }
+    told = [
+        about
+        | {"defect": kind, "first": first[kind] + failed[kind], "kept": kept[kind], "failed": failed[kind]}
+        for kind in first | kept | failed
+    ]
+    return sorted(told, key=lambda row: (-row["first"], row["defect"]))
+
+
+def ratings_in_python(rows: list[Row], judge: str) -> Row:
+    ratings = [row[judge] for row in rows]
+    numbers = dict(zip(("ones", "twos", "threes", "fours", "fives"), range(1, 6), strict=True))
+    found = {"judge": judge, "captions": len(ratings), "mean": round(sum(ratings) / len(ratings), 3)}
+    return found | {name: ratings.count(n) for name, n in numbers.items()} | {"without": 0}
+
+
 def images_in_python(rows: list[Row]) -> Row:
     images = Counter(row["sha256"] for row in rows)
     short, long = ([side(row["width"], row["height"]) for row in rows] for side in (min, max))
@@ -1210,6 +1247,8 @@ def in_python(place: Path, rows: list[Row], ledger: list[Row]) -> Answers:
         "words_gained": words_gained_in_python(original, new),
         "preference": [preference_in_python(rows)],
         "endings": [endings_in_python(rows)],
+        "defects": defects_in_python(rows, ledger),
+        "ratings": [ratings_in_python(rows, judge) for judge in ("org_gpt4v_score", "re_gpt4v_score")],
         "images": [images_in_python(rows)],
         "links": links_in_python(ledger),
         "rows_by_status": [{"status": k, "rows": n, "percent": percent(n, number)} for k, n in statuses],

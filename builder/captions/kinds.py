@@ -1,7 +1,7 @@
 """Kinds of caption: what is asked about a row, how the reply is decoded, and what of it is kept.
 
-A `Kind` says all of a caption column but who makes it; `Caption(model=..., **vars(kind))`, or
-`kind.by(model)`, is the stage that does. Those of the papers stand at the end, each with its source.
+A `Kind` says all of a caption column but who makes it; `Caption.of(kind, model=...)` is the stage that does.
+Those of the papers stand at the end, each with its source.
 
 Text of the row in a prompt is data: what looks like a special token in it is characters like others.
 """
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema
 from pydantic import Field
@@ -22,9 +22,6 @@ from pydantic import Field
 from builder.captions.checks import Checks, Defect, find, whole_sentences
 from builder.core import Count, Identifier, Json
 from builder.errors import RecipeError
-
-if TYPE_CHECKING:
-    from builder.stages.caption import Caption
 
 QUOTABLE = ("org_caption", "url")  # of the row; besides, every caption that a stage before makes
 FAIL, NULL = "fail", "null"
@@ -82,12 +79,6 @@ class Kind(Checks):
                 said = str(error).splitlines()[0]
                 reason = f"caption '{self.name}': its json_schema is none: {said}"
                 raise RecipeError(reason, "give a JSON schema, as text") from error
-
-    def by(self, model: str, **settings: Any) -> Caption:
-        """The stage that has it made by a model."""
-        from builder.stages.caption import Caption
-
-        return Caption(**{**vars(self), "model": model, **settings})
 
     def quotes(self) -> list[str]:
         """Columns of the row that the prompt quotes."""

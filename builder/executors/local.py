@@ -158,7 +158,7 @@ class _Pool:
         begun = Counter(task.stage for task in worker.tasks)
         others = [other for other in worker.stages if other is stage or self.schedule.has_ready(other)]
         turn = min(begun[other.name] for other in others) == begun[stage.name]
-        return turn and len(worker.tasks) < 2 * len(worker.stages)
+        return turn and 0 < len(worker.tasks) < 2 * len(worker.stages)
 
     def _has_room(self, needs: Resources) -> bool:
         """Is there memory, and a GPU, for one more worker, if others that can be spared make room for it?"""

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder import sql
+from builder.columns import PUBLISHED_BEFORE, prefix, score_column
 from builder.core import Count, Json, Question, Recipe, Stage, Status, Task, Work
 from builder.errors import OutdatedError, RecipeError
 from builder.files import write_parquet
@@ -65,8 +66,6 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("clip_l14_similarity_score", pa.float32(), "from the metadata: cosine by OpenAI's ViT-L/14"),
 )
 SCHEMA = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
-PUBLISHED_BEFORE = ("re_caption_condition_diverse_topk",)  # it has columns of its own in the schema
-NOT_CAPTIONS = ("_finish_reason", "_defects", "_rejected")  # text about a caption
 IDENTICAL = "identical"
 # What a stage writes of a caption, and what is published of it: under the caption's prefix.
 _ENDS: tuple[tuple[str, pa.DataType, str], ...] = (
@@ -78,21 +77,6 @@ _ENDS: tuple[tuple[str, pa.DataType, str], ...] = (
 )
 ROW_GROUP_ROWS = 100_000  # about 100 MB before compression
 LEDGER = pa.schema([(name, pa.string()) for name in ("uid", "url", "status", "error")])
-
-
-def prefix(caption: str) -> str:
-    """What the names of its other published columns begin with."""
-    known = {
-        "org_caption": "org",
-        "re_caption": "re",
-        "re_caption_condition_diverse_topk": "re_condition",
-    }
-    return known.get(caption, caption)
-
-
-def score_column(stage: str, caption: str) -> str:
-    """The published cosine of a caption by a score stage: `clip` by the one that is called score."""
-    return f"{prefix(caption)}_{'clip' if stage == 'score' else stage}_score"
 
 
 def schemas(recipe: Recipe) -> dict[str, pa.Schema]:
