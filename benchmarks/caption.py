@@ -8,7 +8,7 @@
 (b) stage   `Captioning`, shard after shard, the next one at hand before its time
 (c) ready   the engine alone: inputs made ready before the clock runs, as many in flight as in (b)
 
-The images are crops of the photos in ../shared/data, 512 px and JPEG; scenes of the demo where they are absent.
+The images are crops of the photos in ../shared/data, 512 px, JPEG; scenes of the demo where they are absent.
 `--photos`, `--turns`, `--feeders`, `--quantization fp8` and `--tokens` change what their names say.
 """
 

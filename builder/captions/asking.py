@@ -156,7 +156,8 @@ class Asking(ABC):
             while not job.is_done():
                 self._fill(job, more)
                 if not self.asked:
-                    self.collect(job, wait=True)
+                    slowest = next((one for one in (job, *self.jobs) if one.preparing), job)
+                    self.collect(slowest, wait=True)
                     continue
                 for name, reply in self.step():
                     asked_by, ready = self.asked.pop(name)
