@@ -36,7 +36,9 @@ def requests() -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    ("make", "feeders"), [(tiny.llava, 0), (tiny.smolvlm, 0), (tiny.qwen_vl, 1)], ids=lambda value: str(value)
+    ("make", "feeders"),
+    [(tiny.llava, 0), (tiny.smolvlm, 0), (tiny.qwen_vl, 1)],
+    ids=["llava", "smolvlm", "qwen_vl"],
 )
 def test_a_captioner_of_another_architecture(
     make: Callable[[Path], None], feeders: int, tmp_path: Path
