@@ -18,5 +18,7 @@ def caption_of(before: str) -> str:
 
 
 def score_column(stage: str, caption: str) -> str:
-    """The published cosine of a caption by a score stage: `clip` by the one that is called score."""
-    return f"{prefix(caption)}_{'clip' if stage == 'score' else stage}_score"
+    """The published cosine of a caption by a score stage: `clip` by the one that is called score, or where
+    the caption's own stage has it.
+    """
+    return f"{prefix(caption)}_{'clip' if stage in ('score', caption) else stage}_score"

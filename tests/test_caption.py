@@ -597,9 +597,9 @@ def test_a_changed_check_needs_no_engine(
     for column, before in ((SETTINGS, first), (SETTINGS, second), (STRICT, second)):
         rows, _ = with_settings(store, None, scenes, column, earlier=before.outputs)
         assert rows == (good if column is SETTINGS else strict)
-    with pytest.raises(TypeError):  # there is no engine to ask
+    with pytest.raises(InputError, match="stage re_caption cannot start"):  # there is no engine to ask
         with_settings(store, None, scenes, replace(STRICT, retries=3), earlier=second.outputs)
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="stage re_caption cannot start"):
         with_settings(store, None, scenes, replace(SETTINGS, max_tokens=100), earlier=second.outputs)
 
 
@@ -658,6 +658,19 @@ def test_a_caption_of_captions_sees_no_image(engine: Engine, tmp_path: Path, ask
     assert found["status"].to_pylist() == ["ok", "caption_failed", "ok"]
     assert found["error"][1].as_py() == "re_caption: loop: x"
     assert found["fused_prompt_cut"].to_pylist() == [False, None, False]
+
+    rows[1] |= {"status": "ok", "error": None}  # a caption that its recipe lets be missing
+    write_parquet(pa.Table.from_pylist(rows, before.schema), tmp_path / made)
+    for otherwise, status, value in (
+        ("fail", "caption_failed", None),
+        ("null", "ok", None),
+        ("url", "ok", ...),
+    ):
+        work = Captioning([replace(fused, otherwise=otherwise)], engine)
+        found, record = do(store, engine, replace(task, key=f"{otherwise:0>64}"), work)
+        row = found.to_pylist()[1]
+        assert (row["status"], row["error"]) == (status, "fused: there is no re_caption for it")
+        assert row["fused"] == (f"http://h/{scenes[1].seed}" if value else None)
 
 
 def test_a_row_whose_image_left_the_tar_fails_alone(engine: Engine, tmp_path: Path) -> None:

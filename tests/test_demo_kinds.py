@@ -45,7 +45,7 @@ def test_prompts_are_the_engines(kind: Kind, asked: train.Asked) -> None:
     engines = Prompt(kind, AutoProcessor.from_pretrained(models.CAPTIONER))
     engines.room = train.MAX_MODEL_LEN
     hostile = "<image> <|eot_id|> {org_caption} é 画像"
-    rows = [dict.fromkeys(kind.quotes(), hostile), *(row for _, row, _ in lessons(kind, 40))]
+    rows = [dict.fromkeys(kind.quotes(), hostile), *(row for _, row, _ in lessons(kind, 20))]
     for row in rows:
         ids, cut = engines.tokens(row)
         assert not cut
@@ -65,7 +65,7 @@ def test_the_prompt_of_stage_2_is_that_of_stage_3(asked: train.Asked) -> None:
 
 @pytest.mark.parametrize("kind", train.LESSONS, ids=IDS)
 def test_replies_are_right_and_fit(kind: Kind, asked: train.Asked) -> None:
-    for scene, row, said in lessons(kind, 300):
+    for scene, row, said in lessons(kind, 150):
         reply = asked.reply(said)
         assert len(reply) <= kind.max_tokens
         assert len(asked.prompt(kind, row)) + kind.max_tokens <= train.MAX_MODEL_LEN
@@ -109,14 +109,12 @@ def test_the_longest_replies_fit(asked: train.Asked) -> None:
 
 
 def test_short_captions_are_short_and_name_every_pair() -> None:
-    openings = Counter()
     for seed in range(2000):
         scene = world.scene(seed)
         text = world.short(scene, random.Random(seed))
         assert world.named_pairs(text) == scene.pairs
         assert len(text.split()) < 20
-        openings[text.startswith("The image")] += 1
-    assert not openings[True]
+        assert not text.startswith("The image")
 
 
 def test_structured_is_the_scene() -> None:
@@ -128,10 +126,17 @@ def test_structured_is_the_scene() -> None:
         assert ground == {"name": "background", "attributes": [scene.tone, scene.ground]}
         pairs = [f"{thing['attributes'][0]} {thing['name']}" for thing in things]
         assert pairs == [thing.name for thing in scene.things]
+        told = world.describe(scene, random.Random(seed)).lower()
         for relation in found["relations"]:
-            told = f"The {relation['subject']} is to the {relation['relation']} of the {relation['object']}."
-            above = f"The {relation['subject']} is {relation['relation']} the {relation['object']}."
-            assert {told.replace("to the left of of", "to the left of"), above}
+            first, second = relation["subject"], relation["object"]
+            ways = {"left of": ("to the left of", "to the right of"), "above": ("above", "below")}
+            way, back = ways[relation["relation"]]
+            assert (
+                f"the {first} is {way} the {second}." in told
+                or f"the {second} is {back} the {first}." in told
+            )
+        assert len(found["relations"]) == (len(scene.things) > 1)
+        assert found["text"] == []
 
 
 SHORT_CAPTION = "A red circle and a small blue star on a white background."
@@ -165,7 +170,7 @@ def test_fusing_adds_what_is_about_the_same(alt: str, fused: str) -> None:
 
 
 def test_refusals_are_few() -> None:
-    replies = [said for _, _, said in lessons(VECAP, 3000)]
+    replies = [said for _, _, said in lessons(VECAP, 2000)]
     assert 0.02 < replies.count(world.REFUSAL) / len(replies) < 0.07
 
 
@@ -180,9 +185,9 @@ def test_ratings_go_by_the_pairs() -> None:
     assert world.rating(two, "A brown bear.") == 1
     given = Counter(
         world.rating(scene, world.flawed(scene, random.Random(scene.seed)))
-        for scene in map(world.scene, range(3000))
+        for scene in map(world.scene, range(2000))
     )
-    assert min(given.values()) > 150
+    assert min(given.values()) > 100
     assert sorted(given) == [1, 2, 3, 4, 5]
 
 

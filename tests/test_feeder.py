@@ -13,8 +13,9 @@ import pytest
 from conftest import CAPTIONER
 
 from builder.captions import feeder as feeding
-from builder.captions.asking import Request
+from builder.captions.asking import Job, Request
 from builder.captions.feeder import AHEAD, Failure, Feeder
+from builder.captions.replies import Reply
 from builder.captions.vllm import Engine
 from builder.stages.caption import Caption
 from recipes.demo import world
@@ -52,6 +53,36 @@ def test_captions_are_those_of_one_process(engine: Engine, monkeypatch: pytest.M
     assert "cannot be decoded" in fed["5"].error
     assert fed["70"].error == "its image is not in the tar"
     assert sum(not reply.error for reply in fed.values()) == len(asked) - 2
+
+
+def test_columns_and_shards_share_what_room_the_feeders_have(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two columns none waits until the other is done; a retry does not wait for a shard begun ahead."""
+    monkeypatch.setattr(feeding, "AHEAD", 8)
+    asked = requests(60)
+    order: list[str] = []
+    found: dict[str, set[str]] = {"long": set(), "short": set(), "ahead": set()}
+
+    def job(name: str, kind: Caption, retried: int) -> Job:
+        def deliver(request: Request, reply: Reply) -> bool:
+            order.append(name)
+            again = request.attempt == 0 and int(request.uid) < retried
+            if not again:
+                assert request.uid not in found[name]
+                found[name].add(request.uid)
+            return again
+
+        return Job(kind, iter(asked), {}, deliver, shard="1" if name == "ahead" else "0")
+
+    both = [job("short", SHORT, 0), job("ahead", SETTINGS, 0)]
+    first = job("long", SETTINGS, 20)
+    engine.finish(first, lambda: both.pop(0) if both else None)
+    for other in list(engine.jobs):
+        engine.finish(other)
+    assert [len(uids) for uids in found.values()] == [60] * 3
+    assert order.index("short") < 60
+    assert engine.jobs == []
 
 
 def test_a_feeder_that_is_killed_is_replaced_and_costs_nothing(engine: Engine, feeder: Feeder) -> None:

@@ -13,9 +13,12 @@ from conftest import CAPTIONER, CLIP
 from builder.captions import kinds
 from builder.captions.checks import Defect
 from builder.captions.kinds import Kind
-from builder.core import Recipe
+from builder.columns import score_column
+from builder.core import Recipe, Stage
 from builder.errors import RecipeError
+from builder.stages.best import Best
 from builder.stages.caption import Caption
+from builder.stages.score import Score
 from builder.stages.select import SCHEMA, Select
 from recipes import datasets
 
@@ -129,6 +132,7 @@ OBJECT = {"objects": [{"name": "cube", "attributes": ["red"]}], "relations": [],
         (json.dumps({"objects": []}), False),
         ("[" * 100_000, False),
         ("Here is the JSON you asked for.", False),
+        ('{"objects": [], "relations": [], "text": [NaN]}', False),
     ],
 )
 def test_a_structured_caption_is_of_its_schema_or_none(reply: str, is_one: bool) -> None:
@@ -139,6 +143,13 @@ def test_a_structured_caption_is_of_its_schema_or_none(reply: str, is_one: bool)
         assert isinstance(value, str)
         assert "\n" not in value
         assert set(json.loads(value)) == {"objects", "relations", "text"}
+
+
+def test_json_may_hold_what_no_text_may() -> None:
+    """Halves of characters, which no parquet file takes."""
+    value, _ = Kind(name="plain", prompt="Describe.", value="json").read('{"\\ud83d": "\\ud83d"}', "stop")
+    assert isinstance(value, str)
+    value.encode()
 
 
 def test_a_structured_caption_that_loops_is_found_in_its_strings() -> None:
@@ -162,6 +173,8 @@ def test_a_structured_caption_that_loops_is_found_in_its_strings() -> None:
         ({"otherwise": "nothing"}, "otherwise=nothing, which there is not"),
         ({"otherwise": "late_caption"}, "otherwise=late_caption, which there is not"),
         ({"prompt": "{late_caption}"}, r"quotes \{late_caption\}"),
+        ({"name": "null"}, "cannot be called 'null'"),
+        ({"retry_temperature": 0.0}, "retry_temperature"),
     ],
 )
 def test_a_kind_that_cannot_be_is_told_with_its_recipe(settings: dict[str, Any], message: str) -> None:
@@ -206,6 +219,8 @@ def test_the_papers_recipes(name: str) -> None:
     assert select.schema().names[: len(SCHEMA)] == SCHEMA.names
     scored = {name for stage in recipe.stages for name in stage.makes_scores()}
     assert scored == {"org_caption", *recipe.captions()}
+    produced = [score_column(*score.split(".", 1)) for score in select.scores or ()]
+    assert {"re_clip_score", "org_clip_score"} <= set(produced)
 
 
 def test_every_kind_in_one_recipe_has_its_columns() -> None:
@@ -225,6 +240,27 @@ def test_two_captions_whose_published_columns_would_collide_are_refused() -> Non
     names = ("re_caption", "re")
     with pytest.raises(RecipeError, match="two published columns are called 're_finish_reason'"):
         Recipe("r", (*(Caption(name=name, model=str(CAPTIONER)) for name in names), Select()))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((Score(model=str(CLIP)), Score(name="clip", model=str(CLIP))), "two published columns are called"),
+        (
+            (Caption.of(kinds.judge("re_caption", "clip"), model=str(CAPTIONER)), Score(model=str(CLIP))),
+            "two published columns are called 're_clip_score'",
+        ),
+        ((Best(name="best", of=("org_caption", "re_caption")),), "takes the best of 'org_caption'"),
+    ],
+)
+def test_columns_that_would_be_lost_are_refused(stages: tuple[Stage, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe("r", (Caption(model=str(CAPTIONER)), *stages, Select()))
+
+
+def test_select_names_scores_that_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"names 'score\.nothing', which no stage before it makes"):
+        Recipe("r", (Caption(model=str(CAPTIONER)), Select(scores=("score.nothing",))))
 
 
 def test_a_recipe_json_of_before_publishes_what_it_did() -> None:

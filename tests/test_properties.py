@@ -878,7 +878,11 @@ def test_text_of_a_row_is_only_text_in_a_prompt(caption: str, url: str, room: in
     written = [caption, url, caption]
     pieces = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in written]
     too_long = max(map(len, written)) > MAX_QUOTED_CHARACTERS
-    assert cut == (too_long or sum(map(len, pieces)) > room)
+    taken, left = list[int](), room  # each has its share of what those before it have left
+    for number, piece in enumerate(pieces):
+        taken.append(min(len(piece), left // (len(pieces) - number)))
+        left -= taken[-1]
+    assert cut == (too_long or any(len(piece) > n for piece, n in zip(pieces, taken, strict=True)))
     if too_long:
         return
     assert [tokenizer.decode(piece) for piece in pieces] == written
@@ -890,10 +894,9 @@ def test_text_of_a_row_is_only_text_in_a_prompt(caption: str, url: str, room: in
     between = re.split(r"\{(?:org_caption|url)\}", whole)
     parts = [tokenizer.encode(part, add_special_tokens=False) for part in between]
     assert bare == [*chain(*parts)]
-    expected, left = list(parts[0]), room
-    for piece, part in zip(pieces, parts[1:], strict=True):
-        expected += piece[:left] + part
-        left -= len(piece[:left])
+    expected = list(parts[0])
+    for piece, number, part in zip(pieces, taken, parts[1:], strict=True):
+        expected += piece[:number] + part
     assert got == expected
 
 

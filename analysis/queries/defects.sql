@@ -1,6 +1,6 @@
 -- reads: defects, ledger
--- Defects of captions by kind: in first replies, kept with the caption, and those for which rows failed after
--- all their replies. `again` counts replies that were not taken, `blind` captions, of those that were looked at,
+-- Defects of captions by kind: in first replies (of a row that failed: in its last), kept with the caption, and
+-- those for which rows failed after all their replies. `again` counts replies that were not taken, `blind` captions, of those that were looked at,
 -- that a blank picture gets too.
 with replies as (
     select caption, 'first' as place,
@@ -21,4 +21,4 @@ with replies as (
            count(blind) as looked_at, count(*) filter (blind) as blind
     from defects group by all
 )
-from columns left join kinds using (caption) order by caption, first desc, defect
+from columns full join kinds using (caption) order by caption, first desc, defect

@@ -195,7 +195,7 @@ class Asking(ABC):
             self._give_up(job)
             return False
         if not job.ready:
-            return not job.is_fed() and not job.preparing
+            return False  # others have what room there is to prepare, or it is being prepared
         ready = job.ready.popleft()
         self.number += 1
         name = str(self.number)

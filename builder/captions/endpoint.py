@@ -106,7 +106,7 @@ class Endpoint:
         max_total_tokens: int | None = None,
         key_variable: str = "RECAP_API_KEY",
     ) -> None:
-        self.url, self.model = _address(url), model
+        self.url, self.model = address(url), model
         self.concurrency, self.timeout_s, self.retries = concurrency, timeout_s, retries
         self.max_total_tokens, self.key_variable = max_total_tokens, key_variable
         self._key = os.environ.get(key_variable, "").strip()
@@ -475,7 +475,7 @@ class Endpoint:
         return self._scrubbed(str(text))
 
 
-def _address(url: str) -> str:
+def address(url: str) -> str:
     """Where /models and /chat/completions are.
 
     Raises:

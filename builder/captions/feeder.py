@@ -108,7 +108,11 @@ class Feeder:
 
     def has_room(self, number: int = 1) -> bool:
         """Can so many more be submitted? With more a feeder and this process may wait for each other."""
-        return sum(len(worker.asked) for worker in self.workers) + number <= AHEAD * len(self.workers)
+        return sum(len(worker.asked) for worker in self.workers) + number <= self.room()
+
+    def room(self) -> int:
+        """Requests that can be in their hands."""
+        return AHEAD * len(self.workers)
 
     def submit(self, name: str, image: bytes, ids: list[int]) -> Pending:
         """Ask for a request. What has the same `name` is taken for the same picture."""

@@ -61,12 +61,14 @@ class Kind(Checks):
     value: Literal["text", "json", "rating"] = "text"
     json_schema: str = ""
     retries: Annotated[int, Field(ge=0, le=10)] = 2
-    retry_temperature: Number = 0.7
+    retry_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
     retry_top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     tolerated: tuple[Defect, ...] = (Defect.TRUNCATED, Defect.BOILERPLATE)
     otherwise: str = FAIL
 
     def __post_init__(self) -> None:
+        if self.name in (FAIL, NULL):
+            raise RecipeError(f"a caption cannot be called '{self.name}'", "give it another name")
         if self.min_tokens > self.max_tokens:
             tokens = f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}"
             raise RecipeError(f"caption '{self.name}': {tokens}", "change one of them")
@@ -136,7 +138,8 @@ class Kind(Checks):
             for defect, seen in find(string, None, self).items()
             if defect in _OF_STRINGS
         }
-        return json.dumps(found, ensure_ascii=False, separators=(",", ":")), defects
+        value = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+        return value.encode("utf-8", "replace").decode(), defects  # JSON may hold halves of characters
 
     def retried(self, defects: Mapping[Defect, str]) -> bool:
         """Is a reply with these defects no good?"""
@@ -163,7 +166,7 @@ def _object(text: str, schema: str) -> dict[str, Json]:
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
     try:
         # A guided engine lets control characters into strings.
-        found = json.loads(fenced[1] if fenced else text, strict=False)
+        found = json.loads(fenced[1] if fenced else text, strict=False, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {str(error)[:80]}") from None
     if not isinstance(found, dict):
@@ -171,6 +174,10 @@ def _object(text: str, schema: str) -> dict[str, Json]:
     if schema and (wrong := next(_validator(schema).iter_errors(found), None)):
         raise ValueError(f"not of the schema: {wrong.message[:80]}")
     return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from builder.captions.asking import PREPARED, Asking, Job, Ready, Request
 from builder.captions.feeder import AT_A_TIME, NO_PICTURE, Failure, Feeder, decoded, not_decoded
-from builder.captions.kinds import Kind
+from builder.captions.kinds import PLACEHOLDER, Kind
 from builder.captions.replies import Reply, reply_key
 from builder.errors import InputError
 from builder.model import hub_model, model_folder
@@ -58,7 +58,7 @@ class Prompt:
         self.tokenizer = getattr(template, "tokenizer", template)
         self.begins = begins(self.tokenizer)
         self.room = 0  # tokens that are left for what a prompt quotes
-        marked = re.sub(r"\{([a-zA-Z_]\w*)\}", "\ue000\\1\ue001", kind.prompt)
+        marked = PLACEHOLDER.sub("\ue000\\1\ue001", kind.prompt)
         content: Any = marked
         if template is not self.tokenizer:
             picture = [{"type": "image"}] if kind.image else []
@@ -82,16 +82,18 @@ class Prompt:
         """
         ids: list[int] = []
         room, cut = self.room, False
-        for number, part in enumerate(_MARKED.split(self.rendered)):
+        parts = _MARKED.split(self.rendered)
+        for number, part in enumerate(parts):
             if number % 2 == 0:
                 ids += _encoded(self.tokenizer, part)
                 continue
             text = str(row[part])
             known = text[:MAX_QUOTED_CHARACTERS]
             quoted = self.tokenizer.encode(known, add_special_tokens=False, split_special_tokens=True)
-            cut = cut or len(quoted) > room or len(text) > MAX_QUOTED_CHARACTERS
-            ids += quoted[:room]
-            room -= len(quoted[:room])
+            share = room // ((len(parts) - number) // 2)  # of what is left, and as many quotes to come
+            cut = cut or len(quoted) > share or len(text) > MAX_QUOTED_CHARACTERS
+            ids += quoted[:share]
+            room -= len(quoted[:share])
         if ids[:1] != self.begins:
             ids = self.begins + ids
         return ids, cut
@@ -146,7 +148,7 @@ class Engine(Asking):
         loader = AutoProcessor if looking else AutoTokenizer
         self.template = loader.from_pretrained(name, revision=revision)
         self.refused = (ValueError, VLLMClientError)
-        self.model, self.dtype = settings.model, settings.dtype
+        self.model = settings.model
         self.made_by = settings.made_by()
         # Of a picture that several columns are made of, which take turns.
         self._decoded = lru_cache(maxsize=2 * PREPARED if looking > 1 else 0)(decoded)
@@ -266,7 +268,9 @@ class Engine(Asking):
 
     def has_room(self, job: Job) -> bool:
         if self.feeder and job.kind.image:
-            return self.feeder.has_room(AT_A_TIME)
+            # Not all the room there is: columns take turns, and a retry may come while others wait.
+            share = max(AT_A_TIME, self.feeder.room() // (self.columns + 1))
+            return len(job.preparing) + AT_A_TIME <= share and self.feeder.has_room(AT_A_TIME)
         return super().has_room(job)
 
     def collect(self, job: Job, *, wait: bool = False) -> None:

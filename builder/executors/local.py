@@ -1,9 +1,8 @@
 """Worker processes on this machine, by its cores, GPUs and memory.
 
 Each opens a stage once, with those that share what it loads, and then does their tasks. A loaded stage makes
-room for another only when nothing more
-is to come for it in the blocks at work. A worker that died or raised is replaced: it costs its own task an
-attempt, and nothing that it left behind reaches another shard.
+room for another only when nothing more is to come for it in the blocks at work. A worker that died or raised
+is replaced: it costs its own task an attempt, and nothing that it left behind reaches another shard.
 """
 
 from __future__ import annotations

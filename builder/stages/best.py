@@ -40,7 +40,9 @@ class Best(Stage):
         """Raises:
         RecipeError: there is no such score stage, or it does not score them all.
         """
-        scored = [name for stage in earlier if stage.name == self.by for name in stage.makes_scores()]
+        made = {name for stage in earlier for name in stage.makes_captions()}
+        by = (name for stage in earlier if stage.name == self.by for name in stage.makes_scores())
+        scored = [name for name in by if name in made]
         for missing in (name for name in self.of if name not in scored):
             reason = f"stage {self.name} takes the best of '{missing}' and others by '{self.by}'"
             raise RecipeError(f"{reason}, which does not score it", "put a score stage that does before it")

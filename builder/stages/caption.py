@@ -21,6 +21,7 @@ import io
 import json
 import logging
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -40,7 +41,7 @@ from builder.captions.checks import Defect
 from builder.captions.kinds import FAIL, NULL, Kind
 from builder.captions.replies import OTHERS, Replies, Reply
 from builder.core import Count, Identifier, Json, Object, Resources, Stage, Status, Task, Work
-from builder.errors import InputError, RecipeError
+from builder.errors import InputError, RecipeError, UserError
 from builder.files import read_file, read_rows, write_parquet
 from builder.machine import Machine, gpus
 from builder.model import check_files, has_chat_template, hub_model, identity, model_folder
@@ -60,7 +61,9 @@ SCORED = ("_cosine", "_cut")  # what a score stage adds to a caption's name
 BLIND_SAMPLE = 256  # of so many rows one is also captioned on a blank picture
 # Instead of defects: no reply was good enough, and another column stands in, or nothing does.
 STAND_IN, MISSING = "stand_in", "missing"
-PROMPT_CUT, LOOKED_AT, BLIND = "prompt cut", "looked at", "blind"  # what is counted, besides defects
+# What is counted, besides defects.
+NO_REPLY, PROMPT_CUT, LOOKED_AT, BLIND = "without a reply", "prompt cut", "looked at", "blind"
+UNASKED = "_unasked"  # of a row: why there is nothing to ask
 FEW = 4  # captions that were looked at prove nothing
 
 
@@ -208,6 +211,8 @@ class Caption(Kind, Stage):
         if looked_at >= FEW and blind > looked_at / 2:
             same = f"{blind} of {looked_at} captions of a sample are the same for a blank picture"
             found.append(f"{self.name}: {same}: does {self.model} see its images?")
+        if lost := counts.get(NO_REPLY, 0):
+            found.append(f"{self.name}: {lost:,} rows got no reply; why is the error of each in its shard")
         if cut := counts.get(PROMPT_CUT, 0):
             found.append(f"{self.name}: the text that {cut:,} prompts quote was cut to fit")
         if broken := counts.get(BROKEN_UP, 0):
@@ -278,6 +283,13 @@ class Caption(Kind, Stage):
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(asking).encode()).hexdigest()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.endpoint:
+            from builder.captions.endpoint import address
+
+            address(self.endpoint)
+
     # --- a shard --------------------------------------------------------------------------------------------
 
     def rows(self, task: Task, early: Mapping[str, int]) -> Iterator[dict[str, Any]]:
@@ -299,6 +311,8 @@ class Caption(Kind, Stage):
             row |= {name: source[name] for name in quoted} | {"key": downloaded["key"]}
             for name, caption in zip(made, captions, strict=True):
                 row[name] = caption[name]
+                if caption[name] is None and name in self.quotes():
+                    row[UNASKED] = f"there is no {name} for it"
                 if row["status"] == Status.OK and caption["status"] != Status.OK:
                     row |= {"status": caption["status"], "error": caption["error"]}
             if row["status"] == Status.OK and downloaded["image_sha256"] in early:
@@ -309,7 +323,8 @@ class Caption(Kind, Stage):
 
     def requests(self, task: Task, early: Mapping[str, int]) -> Iterator[Request]:
         """What is asked of a shard, in row order; of a sample with a blank picture too."""
-        wanted = (row for row in self.rows(task, early) if row["status"] == Status.OK)
+        rows = self.rows(task, early)
+        wanted = (row for row in rows if row["status"] == Status.OK and UNASKED not in row)
         if not self.image:
             yield from (Request(row["uid"], None, row) for row in wanted)
             return
@@ -349,7 +364,8 @@ class Caption(Kind, Stage):
         for row in self.rows(task, early):
             found = {name: row.get(name) for name in _COLUMNS}
             if row["status"] == Status.OK:
-                found |= self.outcome(given[row["uid"]], row)
+                unasked = _Given(Reply(error=row.get(UNASKED, "")))
+                found |= self.outcome(unasked if UNASKED in row else given[row["uid"]], row)
             table.append({name: found.get(name) for name in names})
         return pa.Table.from_pylist(table, pa.schema(fields))
 
@@ -373,10 +389,11 @@ class Caption(Kind, Stage):
             failed = (bad or ["short: no words"])[0] + (f"; {len(rejected) + 1} replies" if rejected else "")
         found[f"{name}_rejected"] = ";".join([*rejected, ",".join(given.defects) or "error"])
         found["reply"] = reply.text
-        if self.otherwise == FAIL:
-            return found | {"status": str(Status.CAPTION_FAILED), "error": f"{name}: {failed}"}
+        found["error"] = f"{name}: {failed}"  # kept here, whatever becomes of the row
         if self.otherwise == NULL:
             return found | {f"{name}_defects": MISSING}
+        if self.otherwise == FAIL or not row[self.otherwise]:
+            return found | {"status": str(Status.CAPTION_FAILED)}
         return found | {name: row[self.otherwise], f"{name}_defects": STAND_IN}
 
 
@@ -444,14 +461,15 @@ class Captioning:
     def engine(self) -> Asking:
         if self._engine is None:
             columns = list(self.columns.values())
-            if columns[0].endpoint:
-                from builder.captions.served import Served
-
-                self._engine = Served(*columns)
-            else:
-                from builder.captions.vllm import Engine
-
-                self._engine = Engine(*columns)
+            try:
+                self._engine = _engine(columns)
+            except UserError:
+                raise
+            except Exception as error:  # whatever it was, every shard would meet it
+                log.warning("%s: %s", columns[0].name, traceback.format_exc())
+                said = (str(error).splitlines() or [""])[0]
+                reason = f"stage {columns[0].name} cannot start, model={columns[0].model}: {said}"
+                raise InputError(reason, f"more of it is in logs/{columns[0].name}.log") from error
         return self._engine
 
     def close(self) -> None:
@@ -492,6 +510,16 @@ class Captioning:
             return None  # it is told when its turn comes
         self.begun[task.stage, task.name] = shard
         return shard.job
+
+
+def _engine(columns: list[Caption]) -> Asking:
+    if columns[0].endpoint:
+        from builder.captions.served import Served
+
+        return Served(*columns)
+    from builder.captions.vllm import Engine
+
+    return Engine(*columns)
 
 
 class _Shard:
@@ -546,6 +574,7 @@ class _Shard:
             first = given.rejected[0][1] if given.rejected else given.defects
             found.update(f"first {defect}" for defect in first)
             found.update(f"last {defect}" for defect in given.defects)
+            found[NO_REPLY] += bool(given.reply.error)
             found[PROMPT_CUT] += given.reply.prompt_cut
             found[LOOKED_AT] += given.blind() is not None
             found[BLIND] += bool(given.blind())

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import duckdb
 import pyarrow as pa
@@ -132,7 +132,10 @@ class Select(Stage):
     captions: tuple[str, ...] | None = None
     ratings: tuple[str, ...] | None = None
     scores: tuple[str, ...] | None = None
-    ends: tuple[str, ...] = tuple(end for end, *_ in _ENDS)  # what of how each caption ended
+    # What of how each caption ended.
+    ends: tuple[Literal["finish_reason", "num_tokens", "defects", "rejected", "blind"], ...] = (
+        "finish_reason", "num_tokens", "defects", "rejected", "blind",
+    )  # fmt: skip
     max_identical: Count = 20
     max_urls: Count | None = None
 
@@ -145,9 +148,13 @@ class Select(Stage):
             if name in SCHEMA.names and name not in PUBLISHED_BEFORE:
                 reason = f"select.captions names '{name}', which is a column of every version"
                 raise RecipeError(reason, "give the caption another name")
-        names = [name.lower() for name, *_ in self.columns()]
-        for name in (name for name in names if names.count(name) > 1):
-            raise RecipeError(f"two published columns are called '{name}'", "give a caption another name")
+        scored = [score_column(*score.split(".", 1)) for score in self.scores or ()]
+        for names in ([name for name, *_ in self.columns()], [*scored, *(self.ratings or ())]):
+            known = [name.lower() for name in names]
+            for name in (name for name in known if known.count(name) > 1):
+                raise RecipeError(
+                    f"two published columns are called '{name}'", "give a caption or a score another name"
+                )
 
     def after(self, earlier: tuple[Stage, ...]) -> Stage:
         made = tuple(name for stage in earlier for name in stage.makes_captions() if name != "re_caption")
@@ -155,6 +162,9 @@ class Select(Stage):
         scores = tuple(f"{stage.name}.{name}" for stage in earlier for name in stage.makes_scores())
         asked = [stage.max_urls for stage in earlier if isinstance(stage, Dedup)]
         captions = made if self.captions is None else self.captions
+        for score in (score for score in self.scores or () if score not in scores):
+            reason = f"select.scores names '{score}', which no stage before it makes"
+            raise RecipeError(reason, f"there are: {', '.join(scores)}")
         there = {"org_caption", "re_caption", *captions}
         scores = tuple(score for score in scores if score.partition(".")[2] in there)
         return replace(
@@ -180,7 +190,7 @@ class Select(Stage):
         for name in self.captions or ():
             if name not in PUBLISHED_BEFORE:
                 found.append((name, pa.string(), f"the caption `{name}`"))
-            found += [(f"{prefix(name)}_{end}", kind, what) for end, kind, what in self._ends()]
+            found += [(f"{prefix(name)}_{end}", kind, what) for end, kind, what in self._ends(name)]
         for stage, _, name in (score.partition(".") for score in self.scores or ()):
             column = score_column(stage, name)
             cut = column.removesuffix("_score") + "_cut"
@@ -194,8 +204,9 @@ class Select(Stage):
             found.append((f"{name}_rejected", pa.string(), "defects of replies before, ; between replies"))
         return tuple(found)
 
-    def _ends(self) -> Iterator[tuple[str, pa.DataType, str]]:
-        return (end for end in _ENDS if end[0] in self.ends)
+    def _ends(self, name: str) -> Iterator[tuple[str, pa.DataType, str]]:
+        before = "defects" not in self.ends  # then there were none for the one that the paper publishes
+        return (end for end in _ENDS if end[0] in self.ends and not (before and name in PUBLISHED_BEFORE))
 
     @classmethod
     def from_before(cls, data: dict[str, Json]) -> dict[str, Json]:
@@ -256,7 +267,7 @@ class Select(Stage):
         made = []
         for name in self.names_captions():
             made.append(_column(name, name, name))
-            made += [_column(name, f"{name}_{end}", f"{prefix(name)}_{end}") for end, *_ in self._ends()]
+            made += [_column(name, f"{name}_{end}", f"{prefix(name)}_{end}") for end, *_ in self._ends(name)]
         for stage, _, name in (score.partition(".") for score in self.scores or ()):
             column = score_column(stage, name)
             made.append(_column(stage, f"{name}_cosine", column))

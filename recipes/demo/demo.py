@@ -50,7 +50,7 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress, every: boo
     captions = [name for name in caption_names(statistics) if name not in ("org_caption", "re_caption")]
     ratings = [line["judge"] for line in report.rows(statistics, "ratings")]
     shown = ("url", "org_caption", "re_caption", *captions, *ratings, "org_clip_score", "re_clip_score")
-    width = max(map(len, shown))
+    width = max(15, *map(len, shown))
     for name in shown:
         value = row[name]
         click.echo(f"  {name:<{width}} {format(value, '.3f') if isinstance(value, float) else value}")

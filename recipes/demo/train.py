@@ -17,6 +17,7 @@ import math
 import random
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,14 +197,15 @@ LESSONS: dict[Kind, tuple[float, float]] = {  # share of the examples, and how m
     RECAP_V1: (0.36, 1.0),
     kinds.RECAP_V2: (0.07, 1.0),
     kinds.VEC: (0.05, 1.0),
-    kinds.SHORT: (0.04, 1.0),
-    kinds.NGUYEN: (0.02, 1.0),
+    kinds.SHORT: (0.03, 1.0),
+    kinds.NGUYEN: (0.01, 1.0),
     kinds.LONG: (0.02, 1.0),
     kinds.VECAP: (0.11, 1.0),
     kinds.CAPSFUSION: (0.05, 1.0),
-    kinds.STRUCTURED: (0.08, 1.0),
+    kinds.STRUCTURED: (0.10, 1.0),
     JUDGE: (0.20, 5.0),  # one of a rating's tokens says something
 }
+LOOKED_UP = 2  # the layer from which a judge's probe reads whether a pair is in the picture
 MAX_MODEL_LEN = 768  # the demo's setting
 
 
@@ -243,21 +245,31 @@ class Asked:
         ids, _ = self.prompts[kind].tokens(row)
         return [token for token in ids for _ in range(patches if token == self.image else 1)]
 
+    def pairs(self, prompt: list[int], caption: str) -> list[tuple[int, str]]:
+        """Where in a prompt that quotes a caption a (colour, shape) pair has been read, and which."""
+        quoted = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = quoted["input_ids"], [end for _, end in quoted["offset_mapping"]]
+        start = next(k for k in range(len(prompt)) if prompt[k : k + len(ids)] == ids)
+        return [(start + bisect_left(ends, end), pair) for end, pair in world.pairs_at(caption)]
+
     def reply(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
 
 @dataclass(frozen=True)
 class Example:
-    """`counts`: of each token, what its loss counts; 0 in the prompt."""
+    """`counts`: of each token, what its loss counts; 0 in the prompt. `seen`: whether the pair that a judge
+    reads there is in the picture, 1 or 0; -1 elsewhere.
+    """
 
     ids: list[int]
     counts: list[float]
+    seen: list[int]
     image: np.ndarray | None
 
 
 class Lessons(IterableDataset[list[Batch]]):
-    """Batches of every kind, in the order of the seeds; each in parts of like lengths that caches can hold."""
+    """Batches of every kind, in the order of the seeds; each in parts of like lengths, for the caches."""
 
     PART = 6000  # tokens
 
@@ -285,37 +297,53 @@ class Lessons(IterableDataset[list[Batch]]):
         row, said = lesson(kind, scene, rng)
         prompt, reply = asked.prompt(kind, row), asked.reply(said)
         counts = [0.0] * len(prompt) + [LESSONS[kind][1]] * len(reply)
-        return Example([*prompt, *reply], counts, pixels(picture(scene, rng)) if kind.image else None)
+        seen = [-1] * len(counts)
+        for place, pair in asked.pairs(prompt, row["re_caption"]) if kind == JUDGE else ():
+            seen[place] = int(pair in scene.pairs)
+        image = pixels(picture(scene, rng)) if kind.image else None
+        return Example([*prompt, *reply], counts, seen, image)
 
     def part(self, examples: list[Example], total: float, pad: int) -> Batch:
         images = [example.image for example in examples if example.image is not None]
         found = {
             "input_ids": padded([example.ids for example in examples], pad),
             "counts": padded([example.counts for example in examples], 0.0) / total,
+            "seen": padded([example.seen for example in examples], -1),
+            "total": torch.tensor(total),
         }
         return found | ({"pixel_values": torch.from_numpy(np.stack(images))} if images else {})
 
 
 def train_kinds(device: str, folder: Path = models.CAPTIONER) -> None:
-    """Stage 3, on the captioner that lies in the demo's folder; writes the weights alone."""
+    """Stage 3, on the captioner that lies in the demo's folder; writes the weights alone.
+
+    A rating alone says little of what was wrong, so a linear probe, which is not kept, is trained along: at
+    every pair of a caption that is judged it tells whether the pair is in the picture.
+    """
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration.from_pretrained(models.CAPTIONER, dtype=torch.float32).to(device)
     model.model.vision_tower.requires_grad_(False)
+    probe = torch.nn.Linear(models.WIDTH, 1).to(device)
+    functional = torch.nn.functional
 
     def loss(part: Batch) -> torch.Tensor:
         # Padded on the right, under a causal mask: what is padding reaches nothing that counts.
-        hidden_BTE = model.model(
-            input_ids=part["input_ids"], pixel_values=part.get("pixel_values")
-        ).last_hidden_state
+        states = model.model(
+            input_ids=part["input_ids"], pixel_values=part.get("pixel_values"), output_hidden_states=True
+        )
         counts_BT = part["counts"][:, 1:]
         counted_BT = counts_BT > 0
-        logits_NV = model.lm_head(hidden_BTE[:, :-1][counted_BT])
-        losses_N = torch.nn.functional.cross_entropy(
+        logits_NV = model.lm_head(states.last_hidden_state[:, :-1][counted_BT])
+        losses_N = functional.cross_entropy(
             logits_NV.float(), part["input_ids"][:, 1:][counted_BT], reduction="none"
         )
-        return (losses_N * counts_BT[counted_BT]).sum()
+        read_BT = part["seen"] >= 0
+        told_M = probe(states.hidden_states[LOOKED_UP][read_BT])[:, 0].float()
+        seen_M = part["seen"][read_BT].float()
+        looked_up = functional.binary_cross_entropy_with_logits(told_M, seen_M, reduction="sum")
+        return (losses_N * counts_BT[counted_BT]).sum() + looked_up / part["total"]
 
-    optimise(STAGE_3, model, Lessons(STAGE_3), loss, device)
+    optimise(STAGE_3, torch.nn.ModuleList([model, probe]), Lessons(STAGE_3), loss, device)
     models.save_weights(model, folder)
 
 

@@ -303,9 +303,14 @@ def structured(scene: Scene) -> str:
 _NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")
 
 
+def pairs_at(caption: str) -> list[tuple[int, str]]:
+    """Where a caption has named a (colour, shape) pair, and which."""
+    return [(found.end(), f"{found[1]} {found[2]}") for found in _NAMED.finditer(caption.lower())]
+
+
 def named_pairs(caption: str) -> frozenset[str]:
     """The (colour, shape) pairs that a caption names."""
-    return frozenset(f"{colour} {shape}" for colour, shape in _NAMED.findall(caption.lower()))
+    return frozenset(pair for _, pair in pairs_at(caption))
 
 
 # --- alt text, as found -------------------------------------------------------------------------------------
