@@ -259,6 +259,8 @@ class Caption(Kind, Stage):
             kind = config.get("model_type", "no model")
             reason = f"{folder / 'config.json'} is of {kind}, which sees no pictures"
             raise InputError(reason, "name the folder of a vision-language model, or set image=false")
+        if "vision_config" in config and not {"text_config", "hidden_size"} & config.keys():
+            raise InputError(f"{folder / 'config.json'} has no text_config", hint)
         if not has_chat_template(folder):
             reason = f"model folder {folder} has no chat template"
             raise InputError(reason, "copy chat_template.jinja from the one that it was trained from")
