@@ -26,16 +26,16 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.real.exec_module(module)
-        ask = module.Engine._ask
+        put = module.Engine.put
 
-        def noting(engine: Any, job: Any) -> None:
-            before = set(engine.asked)
-            ask(engine, job)
-            with open(os.environ["RECAP_TEST_ASKED"], "a") as file:
-                for name in set(engine.asked) - before:
-                    file.write(engine.asked[name].key + "\n")
+        def noting(engine: Any, name: str, ready: Any) -> Any:
+            refused = put(engine, name, ready)
+            if refused is None:
+                with open(os.environ["RECAP_TEST_ASKED"], "a") as file:
+                    file.write(ready.key + "\n")
+            return refused
 
-        module.Engine._ask = noting
+        module.Engine.put = noting
 
 
 class _Finder(importlib.abc.MetaPathFinder):
