@@ -84,12 +84,17 @@ class Schedule:
 
     # --- what an executor does ------------------------------------------------------------------------------
 
-    def take(self, may: Callable[[Stage], bool] = lambda _: True) -> Task | None:
-        """The next task of a stage that may run; None while there is none."""
+    def take(
+        self, choose: Callable[[Stage, Iterable[Task]], Task | None] = lambda _, tasks: next(iter(tasks))
+    ) -> Task | None:
+        """The next task of a stage that may run, as `choose` chooses of those that are ready; None while
+        there is none.
+        """
         while True:
             for name in reversed(self.stages):
-                if self._ready[name] and may(self.stages[name]):
-                    task = self._ready[name].popleft()
+                ready = self._ready[name]
+                if ready and (task := choose(self.stages[name], ready)):
+                    ready.remove(task)
                     self._running[task.stage, task.block, task.name] = task
                     return replace(task, hints=self._early.hints(self.stages[name], task))
             if not self._more():

@@ -181,6 +181,40 @@ def test_what_seemed_a_placeholder_and_is_none_is_captioned_after_all(tmp_path: 
     assert statuses(shards.select(max_urls=2))[1] == ["duplicate_image"] * 3
 
 
+def test_all_that_was_passed_over_early_is_made_again(tmp_path: Path) -> None:
+    """Ratings too, and what is not published, of which something is made that is."""
+    shards = Shards(tmp_path, [image("x", *urls("a", 3))])
+    stages: tuple[Stage, ...] = (
+        Dedup(by_metadata=False),
+        Caption(model="no/model@0", name="first"),
+        Caption(model="no/model@0", name="second", prompt="Of {first}."),
+        Caption(model="no/model@0", prompt="Of {second}."),
+        Caption(model="no/model@0", name="aside"),
+        Caption(model="no/model@0", name="rating", value="rating", prompt="Rate {org_caption}."),
+    )
+    stage = Recipe("r", (*stages, Select(captions=()))).stages[-1]
+    assert isinstance(stage, Select)
+    assert stage.quoted == ("first", "second")
+    passed_over = {
+        "uid": [f"0-{n}" for n in range(3)],
+        "status": ["duplicate_image"] * 3,
+        "error": ["early"] * 3,
+    }
+    for name in ("first", "second", "re_caption", "rating"):
+        nothing = {
+            column: pa.nulls(3, pa.string()) for column in (name, f"{name}_defects", f"{name}_rejected")
+        }
+        shards.write(name, 0, pa.table(passed_over | nothing))
+    inputs = {shards.name(read.partition(".")[0], 0): "" for read in stage.reads() if read != "dedup"}
+    inputs |= shards.do(Recipe("r", stages).stages[0], 0, "00000", {shards.name("download", 0): ""}).outputs
+    for question in stage.asks():
+        inputs |= shards.answer(question)
+    with pytest.raises(OutdatedError) as told:
+        shards.do(stage, 0, "00000", inputs)
+    names = [name.partition("/")[0] for name in told.value.names]
+    assert names == ["re_caption", "rating", "first", "second"]
+
+
 @pytest.mark.parametrize("name", ["urls", "position", "scored", "placeholders", "joined", "shards"])
 def test_a_caption_may_have_any_name_that_nobody_has(tmp_path: Path, name: str) -> None:
     shards = Shards(tmp_path, [image("x", *urls("a", 3)) + image("y", *urls("b", 1))])

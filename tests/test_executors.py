@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder import index
-from builder.core import Recipe, Resources, Stage, Task, Work
+from builder.core import Json, Recipe, Resources, Stage, Task, Work
 from builder.errors import InputError
 from builder.executors import local as executor
 from builder.executors.local import local
@@ -125,6 +126,39 @@ class PoisonedWork:
         return {"ok": 1}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Column(Model):
+    """Shares its worker with others of its kind."""
+
+    ahead: ClassVar[bool] = True
+
+    def shares(self) -> Json:
+        return "one model"
+
+    @contextmanager
+    def open_with(self, others: Sequence[Stage]) -> Iterator[Work]:
+        yield ColumnWork({stage.name: stage for stage in (self, *others) if isinstance(stage, Column)})
+
+
+class ColumnWork:
+    next_task: Callable[[], Task | None]
+    is_loaded: Callable[[bool], None]
+
+    def __init__(self, stages: dict[str, Column]) -> None:
+        self.stages = stages
+
+    def __call__(self, task: Task) -> Mapping[str, int]:
+        stage = self.stages[task.stage]
+        note(stage.notes, f"do {stage.name} {task.name} {os.getpid()}")
+        time.sleep(stage.seconds)
+        self.next_task()
+        if stage.name == "dies":
+            self.is_loaded(False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_parquet(pa.table({"uid": [task.name]}), task.output())
+        return {"ok": 1}
+
+
 class EagerWork:
     next_task: Callable[[], Task | None]
 
@@ -215,6 +249,30 @@ def test_every_gpu_gets_a_worker_of_its_own(
     built(metadata, Model(name="first", notes=notes, after_stage="source", workers=2, seconds=0.3))
     loads = [line for line in (tmp_path / "notes").read_text().splitlines() if line.startswith("load")]
     assert sorted(loads) == ["load first 3", "load first 5"]
+
+
+def test_columns_of_a_shard_meet_at_one_worker(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it is decoded once; at the end one that has nothing else to do may take another's."""
+    monkeypatch.setattr(executor.Machine, "here", classmethod(lambda cls: Machine(16, ("0", "1"), 64)))
+    about = {"notes": str(tmp_path / "notes"), "after_stage": "source", "workers": 2, "seconds": 0.1}
+    built(metadata, *(Column(name=name, **about) for name in ("one", "two", "three")))  # type: ignore[arg-type]
+    workers: dict[str, set[str]] = {}
+    lines = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    for _, _, shard, worker in lines:
+        workers.setdefault(shard, set()).add(worker)
+    assert len(lines) == 36
+    assert len(set().union(*workers.values())) == 2
+    assert sum(len(did) == 1 for did in workers.values()) >= 10, workers
+
+
+def test_a_worker_that_dies_of_loading_stops_the_run(metadata: Path, tmp_path: Path) -> None:
+    """At the next shard it would load again."""
+    about = {"notes": str(tmp_path / "notes"), "after_stage": "source", "share": 0.0}
+    with pytest.raises(InputError, match=r"stage dies cannot start: .* killed by signal 9 \(out of memory"):
+        built(metadata, Column(name="dies", **about))  # type: ignore[arg-type]
+    assert told(tmp_path / "notes") == {"do dies": 1}
 
 
 def test_memory_is_shared_out_too(metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

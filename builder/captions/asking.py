@@ -20,7 +20,9 @@ from builder.captions.kinds import Kind
 from builder.captions.replies import Reply
 
 log = logging.getLogger(__name__)
-BROKEN_UP = "special tokens broken up"  # what is counted of a job
+# What is counted of a job.
+BROKEN_UP = "special tokens broken up"
+TOKENS = "tokens paid for"  # of prompts and replies, by an endpoint
 PREPARED = 64  # requests that are made ready at a time
 
 

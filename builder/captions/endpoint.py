@@ -16,7 +16,7 @@ import random
 import re
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -116,7 +116,7 @@ class Endpoint:
         self.is_vllm = False  # as `check` finds it; vLLM takes the model's own sampling where nothing is said
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[Ask] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], int] = {}  # and what they ask for
         self._answers: list[Answer] = []
         self._failure: BaseException | None = None
         self._answered_at = self._not_before = float("-inf")  # of the loop's clock
@@ -172,9 +172,9 @@ class Endpoint:
                         raise self._ceiling()
                 self._changed.wait()
 
-    def abort(self) -> None:
-        """Forget what was asked, and what came. Then it can be used anew."""
-        self._do(self._abort())
+    def abort(self, ids: Set[int] | None = None) -> None:
+        """Forget what was asked, all or some of it, and what came. Then it can be used anew."""
+        self._do(self._abort(ids))
 
     def close(self) -> None:
         """Whatever is on its way is given up."""
@@ -216,8 +216,9 @@ class Endpoint:
                 and len(self._tasks) < self.concurrency
                 and not (self._failure or self._is_spent())
             ):
-                task = self._loop.create_task(self._work(self._waiting.popleft()))
-                self._tasks.add(task)
+                ask = self._waiting.popleft()
+                task = self._loop.create_task(self._work(ask))
+                self._tasks[task] = ask.id
                 task.add_done_callback(self._done)
             self._changed.notify_all()
 
@@ -234,7 +235,7 @@ class Endpoint:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         with self._changed:
-            self._tasks.discard(task)
+            self._tasks.pop(task, None)
             failure = None if task.cancelled() else task.exception()
             if failure and not self._failure:
                 self._failure = failure
@@ -242,16 +243,18 @@ class Endpoint:
                     other.cancel()
         self._fill()
 
-    async def _abort(self) -> None:
+    async def _abort(self, ids: Set[int] | None = None) -> None:
         with self._changed:
-            self._waiting.clear()
-            tasks = list(self._tasks)
+            self._waiting = deque(ask for ask in self._waiting if ids is not None and ask.id not in ids)
+            tasks = [task for task, asked in self._tasks.items() if ids is None or asked in ids]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(0)  # for `_done`
         with self._changed:
-            self._answers, self._failure = [], None
+            self._answers = [one for one in self._answers if ids is not None and one.id not in ids]
+            if ids is None:
+                self._failure = None
 
     def _is_spent(self) -> bool:
         return self.max_total_tokens is not None and self.total_tokens >= self.max_total_tokens

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from builder.captions.asking import BROKEN_UP, Asking, Job, Ready, Request
+from builder.captions.asking import BROKEN_UP, TOKENS, Asking, Job, Ready, Request
 from builder.captions.endpoint import Ask, Endpoint, joined, specials_of
 from builder.captions.kinds import PLACEHOLDER, Kind
 from builder.captions.replies import Reply, reply_key
@@ -86,9 +86,8 @@ class Served(Asking):
 
     def step(self) -> Iterator[tuple[str, Reply]]:
         for answer in self.endpoint.step():
-            if str(answer.id) not in self.asked:
-                continue  # of a job that was given up
-            _, ready = self.asked[str(answer.id)]
+            job, ready = self.asked[str(answer.id)]
+            job.counts[TOKENS] += (answer.prompt_tokens or 0) + (answer.num_tokens or 0)
             if answer.error:
                 yield str(answer.id), Reply(error=answer.error)
             else:
@@ -96,8 +95,7 @@ class Served(Asking):
                 yield str(answer.id), Reply(*said, ready.prompt_cut, ready.key)
 
     def abort(self, names: Sequence[str]) -> None:
-        if len(names) == len(self.asked):
-            self.endpoint.abort()
+        self.endpoint.abort({int(name) for name in names})
 
     def close(self) -> None:
         self.endpoint.close()

@@ -117,7 +117,7 @@ class Engine(Asking):
         on_gpu = torch.cuda.is_available()
         if not on_gpu:  # a second process would only take turns with the first one
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from transformers import AutoProcessor, AutoTokenizer
+        from transformers import AutoProcessor
         from vllm import LLM
         from vllm.exceptions import VLLMClientError
 
@@ -145,8 +145,8 @@ class Engine(Asking):
         if looking and not self.engine.model_config.is_multimodal_model:
             reason = f"model {settings.model} sees no pictures"
             raise InputError(reason, f"name another for {columns[0].name}.model, or set image=false")
-        loader = AutoProcessor if looking else AutoTokenizer
-        self.template = loader.from_pretrained(name, revision=revision)
+        # The tokenizer of a model that only reads.
+        self.template = AutoProcessor.from_pretrained(name, revision=revision)
         self.refused = (ValueError, VLLMClientError)
         self.model = settings.model
         self.made_by = settings.made_by()

@@ -14,8 +14,9 @@ import os
 import signal
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from builder.store import Store
 ATTEMPTS = 3
 LEAVE_S = 60  # for a worker that has nothing to do to unload its model
 END_S = 5  # for one whose pipe is closed to be gone
+LOOKED_AT = 64  # tasks among which a worker looks for one of a shard that it has at hand
 log = logging.getLogger(__name__)
 
 
@@ -86,7 +88,7 @@ class _Pool:
         do.
         """
         self.wanted = 0.0
-        while task := self.schedule.take(self._may):
+        while task := self.schedule.take(self._choose):
             self._worker_for(self.schedule.stages[task.stage]).give(task)
             self.wanted = 0.0
         for worker in [w for w in self.workers if not w.tasks and all(map(self.schedule.is_over, w.stages))]:
@@ -98,7 +100,7 @@ class _Pool:
         for stage in self.schedule.is_ready():  # all that is loaded is in the way of it
             for worker in list(self.workers):
                 self.end(worker, gently=True)
-            if not self._may(stage):
+            if not self._choice(stage):
                 needs, here = self.needs[stage.name], self.machine
                 wanted = f"{needs.cpus:g} cores, {needs.gpus:g} GPUs and {needs.memory_gib:g} GiB"
                 there = f"{here.cpus:g}, {len(here.gpus)} and {here.memory_gib:.0f}"
@@ -131,24 +133,37 @@ class _Pool:
         for worker in (*self.workers, *self.leaving):
             worker.kill()
 
-    def _may(self, stage: Stage) -> bool:
-        """May a task of this stage be given to somebody now? Asked of the deepest stages first."""
-        self.chosen = self._choice(stage)
-        return self.chosen is not None
+    def _choose(self, stage: Stage, tasks: Iterable[Task]) -> Task | None:
+        """A task of this stage that is given to somebody now. Asked of the deepest stages first.
 
-    def _choice(self, stage: Stage) -> _Worker | Literal["new"] | None:
-        """Who would do a task of this stage now: an idle worker, a new one, one that begins it ahead, or
-        nobody.
+        Stages that share a worker make of a shard what others of them have decoded and computed already, so
+        each worker keeps to shards of its own; but none is idle for that.
         """
+        choice = self._choice(stage)
+        tasks = list(islice(tasks, LOOKED_AT))
+        mine = [worker for worker in self.workers if stage in worker.stages]
+        begun = {shard for worker in mine for shard in worker.shards}
+        for worker in choice:
+            own = worker.shards if worker != "new" else ()
+            first = [task for task in tasks if _shard(task) in own]
+            first += [task for task in tasks if _shard(task) not in begun]
+            if first:
+                self.chosen = worker
+                return first[0]
+        self.chosen = next((worker for worker in choice if worker == "new" or not worker.tasks), None)
+        return tasks[0] if self.chosen else None
+
+    def _choice(self, stage: Stage) -> Sequence[_Worker | Literal["new"]]:
+        """Who may do a task of this stage now: idle workers, a new one, or those that begin it ahead."""
         needs, deeper = self.needs[stage.name], self.wanted
         mine = [worker for worker in self.workers if stage in worker.stages]
-        idle = next((worker for worker in mine if not worker.tasks), None)
+        idle = [worker for worker in mine if not worker.tasks]
         if idle or (len(mine) < stage.num_workers() and self._has_room(needs)):
             if self._has_cores(needs.cpus):
-                return idle or "new"
+                return idle or ["new"]
             self.wanted = self.wanted or needs.cpus
         may_begin = mine if stage.ahead and not deeper else []
-        return next((worker for worker in may_begin if self._may_begin(worker, stage)), None)
+        return [worker for worker in may_begin if self._may_begin(worker, stage)]
 
     def _may_begin(self, worker: _Worker, stage: Stage) -> bool:
         """Has it room for a task that it begins ahead? Stages that share a worker take turns, so that it has
@@ -202,7 +217,7 @@ class _Pool:
         return tuple(free[:number]) if len(free) >= number else None
 
     def _worker_for(self, stage: Stage) -> _Worker:
-        """Who does the task that `_may` let be taken."""
+        """Who does the task that `_choose` chose."""
         assert self.chosen is not None
         if self.chosen != "new":
             return self.chosen
@@ -241,17 +256,21 @@ class _Worker:
         theirs.close()
         self.is_open = self.is_killed = False
         self.tasks: list[Task] = []  # the one that it does, and those that it may begin ahead
+        self.shards = deque[tuple[str, str]](maxlen=4)  # the last that were given to it
 
     def give(self, task: Task) -> None:
         self.tasks.append(task)
+        if _shard(task) not in self.shards:
+            self.shards.append(_shard(task))
         with suppress(OSError):  # it has died; whoever waits for it is told
             self.pipe.send(task)
 
     def hear(self) -> Outcome | None:
-        """What became of the task; None where all that it says is that it has opened the stage.
+        """What became of the task; None where all that it says is whether it has opened the stage, or loads
+        something for it.
 
         Raises:
-            UserError: the worker's, or that it died while it opened the stage.
+            UserError: the worker's, or that it died while it opened the stage or loaded.
         """
         try:
             heard = self.pipe.recv()
@@ -271,8 +290,8 @@ class _Worker:
             heard = Outcome(self.tasks[0], error=f"a worker process {died}")
         if isinstance(heard, UserError):
             raise heard
-        if heard is None:
-            self.is_open = True
+        if isinstance(heard, bool):
+            self.is_open = heard
             return None
         assert isinstance(heard, Outcome)
         self.tasks.pop(0)
@@ -296,6 +315,10 @@ class _Worker:
         with suppress(ProcessLookupError):  # it had no group yet
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
+
+
+def _shard(task: Task) -> tuple[str, str]:
+    return task.block, task.name
 
 
 # --- in the worker ------------------------------------------------------------------------------------------
@@ -332,10 +355,11 @@ def _serve(
             given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
             words = f"more of it is in {log_file}"
             return pipe.send(InputError(f"stage {stage.name} cannot start, {given}: {said(error)}", words))
-        pipe.send(None)
+        pipe.send(True)
         inbox = _Inbox(pipe, store)
         if stage.ahead:
             work.next_task = inbox.peek  # type: ignore[attr-defined]  # of the work of such a stage
+            work.is_loaded = pipe.send  # type: ignore[attr-defined]
         while following := inbox.next():
             try:
                 outcome = attempt(store, by_name[following[0].stage], following[0], work, following[1])

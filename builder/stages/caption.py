@@ -73,7 +73,7 @@ class Caption(Kind, Stage):
     2406.08478, section 3). `Kind` says what its other settings mean.
 
     `model` is a folder, or a Hub id with its revision: `user/name@commit`. With `endpoint` it is a name
-    there; the key comes from the environment, RECAP_API_KEY.
+    there; the key comes from the environment, RECAP_API_KEY, and how the model is loaded is the server's.
 
     Raises:
         RecipeError: the prompt quotes another column, or the name collides with a column that is there.
@@ -105,7 +105,7 @@ class Caption(Kind, Stage):
     # Processes that decode images ahead of the engine; unless given, none where it computes on those cores.
     feeders: Annotated[int, Field(ge=0, le=64)] | None = None
     endpoint: str = ""  # http://HOST:PORT/v1: `model` is asked for there, and is the name that it has there
-    max_total_tokens: Count | None = None  # of prompts and replies of an endpoint, after which it stops
+    max_total_tokens: Count | None = None  # of prompts and replies of an endpoint, after which a run stops
 
     @classmethod
     def of(cls, kind: Kind, **settings: Any) -> Caption:
@@ -453,6 +453,8 @@ class Captioning:
 
     # What its worker does after this one, if that is known.
     next_task: Callable[[], Task | None] = staticmethod(lambda: None)
+    # Told False before the engine is loaded, and then True: who dies of it would do so at every shard.
+    is_loaded: Callable[[bool], None] = staticmethod(lambda _: None)
 
     def __init__(self, columns: list[Caption], engine: Asking | None = None) -> None:
         self.columns = {column.name: column for column in columns}
@@ -463,6 +465,7 @@ class Captioning:
     def engine(self) -> Asking:
         if self._engine is None:
             columns = list(self.columns.values())
+            self.is_loaded(False)
             try:
                 self._engine = _engine(columns)
             except UserError:
@@ -472,6 +475,7 @@ class Captioning:
                 said = (str(error).splitlines() or [""])[0]
                 reason = f"stage {columns[0].name} cannot start, model={columns[0].model}: {said}"
                 raise InputError(reason, f"more of it is in logs/{columns[0].name}.log") from error
+            self.is_loaded(True)
         return self._engine
 
     def close(self) -> None:

@@ -119,12 +119,14 @@ class Select(Stage):
     """`shards_per_file` source shards become one published file: aim at 200,000 rows, 220-430 MB.
 
     `captions` are published besides `re_caption`, `ratings` the judges', and `scores` as `stage.caption`: all
-    that the recipe makes unless given. `max_urls` is that of dedup.
+    that the recipe makes unless given. `max_urls` is that of dedup, and `quoted` are captions of which
+    published ones are made, and which are not.
     """
 
     version: ClassVar[int] = 3
     groups: ClassVar[bool] = True
-    once: ClassVar[tuple[str, ...]] = ("max_urls",)  # that of dedup; the answer that it leads to is an input
+    # That of dedup; the answer that it leads to is an input, as the captions that are quoted are.
+    once: ClassVar[tuple[str, ...]] = ("max_urls", "quoted")
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "duckdb")
 
     name: str = "select"
@@ -138,6 +140,7 @@ class Select(Stage):
     )  # fmt: skip
     max_identical: Count = 20
     max_urls: Count | None = None
+    quoted: tuple[str, ...] = ()
 
     @property
     def shards_per_task(self) -> int:
@@ -167,20 +170,26 @@ class Select(Stage):
             raise RecipeError(reason, f"there are: {', '.join(scores)}")
         there = {"org_caption", "re_caption", *captions}
         scores = tuple(score for score in scores if score.partition(".")[2] in there)
-        return replace(
+        found = replace(
             self,
             captions=captions,
             ratings=ratings if self.ratings is None else self.ratings,
             scores=scores if self.scores is None else self.scores,
             max_urls=asked[0] if asked else None,
+            quoted=(),
         )
+        reads = set(found.reads())
+        for stage in reversed(earlier):
+            if stage.name in reads:
+                reads.update(name for name in stage.reads() if name in made)
+        return replace(found, quoted=tuple(name for name in made if name in reads - set(found.reads())))
 
     def names_captions(self) -> tuple[str, ...]:
         return ("re_caption", *(self.captions or ()))
 
     def reads(self) -> tuple[str, ...]:
         scoring = (score.partition(".")[0] for score in self.scores or ())
-        made = dict.fromkeys((*self.names_captions(), *scoring, *(self.ratings or ())))
+        made = dict.fromkeys((*self.names_captions(), *scoring, *(self.ratings or ()), *self.quoted))
         return ("source", "download.parquet", "dedup", *made)
 
     def columns(self) -> tuple[tuple[str, pa.DataType, str], ...]:
@@ -320,7 +329,7 @@ class Select(Stage):
         joined = f"{others} left join _placeholders on download.image_sha256 = _sha256"
         names = {path: name for name, path in task.files.items()}
         outdated = []
-        for stage in self.names_captions():
+        for stage in (*self.names_captions(), *(self.ratings or ()), *self.quoted):
             which = seemed.format(sql.identifier(stage))
             ((rows,),) = con.sql(f"select count(*) from {joined} where {which}").fetchall()
             outdated += [names[files[stage]]] if rows else []

@@ -56,7 +56,7 @@ class Phase:
 STAGE_1 = Phase("captioner stage 1", steps=3000, batch=64, lr=1.5e-3, first_seed=1_000_000)
 STAGE_2 = Phase("captioner stage 2", steps=800, batch=64, lr=1.0e-3, first_seed=2_000_000)
 STAGE_2_AGAIN = Phase("captioner stage 2, second cycle", steps=700, batch=64, lr=0.8e-3, first_seed=2_500_000)
-STAGE_3 = Phase("captioner stage 3: every kind's prompt", 1500, batch=64, lr=1.0e-3, first_seed=4_000_000)
+STAGE_3 = Phase("captioner stage 3: every kind's prompt", 1600, batch=64, lr=1.0e-3, first_seed=4_000_000)
 CONTRASTIVE = Phase("clip", steps=300, batch=256, lr=1.0e-3, first_seed=3_000_000)
 
 
@@ -194,18 +194,17 @@ def train_captioner(device: str) -> None:
 
 JUDGE = kinds.judge("re_caption", "demo")
 LESSONS: dict[Kind, tuple[float, float]] = {  # share of the examples, and how much a token of a reply counts
-    RECAP_V1: (0.36, 1.0),
-    kinds.RECAP_V2: (0.07, 1.0),
+    RECAP_V1: (0.35, 1.0),
+    kinds.RECAP_V2: (0.06, 1.0),
     kinds.VEC: (0.05, 1.0),
-    kinds.SHORT: (0.03, 1.0),
+    kinds.SHORT: (0.02, 1.0),
     kinds.NGUYEN: (0.01, 1.0),
     kinds.LONG: (0.02, 1.0),
     kinds.VECAP: (0.11, 1.0),
-    kinds.CAPSFUSION: (0.05, 1.0),
+    kinds.CAPSFUSION: (0.04, 1.0),
     kinds.STRUCTURED: (0.10, 1.0),
-    JUDGE: (0.20, 5.0),  # one of a rating's tokens says something
+    JUDGE: (0.24, 4.0),  # one of a rating's tokens says something
 }
-LOOKED_UP = 2  # the layer from which a judge's probe reads whether a pair is in the picture
 MAX_MODEL_LEN = 768  # the demo's setting
 
 
@@ -245,12 +244,12 @@ class Asked:
         ids, _ = self.prompts[kind].tokens(row)
         return [token for token in ids for _ in range(patches if token == self.image else 1)]
 
-    def pairs(self, prompt: list[int], caption: str) -> list[tuple[int, str]]:
-        """Where in a prompt that quotes a caption a (colour, shape) pair has been read, and which."""
-        quoted = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
-        ids, ends = quoted["input_ids"], [end for _, end in quoted["offset_mapping"]]
+    def quoted(self, prompt: list[int], caption: str) -> tuple[int, list[int]]:
+        """Where in a prompt a caption begins, and at which of its characters each of its tokens ends."""
+        found = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
+        ids = found["input_ids"]
         start = next(k for k in range(len(prompt)) if prompt[k : k + len(ids)] == ids)
-        return [(start + bisect_left(ends, end), pair) for end, pair in world.pairs_at(caption)]
+        return start, [end for _, end in found["offset_mapping"]]
 
     def reply(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
@@ -258,13 +257,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Example:
-    """`counts`: of each token, what its loss counts; 0 in the prompt. `seen`: whether the pair that a judge
-    reads there is in the picture, 1 or 0; -1 elsewhere.
+    """`counts`: of each token, what its loss counts; 0 in most of a prompt. `looks`: where a judge has read a
+    sentence on one thing; colour and shape of what the picture has at its place, and whether it says so.
     """
 
     ids: list[int]
     counts: list[float]
-    seen: list[int]
+    looks: list[tuple[int, int, int, int]]
     image: np.ndarray | None
 
 
@@ -296,35 +295,61 @@ class Lessons(IterableDataset[list[Batch]]):
         (kind,) = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()])
         row, said = lesson(kind, scene, rng)
         prompt, reply = asked.prompt(kind, row), asked.reply(said)
-        counts = [0.0] * len(prompt) + [LESSONS[kind][1]] * len(reply)
-        seen = [-1] * len(counts)
-        for place, pair in asked.pairs(prompt, row["re_caption"]) if kind == JUDGE else ():
-            seen[place] = int(pair in scene.pairs)
+        counts, looks = [0.0] * len(prompt) + [LESSONS[kind][1]] * len(reply), []
+        if kind == JUDGE:
+            start, ends = asked.quoted(prompt, row["re_caption"])
+            if said.endswith("5"):  # a judge knows what it would say itself
+                counts[start + 1 : start + len(ends)] = [0.5] * (len(ends) - 1)
+            for end, place, pair in world.placed_pairs(row["re_caption"]):
+                thing = next((thing for thing in scene.things if thing.place == place), None)
+                colour = list(world.COLOURS).index(thing.colour) if thing else len(world.COLOURS)
+                shape = world.SHAPES.index(thing.shape) if thing else len(world.SHAPES)
+                right = int(thing is not None and thing.name == pair)
+                looks.append((start + bisect_left(ends, end), colour, shape, right))
         image = pixels(picture(scene, rng)) if kind.image else None
-        return Example([*prompt, *reply], counts, seen, image)
+        return Example([*prompt, *reply], counts, looks, image)
 
     def part(self, examples: list[Example], total: float, pad: int) -> Batch:
         images = [example.image for example in examples if example.image is not None]
+        looks = [(row, *look) for row, example in enumerate(examples) for look in example.looks]
         found = {
             "input_ids": padded([example.ids for example in examples], pad),
             "counts": padded([example.counts for example in examples], 0.0) / total,
-            "seen": padded([example.seen for example in examples], -1),
+            "looks": torch.tensor(looks, dtype=torch.long).reshape(-1, 5),
             "total": torch.tensor(total),
         }
         return found | ({"pixel_values": torch.from_numpy(np.stack(images))} if images else {})
 
 
-def train_kinds(device: str, folder: Path = models.CAPTIONER) -> None:
-    """Stage 3, on the captioner that lies in the demo's folder; writes the weights alone.
-
-    A rating alone says little of what was wrong, so a linear probe, which is not kept, is trained along: at
-    every pair of a caption that is judged it tells whether the pair is in the picture.
+class Probe(torch.nn.Module):
+    """Reads off the captioner's second layer what a judge has looked up. It is trained along and not kept: of
+    ratings alone, which say little of what is wrong, the captioner does not learn to compare.
     """
+
+    LAYER = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [len(world.COLOURS) + 1, len(world.SHAPES) + 1, 2]
+        self.linear = torch.nn.Linear(models.WIDTH, sum(self.sizes))
+
+    def loss(self, hidden: Sequence[torch.Tensor], looks: torch.Tensor) -> torch.Tensor:
+        row, token, *wanted = looks.T
+        told = self.linear(hidden[self.LAYER][row, token]).float().split(self.sizes, 1)
+        colour, shape, right = (
+            torch.nn.functional.cross_entropy(said, label, reduction="none")
+            for said, label in zip(told, wanted, strict=True)
+        )
+        # What the sentence says already need not be looked up.
+        return ((colour + shape) * torch.where(wanted[2] > 0, 0.3, 1.0) + right).sum()
+
+
+def train_kinds(device: str, folder: Path = models.CAPTIONER) -> None:
+    """Stage 3, on the captioner that lies in the demo's folder; writes the weights alone."""
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration.from_pretrained(models.CAPTIONER, dtype=torch.float32).to(device)
     model.model.vision_tower.requires_grad_(False)
-    probe = torch.nn.Linear(models.WIDTH, 1).to(device)
-    functional = torch.nn.functional
+    probe = Probe().to(device)
 
     def loss(part: Batch) -> torch.Tensor:
         # Padded on the right, under a causal mask: what is padding reaches nothing that counts.
@@ -334,14 +359,11 @@ def train_kinds(device: str, folder: Path = models.CAPTIONER) -> None:
         counts_BT = part["counts"][:, 1:]
         counted_BT = counts_BT > 0
         logits_NV = model.lm_head(states.last_hidden_state[:, :-1][counted_BT])
-        losses_N = functional.cross_entropy(
+        losses_N = torch.nn.functional.cross_entropy(
             logits_NV.float(), part["input_ids"][:, 1:][counted_BT], reduction="none"
         )
-        read_BT = part["seen"] >= 0
-        told_M = probe(states.hidden_states[LOOKED_UP][read_BT])[:, 0].float()
-        seen_M = part["seen"][read_BT].float()
-        looked_up = functional.binary_cross_entropy_with_logits(told_M, seen_M, reduction="sum")
-        return (losses_N * counts_BT[counted_BT]).sum() + looked_up / part["total"]
+        looked_up = probe.loss(states.hidden_states, part["looks"]) / part["total"]
+        return (losses_N * counts_BT[counted_BT]).sum() + looked_up
 
     optimise(STAGE_3, torch.nn.ModuleList([model, probe]), Lessons(STAGE_3), loss, device)
     models.save_weights(model, folder)

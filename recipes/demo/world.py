@@ -303,14 +303,22 @@ def structured(scene: Scene) -> str:
 _NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b")
 
 
-def pairs_at(caption: str) -> list[tuple[int, str]]:
-    """Where a caption has named a (colour, shape) pair, and which."""
-    return [(found.end(), f"{found[1]} {found[2]}") for found in _NAMED.finditer(caption.lower())]
-
-
 def named_pairs(caption: str) -> frozenset[str]:
     """The (colour, shape) pairs that a caption names."""
-    return frozenset(pair for _, pair in pairs_at(caption))
+    return frozenset(f"{colour} {shape}" for colour, shape in _NAMED.findall(caption.lower()))
+
+
+_WHERE = re.compile("|".join(sorted(PLACES, key=len, reverse=True)))
+
+
+def placed_pairs(caption: str) -> list[tuple[int, int, str]]:
+    """Where a sentence ends that says of one pair where it is; the place, and the pair."""
+    found = []
+    for sentence in re.finditer(r"[^.]+\.", caption.lower()):
+        pairs, where = _NAMED.findall(sentence[0]), _WHERE.search(sentence[0])
+        if where and len(pairs) == 1:
+            found.append((sentence.end(), PLACES.index(where[0]), " ".join(pairs[0])))
+    return found
 
 
 # --- alt text, as found -------------------------------------------------------------------------------------
