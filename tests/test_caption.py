@@ -329,7 +329,7 @@ def test_a_journaled_caption_is_not_generated_again(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run.local(name), tmp_path / name)
     task = Task("re_caption", "00000", "00000", "0" * 64, record.inputs)
-    before = pq.read_table(run.local(record.output(".parquet"))).to_pylist()
+    before = pq.read_table(run.local(record.output(".parquet"))).drop_columns("asked").to_pylist()
     keys = [row["reply_key"] for row in before if row["reply_key"]]
     first, second = (
         json.dumps(asdict(Reply("Journaled.", "stop", 2, key=key))) for key in dict.fromkeys(keys[:2])
@@ -340,7 +340,7 @@ def test_a_journaled_caption_is_not_generated_again(
     journal.write_text(f"{first}\n{second[:-9]}")
     with working(store, task) as here:
         Captioning([SETTINGS], engine)(here)
-        table = pq.read_table(here.output()).to_pylist()
+        table = pq.read_table(here.output()).drop_columns("asked").to_pylist()
         assert journal.exists()  # until the record is there
         commit(store, SETTINGS, here, {"ok": 1}, 0)
     assert not journal.exists()
@@ -352,8 +352,8 @@ def test_a_journaled_caption_is_not_generated_again(
 
     other = json.dumps(asdict(Reply("Journaled.", "stop", 2, key="0" * 32)))  # of other settings
     journal.write_text(f"{other}\n")
-    table, _ = do(store, engine, task)
-    assert table.to_pylist() == before
+    again, _ = do(store, engine, task)
+    assert again.drop_columns("asked").to_pylist() == before
 
 
 def test_what_an_earlier_output_or_a_journal_holds_is_not_asked_again(
@@ -653,11 +653,25 @@ def test_a_caption_of_captions_sees_no_image(engine: Engine, tmp_path: Path, ask
     inputs = {name: digits for name, digits in task.inputs.items() if not name.endswith(".tar")}
     task = replace(task, stage="fused", inputs=inputs | {made: "0" * 64})
     work = Captioning([fused], engine)
-    found, _ = do(store, engine, task, work)
+    found, record = do(store, engine, task, work)
     assert len(asked) == 2
     assert found["status"].to_pylist() == ["ok", "caption_failed", "ok"]
     assert found["error"][1].as_py() == "re_caption: loop: x"
     assert found["fused_prompt_cut"].to_pylist() == [False, None, False]
+
+    # What is quoted is made again: where it says the same, nothing is asked, and no engine is loaded.
+    rows[0] |= {"re_caption_rejected": "loop"}
+    write_parquet(pa.Table.from_pylist(rows, before.schema), tmp_path / made)
+    again = replace(task, key="a" * 64, inputs=task.inputs | {made: "1" * 64})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("builder.captions.vllm.Engine", None)
+        same, _ = do(store, engine, replace(again, earlier=record.outputs), Captioning([fused]))
+    assert same == found
+    rows[2] |= {"re_caption": "Something else."}
+    write_parquet(pa.Table.from_pylist(rows, before.schema), tmp_path / made)
+    asked.clear()
+    _, record = do(store, engine, replace(again, key="b" * 64, earlier=record.outputs), work)
+    assert len(asked) == 1
 
     rows[1] |= {"status": "ok", "error": None}  # a caption that its recipe lets be missing
     write_parquet(pa.Table.from_pylist(rows, before.schema), tmp_path / made)

@@ -56,18 +56,17 @@ def reply_key(
 class Replies:
     """The replies that a shard has, by key: of outputs under earlier keys, and its journal, which goes on.
 
-    Of an output for which the same was `asked` they are known by row too, which takes no engine to look up.
+    Those of outputs are known by their rows and what they were `asked` too, which takes no engine to look up.
     """
 
-    def __init__(self, task: Task, column: str, asked: str = "") -> None:
+    def __init__(self, task: Task, column: str) -> None:
         assert task.store is not None  # a worker's task has one
         self.known: dict[str, Reply] = {}
-        self._of_rows: dict[tuple[str, int, bool], Reply] = {}
+        self._of_rows: dict[tuple[str, str, int, bool], str] = {}
         for name in task.earlier:
-            for uid, attempt, blank, reply, same in _of_output(task, name, column, asked):
+            for of_row, reply in _of_output(task, name, column):
                 self.known[reply.key] = reply
-                if same:
-                    self._of_rows[uid, attempt, blank] = reply
+                self._of_rows[of_row] = reply.key
         for line in task.store.journaled(task.journal):
             try:
                 reply = Reply(**json.loads(line))
@@ -82,42 +81,40 @@ class Replies:
             self.known[reply.key] = reply
             self._journal.add(json.dumps(vars(reply)))
 
-    def of_row(self, uid: str, attempt: int, blank: bool) -> Reply | None:
-        found = self._of_rows.get((uid, attempt, blank))
-        return self.known[found.key] if found else None  # the journal is younger
+    def of_row(self, asked: str, uid: str, attempt: int, blank: bool) -> Reply | None:
+        key = self._of_rows.get((asked, uid, attempt, blank))
+        return self.known[key] if key else None
 
     def close(self) -> None:
         self._journal.close()
 
 
-def _of_output(
-    task: Task, name: str, column: str, asked: str
-) -> Iterator[tuple[str, int, bool, Reply, bool]]:
-    """(uid, attempt, blank, reply, asked the same) of what an earlier output holds; nothing where it was made
-    by other code, or is damaged.
+def _of_output(task: Task, name: str, column: str) -> Iterator[tuple[tuple[str, str, int, bool], Reply]]:
+    """((asked, uid, attempt, blank), reply) of what an earlier output holds; nothing where it was made by
+    other code, or is damaged.
     """
     columns = ["uid", column, f"{column}_finish_reason", f"{column}_num_tokens", "reply", "reply_key"]
-    more = ("other_replies", f"{column}_prompt_cut")
+    more = ("other_replies", "asked", f"{column}_prompt_cut")
     try:
         file = pq.ParquetFile(task.files[name])
-        schema = file.schema_arrow
-        if not set(columns) <= set(schema.names):
+        names = file.schema_arrow.names
+        if not set(columns) <= set(names):
             return
-        rows = file.read(columns=columns + [one for one in more if one in schema.names]).to_pylist()
+        rows = file.read(columns=columns + [one for one in more if one in names]).to_pylist()
     except (pa.ArrowException, OSError, KeyError):
         return
-    same = bool(asked) and (schema.metadata or {}).get(b"asked") == asked.encode()
     for row in rows:
+        of_row = row.get("asked") or "", row["uid"]
         others = [other for other in row.get("other_replies") or () if not other["blank"]]
         for attempt, other in enumerate(others):
-            yield row["uid"], attempt, False, _other(other), same
+            yield (*of_row, attempt, False), _other(other)
         for other in (other for other in row.get("other_replies") or () if other["blank"]):
-            yield row["uid"], 0, True, _other(other), same
+            yield (*of_row, 0, True), _other(other)
         if key := row["reply_key"]:
             text = row["reply"] if row["reply"] is not None else row[column]
             cut = bool(row.get(f"{column}_prompt_cut"))
             reply = Reply(text or "", row[columns[2]], row[columns[3]], cut, key)
-            yield row["uid"], len(others), False, reply, same
+            yield (*of_row, len(others), False), reply
 
 
 def _other(row: Mapping[str, Any]) -> Reply:

@@ -40,7 +40,7 @@ from builder.captions.asking import BROKEN_UP, Job, Request
 from builder.captions.checks import Defect
 from builder.captions.kinds import FAIL, NULL, Kind
 from builder.captions.replies import OTHERS, Replies, Reply
-from builder.core import Count, Identifier, Json, Object, Resources, Stage, Status, Task, Work
+from builder.core import Count, Identifier, Json, Resources, Stage, Status, Task, Work
 from builder.errors import InputError, RecipeError, UserError
 from builder.files import read_file, read_rows, write_parquet
 from builder.machine import Machine, gpus
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _COLUMNS = ("uid", "status", "error")
-_REPLY = ("reply", "reply_key", "other_replies")
+_REPLY = ("reply", "reply_key", "other_replies", "asked")
 KV_CACHE_GIB = 4  # of a CPU's memory, at most
 SCORED = ("_cosine", "_cut")  # what a score stage adds to a caption's name
 BLIND_SAMPLE = 256  # of so many rows one is also captioned on a blank picture
@@ -64,6 +64,7 @@ STAND_IN, MISSING = "stand_in", "missing"
 # What is counted, besides defects.
 NO_REPLY, PROMPT_CUT, LOOKED_AT, BLIND = "without a reply", "prompt cut", "looked at", "blind"
 UNASKED = "_unasked"  # of a row: why there is nothing to ask
+ASKED = "_asked"  # of a row: of what its replies depend on; where that is the same, they are
 FEW = 4  # captions that were looked at prove nothing
 
 
@@ -275,15 +276,13 @@ class Caption(Kind, Stage):
         with closing(Captioning(columns)) as work:
             yield work
 
-    def asked(self, task: Task) -> str:
-        """Of what its replies depend on, for a whole shard: where that is the same, a row's replies are."""
-        inputs = sorted((Object.parse(name).plain(), sha256) for name, sha256 in task.inputs.items())
+    def asking(self) -> bytes:
+        """Of what the replies of all rows depend on."""
         asking = [
             self.made_by(), self.max_model_len, self.name, self.prompt, self.image, self.sampling(""),
             self.retry_temperature, self.retry_top_p,
-            [(name, sha256) for name, sha256 in inputs if not name.startswith("dedup/")],
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(asking).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(asking).encode()).digest()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,7 +303,7 @@ class Caption(Kind, Stage):
             read_rows(task.input("download"), ["key", "image_sha256"]),
             read_rows(task.input("source"), ["uid", *dict.fromkeys(quoted)]),
         ]
-        made = self.quoted_captions()
+        made, asking = self.quoted_captions(), self.asking()
         given += [read_rows(task.input(name), ["uid", "status", "error", name]) for name in made]
         for row, downloaded, source, *captions in zip(*given, strict=True):
             for other in (source, *captions):
@@ -321,6 +320,8 @@ class Caption(Kind, Stage):
                 urls = early[downloaded["image_sha256"]]
                 row |= {"status": str(Status.DUPLICATE_IMAGE)}
                 row |= {"error": f"one image behind {urls} URLs, or more"}
+            of_row = [self.image and downloaded["image_sha256"], *(row[name] for name in self.quotes())]
+            row[ASKED] = hashlib.sha256(asking + json.dumps(of_row).encode()).hexdigest()[:16]
             yield row
 
     def requests(self, task: Task, early: Mapping[str, int]) -> Iterator[Request]:
@@ -360,7 +361,8 @@ class Caption(Kind, Stage):
 
     def table(self, task: Task, given: Mapping[str, _Given], early: Mapping[str, int]) -> pa.Table:
         fields = [(column, pa.string()) for column in _COLUMNS] + list(self.columns())
-        fields += [("reply", pa.string()), ("reply_key", pa.string()), ("other_replies", OTHERS)]
+        kinds_of_replies = (pa.string(), pa.string(), OTHERS, pa.string())
+        fields += zip(_REPLY, kinds_of_replies, strict=True)
         names = [column for column, _ in fields]
         table = []
         for row in self.rows(task, early):
@@ -368,6 +370,7 @@ class Caption(Kind, Stage):
             if row["status"] == Status.OK:
                 unasked = _Given(Reply(error=row.get(UNASKED, "")))
                 found |= self.outcome(unasked if UNASKED in row else given[row["uid"]], row)
+                found["asked"] = row[ASKED]
             table.append({name: found.get(name) for name in names})
         return pa.Table.from_pylist(table, pa.schema(fields))
 
@@ -502,7 +505,7 @@ class Captioning:
             self.begun.clear()
             raise
         table = column.table(task, shard.given, shard.early)
-        write_parquet(table.replace_schema_metadata({"asked": shard.asked}), task.output())
+        write_parquet(table, task.output())
         task.counts.update(shard.counts())
         return Counter(table["status"].to_pylist())
 
@@ -534,16 +537,16 @@ class _Shard:
     def __init__(self, column: Caption, task: Task) -> None:
         self.column = column
         self.early = column.early_placeholders(task)
-        self.asked = column.asked(task)
-        self.replies = Replies(task, column.name, self.asked)
+        self.replies = Replies(task, column.name)
         self.given: dict[str, _Given] = {}
         requests = self._unanswered(column.requests(task, self.early))
         self.job = Job(column, requests, self.replies.known, self._deliver, f"{task.block}/{task.name}")
 
     def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Those to which the replies of the shard's rows, asked the same before, are not enough."""
+        """Those to which the replies of their rows, asked the same before, are not enough."""
         for request in requests:
-            while reply := self.replies.of_row(request.uid, request.attempt, request.blank):
+            asked = request.row[ASKED]
+            while reply := self.replies.of_row(asked, request.uid, request.attempt, request.blank):
                 if not self._deliver(request, reply):
                     break
                 request = replace(request, attempt=request.attempt + 1)
