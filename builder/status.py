@@ -8,7 +8,7 @@ from pathlib import Path
 
 from builder import first_version
 from builder.commit import failures
-from builder.core import Recipe, Stage
+from builder.core import Recipe, Stage, Status
 from builder.index import Index
 from builder.plan import BlockPlan, StagePlan
 from builder.run import Run, check, may_be_a_run
@@ -103,7 +103,8 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
 
 def status(run: Run) -> list[dict[str, object]]:
     """Per stage: shards done and left, rows by status, what else was counted, rows per second of all workers,
-    seconds left, failures.
+    seconds left, failures. Columns of one engine take turns: their times are right in sum, and most of them
+    are told for the one that is finished first.
 
     `captions_wasted`: rows that were captioned, and then found to be placeholders by images that came later.
     """
@@ -128,5 +129,6 @@ def status(run: Run) -> list[dict[str, object]]:
             }
         )
     if {"score", "select"} <= everything.keys() and not everything["select"].left:
-        table[-1]["captions_wasted"] = everything["score"].rows["ok"] - everything["select"].rows["ok"]
+        passed_over = [everything[name].rows[Status.DUPLICATE_IMAGE] for name in ("score", "select")]
+        table[-1]["captions_wasted"] = passed_over[1] - passed_over[0]
     return table

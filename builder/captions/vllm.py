@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from builder.captions.feeder import AT_A_TIME, NO_PICTURE, Failure, Feeder, deco
 from builder.captions.kinds import PLACEHOLDER, Kind
 from builder.captions.replies import Reply, reply_key
 from builder.errors import InputError
+from builder.machine import Machine
 from builder.model import hub_model, model_folder
 
 if TYPE_CHECKING:
@@ -152,6 +154,7 @@ class Engine(Asking):
         self.made_by = settings.made_by()
         # Of a picture that several columns are made of, which take turns.
         self._decoded = lru_cache(maxsize=2 * PREPARED if looking > 1 else 0)(decoded)
+        self.threads = ThreadPoolExecutor(max(1, int(Machine.here().cpus)), "decode")  # while nobody computes
         self.prompts: dict[Kind, Prompt] = {}
         self.greedy: dict[Kind, Any] = {}  # their sampling, as vLLM takes it: the same for every row
         self.engines_ids: dict[str, str] = {}  # the engine's own names of the requests in it -> ours
@@ -160,7 +163,9 @@ class Engine(Asking):
             self.prompt_of(column)
         number = settings.num_feeders() if looking else 0
         self.feeder = Feeder(self.engine.vllm_config, number, again=looking > 1) if number else None
-        self.at_a_time = AT_A_TIME if self.feeder else PREPARED
+        # Between the engine's steps code and data leave the caches, so seldom and many; where columns take
+        # turns their pictures are kept meanwhile, so fewer.
+        self.at_a_time = AT_A_TIME if self.feeder else PREPARED if looking > 1 else 4 * PREPARED
         self.waited_s = 0.0  # with nothing in the engine
 
     def _watch(self) -> None:
@@ -254,17 +259,20 @@ class Engine(Asking):
                 assert image is not None  # then it is not looked up
                 job.preparing.append((ready, self.feeder.submit(ready.sha256, image, ready.prompt)))
             return
-        pictures = [self._decode(job, ready) if job.kind.image else None for ready in unknown]
-        for ready, picture in zip(unknown, pictures, strict=True):
-            if job.kind.image and picture is None:
-                continue
-            try:
-                request = _to_render(ready.prompt, picture, ready.sha256)
-                (rendered,) = self.engine.renderer.render_cmpl([request])
-            except self.refused as error:  # a picture of a size that takes more tokens than the model has
-                job.came(ready.request, _refusal(error))
-            else:
-                job.ready.append(replace(ready, prompt=rendered))
+        for first in range(0, len(unknown), PREPARED):
+            group = unknown[first : first + PREPARED]
+            pictures = self.threads.map(self._picture, group) if job.kind.image else [None] * len(group)
+            for ready, picture in zip(group, pictures, strict=True):
+                if isinstance(picture, Failure):
+                    job.came(ready.request, Reply(error=picture.reason))
+                    continue
+                try:
+                    request = _to_render(ready.prompt, picture, ready.sha256)
+                    (rendered,) = self.engine.renderer.render_cmpl([request])
+                except self.refused as error:  # a picture of a size that takes more tokens than the model has
+                    job.came(ready.request, _refusal(error))
+                else:
+                    job.ready.append(replace(ready, prompt=rendered))
 
     def has_room(self, job: Job) -> bool:
         if self.feeder and job.kind.image:
@@ -305,12 +313,11 @@ class Engine(Asking):
             self.greedy[job.kind] = self.params(sampling)
         return Ready(request, key, cut, self.greedy[job.kind], ids, sha256.hexdigest())
 
-    def _decode(self, job: Job, ready: Ready) -> Image.Image | None:
+    def _picture(self, ready: Ready) -> Image.Image | Failure:
         try:
             return self._decoded(ready.sha256, ready.request.image or b"")
         except NO_PICTURE as error:
-            job.came(ready.request, Reply(error=not_decoded(error)))
-            return None
+            return Failure(not_decoded(error))
 
     def put(self, name: str, ready: Ready) -> Reply | None:
         try:
@@ -340,6 +347,7 @@ class Engine(Asking):
     def close(self) -> None:
         if self.feeder:
             self.feeder.close()
+        self.threads.shutdown()
         self.engine.engine_core.shutdown()
 
 
