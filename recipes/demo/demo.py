@@ -56,8 +56,10 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress, every: boo
         click.echo(f"  {name:<{width}} {format(value, '.3f') if isinstance(value, float) else value}")
     click.echo(f"\nAll {len(train)} of them, original against recaption:\n")
     head, lines = report.table(statistics)
+    widths = [max(9, len(name)) for name in head[1:]]
     for label, *values in [head, *lines]:
-        click.echo(f"  {label:<34} {' '.join(f'{value:>9}' for value in values)}")
+        cells = (f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
+        click.echo(f"  {label:<34} {' '.join(cells)}")
     if found := [r for r in report.rows(statistics, "defects") if r["defect"]]:
         click.echo(
             "\nDefects of captions, in first replies, kept with a caption, and rows that failed of it:\n"
