@@ -17,11 +17,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from builder.core import RUN, Object, Record, Stage, Task, versions
 from builder.errors import InputError
-from builder.files import sha256_file, write_parquet
+from builder.files import sha256_file, table_of, write_parquet
 from builder.store import Store
 
 COMPACTED = "records.parquet"
@@ -123,7 +122,7 @@ def compact(store: Store, folder: str) -> None:
 def _compacted(store: Store, folder: str) -> dict[str, Record]:
     data = store.read(f"{folder}/{COMPACTED}")
     try:
-        table = pq.read_table(pa.BufferReader(data or b""))
+        table = table_of(data or b"")
         pairs = zip(table["name"].to_pylist(), table["record"].to_pylist(), strict=True)
     except (pa.ArrowException, OSError, KeyError) as error:
         place = f"{store.place}/{folder}/{COMPACTED}"

@@ -53,6 +53,13 @@ def write_parquet(table: pa.Table, path: Path, *, row_group_size: int = 10_000) 
     )
 
 
+def table_of(data: bytes) -> pa.Table:
+    """A parquet file's table, read in this thread: of those of `pq.read_table` one may still hold the bytes
+    when the interpreter ends, and then ends it with SIGABRT.
+    """
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+
+
 def read_rows(path: Path, columns: list[str] | None = None, *, batch: int = 1024) -> Iterator[dict[str, Any]]:
     """Rows of a parquet file as dicts, with bounded memory."""
     with pq.ParquetFile(path) as file:

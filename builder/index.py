@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from builder.commit import records
 from builder.core import RUN, Record
 from builder.errors import InputError
+from builder.files import table_of
 from builder.store import Store
 
 BLOCK = 1000  # shards
@@ -168,7 +168,7 @@ def load(store: Store, source: str, limit: int | None) -> Index:
         name = record.output(".parquet")
         data = store.read(name)
         try:
-            tables.append(pq.read_table(pa.BufferReader(data or b"")).select(SLICES.names).cast(SLICES))
+            tables.append(table_of(data or b"").select(SLICES.names).cast(SLICES))
         except (pa.ArrowException, OSError, KeyError) as error:
             hint = "get it from a copy, or build into another directory: --run"
             raise InputError(f"{store.place}/{name} is missing or damaged", hint) from error

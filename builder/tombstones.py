@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from builder.errors import InputError
-from builder.files import write_parquet
+from builder.files import table_of, write_parquet
 from builder.urls import as_fetched, domain
 
 FILE = "tombstones.parquet"
@@ -88,7 +87,7 @@ def read(data: bytes, name: object) -> pa.Table:
     InputError: it is no table of tombstones.
     """
     try:
-        found = pq.read_table(pa.BufferReader(data))
+        found = table_of(data)
         found = found.select(SCHEMA.names).cast(SCHEMA)
         found.validate(full=True)
         if (
