@@ -103,8 +103,8 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
 
 def status(run: Run) -> list[dict[str, object]]:
     """Per stage: shards done and left, rows by status, what else was counted, rows per second of all workers,
-    seconds left, failures. Columns of one engine take turns: their times are right in sum, and most of them
-    are told for the one that is finished first.
+    seconds left, failures. Columns of one engine take turns: their times are right in sum, and most of the
+    time counts for the column that comes first.
 
     `captions_wasted`: rows that were captioned, and then found to be placeholders by images that came later.
     """

@@ -329,7 +329,7 @@ def test_a_journaled_caption_is_not_generated_again(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run.local(name), tmp_path / name)
     task = Task("re_caption", "00000", "00000", "0" * 64, record.inputs)
-    before = pq.read_table(run.local(record.output(".parquet"))).drop_columns("asked").to_pylist()
+    before = pq.read_table(run.local(record.output(".parquet"))).drop_columns("made_of").to_pylist()
     keys = [row["reply_key"] for row in before if row["reply_key"]]
     first, second = (
         json.dumps(asdict(Reply("Journaled.", "stop", 2, key=key))) for key in dict.fromkeys(keys[:2])
@@ -340,7 +340,7 @@ def test_a_journaled_caption_is_not_generated_again(
     journal.write_text(f"{first}\n{second[:-9]}")
     with working(store, task) as here:
         Captioning([SETTINGS], engine)(here)
-        table = pq.read_table(here.output()).drop_columns("asked").to_pylist()
+        table = pq.read_table(here.output()).drop_columns("made_of").to_pylist()
         assert journal.exists()  # until the record is there
         commit(store, SETTINGS, here, {"ok": 1}, 0)
     assert not journal.exists()
@@ -353,7 +353,7 @@ def test_a_journaled_caption_is_not_generated_again(
     other = json.dumps(asdict(Reply("Journaled.", "stop", 2, key="0" * 32)))  # of other settings
     journal.write_text(f"{other}\n")
     again, _ = do(store, engine, task)
-    assert again.drop_columns("asked").to_pylist() == before
+    assert again.drop_columns("made_of").to_pylist() == before
 
 
 def test_what_an_earlier_output_or_a_journal_holds_is_not_asked_again(
@@ -387,6 +387,36 @@ def test_what_an_earlier_output_or_a_journal_holds_is_not_asked_again(
     after, _ = do(store, engine, task)
     assert len(asked) == 3
     assert after == alone
+
+
+def test_a_row_is_asked_about_again_where_something_else_would_be_said(
+    engine: Engine, tmp_path: Path, asked: list[str]
+) -> None:
+    """Of a picture that another download made, smaller, of the bytes that were served before; and where a
+    retry would be drawn otherwise.
+    """
+    store, other = Folder(tmp_path), Folder(tmp_path / "other")
+    task = a_shard(store, held_out(3))
+    _, record = do(store, engine, task)
+    tars = [
+        place / name
+        for place, made in ((other.root, a_shard(other, held_out(3, 6_000_000))), (store.root, task))
+        for name in made.inputs
+        if name.endswith(".tar")
+    ]
+    shutil.copy(*tars)
+    asked.clear()
+    do(store, engine, replace(task, key="1" * 64, earlier=record.outputs))
+    assert len(asked) == 3
+    request = Request("a", b"JPEG", {"org_caption": "alt"})
+    changed = [
+        replace(SETTINGS, top_k=7),
+        replace(SETTINGS, retry_top_p=0.5),
+        replace(SETTINGS, max_tokens=9),
+    ]
+    assert len({column.made_of(request) for column in (SETTINGS, *changed)}) == 4
+    same = [replace(SETTINGS, retries=9), replace(SETTINGS, min_words=3), replace(SETTINGS, otherwise="null")]
+    assert {column.made_of(request) for column in (SETTINGS, *same)} == {SETTINGS.made_of(request)}
 
 
 def test_a_build_that_was_stopped_goes_on_where_it_was(
@@ -760,7 +790,8 @@ def test_a_shard_is_begun_before_the_one_before_it_is_finished(
         assert not left
         begun = work.begun["re_caption", "00001"]
         assert 20 < len(asked) <= 40
-        assert begun.job.asked + len(begun.given) == len(asked) - 20
+        came = sum(bool(given.reply.key) for given in begun.given.values())
+        assert begun.job.asked + came == len(asked) - 20
         assert len(store.journaled(second.journal)) == len(begun.given)
         counts = work(here)
         commit(store, SETTINGS, here, counts, 0)

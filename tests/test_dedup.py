@@ -25,10 +25,12 @@ from builder.executors.work import attempt
 from builder.files import write_parquet
 from builder.plan import PART
 from builder.stages import download, source
+from builder.stages.best import Best
 from builder.stages.caption import Caption
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
 from builder.stages.questions import Images
+from builder.stages.score import Score
 from builder.stages.select import Select
 from builder.store import Folder
 from builder.versions import folder
@@ -195,6 +197,10 @@ def test_all_that_was_passed_over_early_is_made_again(tmp_path: Path) -> None:
     stage = Recipe("r", (*stages, Select(captions=()))).stages[-1]
     assert isinstance(stage, Select)
     assert stage.quoted == ("first", "second")
+    scored = (Score(name="some", model="no/clip@0"), Best(of=("first", "aside"), by="some", name="best"))
+    last = Recipe("r", (*stages, *scored, Select(captions=("best",)))).stages[-1]
+    assert isinstance(last, Select)
+    assert last.quoted == ("first", "second", "aside")
     passed_over = {
         "uid": [f"0-{n}" for n in range(3)],
         "status": ["duplicate_image"] * 3,

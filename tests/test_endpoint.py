@@ -35,8 +35,10 @@ from test_caption import a_shard, do
 from tokenizers import Tokenizer
 
 from builder.captions import endpoint
+from builder.captions.asking import Job, Request
 from builder.captions.checks import Defect
 from builder.captions.endpoint import Answer, Ask, CeilingError, Endpoint, joined, plain, specials_of
+from builder.captions.served import Served
 from builder.captions.vllm import Engine
 from builder.errors import InputError
 from builder.stages.caption import Caption, Captioning
@@ -329,6 +331,19 @@ def test_what_passes_is_asked_again(web: Scripted, fault: str) -> None:
     with asking_of(web, timeout_s=0.6) as asking:
         assert all_of(asking, [ask(0, "bad")])[0] == Answer(0, "a caption", "stop", 5, 10)
     assert web.texts == {"bad": 2}
+
+
+def test_after_what_stopped_it_an_engine_of_an_endpoint_begins_anew(web: Scripted) -> None:
+    """What it paid for is counted."""
+    kind = Caption(model="m", endpoint=web.url, prompt="Say {org_caption}.", image=False, in_flight=4)
+    web.scripts["Say bad."] = lambda call: response(b"{}", status="401 No")
+    rows = [Request(str(n), None, {"org_caption": text}) for n, text in enumerate(("a", "bad", "b"))]
+    with closing(Served(kind)) as engine:
+        with pytest.raises(InputError, match="does not accept the key"):
+            engine.replies(kind, rows)
+        job = Job(kind, iter((rows[0], rows[2])), {}, lambda request, reply: bool(reply.error))
+        engine.finish(job)
+    assert job.counts["tokens paid for"] == 2 * (10 + 5)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -8,11 +8,13 @@ an engine that keeps what it computed of an image computes it once.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -37,6 +39,11 @@ class Request:
     row: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 0
     blank: bool = False  # the picture shows nothing: does the model look?
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the picture; of nothing, where there is none."""
+        return hashlib.sha256(self.image or b"").hexdigest()
 
 
 @dataclass(eq=False)  # each is itself
@@ -87,7 +94,6 @@ class Ready:
     prompt_cut: bool
     sampling: Any = None
     prompt: Any = None
-    sha256: str = ""  # of the image
 
 
 class Asking(ABC):

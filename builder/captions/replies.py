@@ -56,7 +56,7 @@ def reply_key(
 class Replies:
     """The replies that a shard has, by key: of outputs under earlier keys, and its journal, which goes on.
 
-    Those of outputs are known by their rows and what they were `asked` too, which takes no engine to look up.
+    Those of outputs are known by their rows and what they were made of too: no engine is needed for that.
     """
 
     def __init__(self, task: Task, column: str) -> None:
@@ -81,8 +81,8 @@ class Replies:
             self.known[reply.key] = reply
             self._journal.add(json.dumps(vars(reply)))
 
-    def of_row(self, asked: str, uid: str, attempt: int, blank: bool) -> Reply | None:
-        key = self._of_rows.get((asked, uid, attempt, blank))
+    def of_row(self, made_of: str, uid: str, attempt: int, blank: bool) -> Reply | None:
+        key = self._of_rows.get((made_of, uid, attempt, blank))
         return self.known[key] if key else None
 
     def close(self) -> None:
@@ -90,11 +90,11 @@ class Replies:
 
 
 def _of_output(task: Task, name: str, column: str) -> Iterator[tuple[tuple[str, str, int, bool], Reply]]:
-    """((asked, uid, attempt, blank), reply) of what an earlier output holds; nothing where it was made by
+    """((made of, uid, attempt, blank), reply) of what an earlier output holds; nothing where it was made by
     other code, or is damaged.
     """
     columns = ["uid", column, f"{column}_finish_reason", f"{column}_num_tokens", "reply", "reply_key"]
-    more = ("other_replies", "asked", f"{column}_prompt_cut")
+    more = ("other_replies", "made_of", f"{column}_prompt_cut")
     try:
         file = pq.ParquetFile(task.files[name])
         names = file.schema_arrow.names
@@ -104,7 +104,7 @@ def _of_output(task: Task, name: str, column: str) -> Iterator[tuple[tuple[str, 
     except (pa.ArrowException, OSError, KeyError):
         return
     for row in rows:
-        of_row = row.get("asked") or "", row["uid"]
+        of_row = row.get("made_of") or "", row["uid"]
         others = [other for other in row.get("other_replies") or () if not other["blank"]]
         for attempt, other in enumerate(others):
             yield (*of_row, attempt, False), _other(other)

@@ -5,7 +5,6 @@ The server tokenizes: text of the row goes to it with special tokens broken up, 
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ class Served(Asking):
             text, cut, broken = self.text(job.kind, request.row)
             job.counts[BROKEN_UP] += broken
             sampling = job.kind.sampling(request.uid, request.attempt)
-            sha256 = hashlib.sha256(request.image or b"").digest()
+            sha256 = bytes.fromhex(request.sha256)
             key = reply_key(self.made_by, text.encode("utf-8", "replace"), sampling, sha256, request.attempt)
             if known := job.known.get(key):
                 job.came(request, known)
@@ -95,7 +94,8 @@ class Served(Asking):
                 yield str(answer.id), Reply(*said, ready.prompt_cut, ready.key)
 
     def abort(self, names: Sequence[str]) -> None:
-        self.endpoint.abort({int(name) for name in names})
+        everything = len(names) == len(self.asked)
+        self.endpoint.abort(None if everything else {int(name) for name in names})
 
     def close(self) -> None:
         self.endpoint.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -119,7 +118,7 @@ class Engine(Asking):
         on_gpu = torch.cuda.is_available()
         if not on_gpu:  # a second process would only take turns with the first one
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from transformers import AutoProcessor
+        from transformers import AutoProcessor, AutoTokenizer
         from vllm import LLM
         from vllm.exceptions import VLLMClientError
 
@@ -147,14 +146,17 @@ class Engine(Asking):
         if looking and not self.engine.model_config.is_multimodal_model:
             reason = f"model {settings.model} sees no pictures"
             raise InputError(reason, f"name another for {columns[0].name}.model, or set image=false")
-        # The tokenizer of a model that only reads.
-        self.template = AutoProcessor.from_pretrained(name, revision=revision)
+        # By what the model is, whichever columns it makes: a prompt is the same in all company.
+        loader = AutoProcessor if self.engine.model_config.is_multimodal_model else AutoTokenizer
+        self.template = loader.from_pretrained(name, revision=revision)
         self.refused = (ValueError, VLLMClientError)
         self.model = settings.model
         self.made_by = settings.made_by()
         # Of a picture that several columns are made of, which take turns.
         self._decoded = lru_cache(maxsize=2 * PREPARED if looking > 1 else 0)(decoded)
-        self.threads = ThreadPoolExecutor(max(1, int(Machine.here().cpus)), "decode")  # while nobody computes
+        self.threads = ThreadPoolExecutor(
+            max(1, int(Machine.here().cpus)), "decode"
+        )  # the engine waits meanwhile
         self.prompts: dict[Kind, Prompt] = {}
         self.greedy: dict[Kind, Any] = {}  # their sampling, as vLLM takes it: the same for every row
         self.engines_ids: dict[str, str] = {}  # the engine's own names of the requests in it -> ours
@@ -163,8 +165,8 @@ class Engine(Asking):
             self.prompt_of(column)
         number = settings.num_feeders() if looking else 0
         self.feeder = Feeder(self.engine.vllm_config, number, again=looking > 1) if number else None
-        # Between the engine's steps code and data leave the caches, so seldom and many; where columns take
-        # turns their pictures are kept meanwhile, so fewer.
+        # Between the engine's steps code and data leave the caches: large groups, seldom. Where columns take
+        # turns the pictures of a group are kept, so it is smaller.
         self.at_a_time = AT_A_TIME if self.feeder else PREPARED if looking > 1 else 4 * PREPARED
         self.waited_s = 0.0  # with nothing in the engine
 
@@ -257,7 +259,7 @@ class Engine(Asking):
             for ready in unknown:
                 image = ready.request.image
                 assert image is not None  # then it is not looked up
-                job.preparing.append((ready, self.feeder.submit(ready.sha256, image, ready.prompt)))
+                job.preparing.append((ready, self.feeder.submit(ready.request.sha256, image, ready.prompt)))
             return
         for first in range(0, len(unknown), PREPARED):
             group = unknown[first : first + PREPARED]
@@ -267,7 +269,7 @@ class Engine(Asking):
                     job.came(ready.request, Reply(error=picture.reason))
                     continue
                 try:
-                    request = _to_render(ready.prompt, picture, ready.sha256)
+                    request = _to_render(ready.prompt, picture, ready.request.sha256)
                     (rendered,) = self.engine.renderer.render_cmpl([request])
                 except self.refused as error:  # a picture of a size that takes more tokens than the model has
                     job.came(ready.request, _refusal(error))
@@ -302,20 +304,19 @@ class Engine(Asking):
             return None
         ids, cut = prompt.tokens(request.row)
         sampling = job.kind.sampling(request.uid, request.attempt)
-        sha256 = hashlib.sha256(request.image or b"")
-        key = reply_key(self.made_by, ids, sampling, sha256.digest(), request.attempt)
+        key = reply_key(self.made_by, ids, sampling, bytes.fromhex(request.sha256), request.attempt)
         if known := job.known.get(key):
             job.came(request, known if known.prompt_cut == cut else replace(known, prompt_cut=cut))
             return None
         if sampling["seed"] is not None:
-            return Ready(request, key, cut, self.params(sampling), ids, sha256.hexdigest())
+            return Ready(request, key, cut, self.params(sampling), ids)
         if job.kind not in self.greedy:
             self.greedy[job.kind] = self.params(sampling)
-        return Ready(request, key, cut, self.greedy[job.kind], ids, sha256.hexdigest())
+        return Ready(request, key, cut, self.greedy[job.kind], ids)
 
     def _picture(self, ready: Ready) -> Image.Image | Failure:
         try:
-            return self._decoded(ready.sha256, ready.request.image or b"")
+            return self._decoded(ready.request.sha256, ready.request.image or b"")
         except NO_PICTURE as error:
             return Failure(not_decoded(error))
 

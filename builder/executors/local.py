@@ -348,6 +348,10 @@ def _serve(
         try:
             with telling_of_a_full_disk(log_file.parent):
                 work = stack.enter_context(stage.open_with(stages[1:]))
+            inbox = _Inbox(pipe, store)
+            if stage.ahead:
+                work.next_task = inbox.peek  # type: ignore[attr-defined]  # of the work of such a stage
+                work.is_loaded = pipe.send  # type: ignore[attr-defined]
         except UserError as error:
             return pipe.send(error)
         except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
@@ -356,10 +360,6 @@ def _serve(
             words = f"more of it is in {log_file}"
             return pipe.send(InputError(f"stage {stage.name} cannot start, {given}: {said(error)}", words))
         pipe.send(True)
-        inbox = _Inbox(pipe, store)
-        if stage.ahead:
-            work.next_task = inbox.peek  # type: ignore[attr-defined]  # of the work of such a stage
-            work.is_loaded = pipe.send  # type: ignore[attr-defined]
         while following := inbox.next():
             try:
                 outcome = attempt(store, by_name[following[0].stage], following[0], work, following[1])

@@ -6,8 +6,8 @@ Reads   source, download (tar and parquet; without the tar where the model sees 
 Writes  `<shard>.parquet`: uid, status, error; the value (text, or a rating of 1 to 5), its finish_reason and
         token count and, where its prompt quotes the row, whether that text had to be cut; the defects with
         which it was kept and those for which replies before it were not; whether it is what the model says of
-        a blank picture too, for a sample; then the model's reply where it is not the value, its key, and the
-        replies besides.
+        a blank picture too, for a sample; then the model's reply where it is not the value, its key, the
+        replies besides, and a hash of what they are made of.
 
 The stage's name is the column's. A reply is keyed by what made it: model, prompt as tokens, sampling, image.
 It is journaled when it comes, and outlives the settings of the stage: whatever a shard is done again for, no
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _COLUMNS = ("uid", "status", "error")
-_REPLY = ("reply", "reply_key", "other_replies", "asked")
+_REPLY = ("reply", "reply_key", "other_replies", "made_of")
 KV_CACHE_GIB = 4  # of a CPU's memory, at most
 SCORED = ("_cosine", "_cut")  # what a score stage adds to a caption's name
 BLIND_SAMPLE = 256  # of so many rows one is also captioned on a blank picture
@@ -64,7 +64,6 @@ STAND_IN, MISSING = "stand_in", "missing"
 # What is counted, besides defects.
 NO_REPLY, PROMPT_CUT, LOOKED_AT, BLIND = "without a reply", "prompt cut", "looked at", "blind"
 UNASKED = "_unasked"  # of a row: why there is nothing to ask
-ASKED = "_asked"  # of a row: of what its replies depend on; where that is the same, they are
 FEW = 4  # captions that were looked at prove nothing
 
 
@@ -106,7 +105,7 @@ class Caption(Kind, Stage):
     # Processes that decode images ahead of the engine; unless given, none where it computes on those cores.
     feeders: Annotated[int, Field(ge=0, le=64)] | None = None
     endpoint: str = ""  # http://HOST:PORT/v1: `model` is asked for there, and is the name that it has there
-    max_total_tokens: Count | None = None  # of prompts and replies of an endpoint, after which a run stops
+    max_total_tokens: Count | None = None  # of prompts and replies of an endpoint in a run, then it stops
 
     @classmethod
     def of(cls, kind: Kind, **settings: Any) -> Caption:
@@ -238,7 +237,7 @@ class Caption(Kind, Stage):
             whole = self.tensor_parallel_size
             return Resources(cpus=1, gpus=whole if whole > 1 else self.gpu_memory_utilization)
         cores = Machine.here().cpus  # the engine computes on all of them; a download may go on beside it
-        return Resources(cpus=max(0.5, cores - 0.5), memory_gib=self.kv_cache() + 2)
+        return Resources(cpus=max(0.5, cores - 0.5), memory_gib=self.kv_cache() + 3)
 
     def check(self) -> None:
         if self.endpoint:
@@ -276,13 +275,13 @@ class Caption(Kind, Stage):
         with closing(Captioning(columns)) as work:
             yield work
 
-    def asking(self) -> bytes:
-        """Of what the replies of all rows depend on."""
-        asking = [
-            self.made_by(), self.max_model_len, self.name, self.prompt, self.image, self.sampling(""),
-            self.retry_temperature, self.retry_top_p,
+    def made_of(self, request: Request) -> str:
+        """64 bits of all that the replies of a row are made of: where they are the same, the replies are."""
+        made_of = [
+            self.made_by(), self.max_model_len, self.prompt, self.image, self.sampling(""),
+            self.sampling("", 1), request.sha256, [request.row[name] for name in self.quotes()],
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(asking).encode()).digest()
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -303,7 +302,7 @@ class Caption(Kind, Stage):
             read_rows(task.input("download"), ["key", "image_sha256"]),
             read_rows(task.input("source"), ["uid", *dict.fromkeys(quoted)]),
         ]
-        made, asking = self.quoted_captions(), self.asking()
+        made = self.quoted_captions()
         given += [read_rows(task.input(name), ["uid", "status", "error", name]) for name in made]
         for row, downloaded, source, *captions in zip(*given, strict=True):
             for other in (source, *captions):
@@ -320,8 +319,6 @@ class Caption(Kind, Stage):
                 urls = early[downloaded["image_sha256"]]
                 row |= {"status": str(Status.DUPLICATE_IMAGE)}
                 row |= {"error": f"one image behind {urls} URLs, or more"}
-            of_row = [self.image and downloaded["image_sha256"], *(row[name] for name in self.quotes())]
-            row[ASKED] = hashlib.sha256(asking + json.dumps(of_row).encode()).hexdigest()[:16]
             yield row
 
     def requests(self, task: Task, early: Mapping[str, int]) -> Iterator[Request]:
@@ -370,7 +367,6 @@ class Caption(Kind, Stage):
             if row["status"] == Status.OK:
                 unasked = _Given(Reply(error=row.get(UNASKED, "")))
                 found |= self.outcome(unasked if UNASKED in row else given[row["uid"]], row)
-                found["asked"] = row[ASKED]
             table.append({name: found.get(name) for name in names})
         return pa.Table.from_pylist(table, pa.schema(fields))
 
@@ -383,6 +379,7 @@ class Caption(Kind, Stage):
             f"{name}_prompt_cut": reply.prompt_cut, f"{name}_blind": given.blind(),
             "reply": None if given.value == reply.text else reply.text,
             "reply_key": reply.key or None, "other_replies": given.others() or None,
+            "made_of": given.made_of or None,
         }  # fmt: skip
         if reply.error:
             failed = reply.error
@@ -427,6 +424,7 @@ class _Given:
     defects: dict[Defect, str] = field(default_factory=dict)
     rejected: list[tuple[Reply, dict[Defect, str]]] = field(default_factory=list)  # before it
     of_blank: Reply | None = None
+    made_of: str = ""
 
     def others(self) -> list[dict[str, Any]]:
         """As `OTHERS`."""
@@ -543,10 +541,11 @@ class _Shard:
         self.job = Job(column, requests, self.replies.known, self._deliver, f"{task.block}/{task.name}")
 
     def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Those to which the replies of their rows, asked the same before, are not enough."""
+        """Those to which the earlier replies of their rows, made of the same, are not enough."""
         for request in requests:
-            asked = request.row[ASKED]
-            while reply := self.replies.of_row(asked, request.uid, request.attempt, request.blank):
+            given = self.given.setdefault(request.uid, _Given())
+            given.made_of = given.made_of or self.column.made_of(request)  # the blank one comes second
+            while reply := self.replies.of_row(given.made_of, request.uid, request.attempt, request.blank):
                 if not self._deliver(request, reply):
                     break
                 request = replace(request, attempt=request.attempt + 1)
@@ -563,7 +562,7 @@ class _Shard:
 
     def _deliver(self, request: Request, reply: Reply) -> bool:
         self.replies.add(reply)
-        given = self.given.setdefault(request.uid, _Given())
+        given = self.given[request.uid]
         if request.blank:
             given.of_blank = reply
             return False

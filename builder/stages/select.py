@@ -181,7 +181,7 @@ class Select(Stage):
         reads = set(found.reads())
         for stage in reversed(earlier):
             if stage.name in reads:
-                reads.update(name for name in stage.reads() if name in made)
+                reads.update(name.partition(".")[0] for name in stage.reads())
         return replace(found, quoted=tuple(name for name in made if name in reads - set(found.reads())))
 
     def names_captions(self) -> tuple[str, ...]:
@@ -292,7 +292,7 @@ class Select(Stage):
             f"as {prefix(name)}_length"
             for name, stage in lengths
         )
-        failed = [name for name in stages if name not in ("source", "download")]
+        failed = [name for name in stages if name not in ("source", "download", *self.quoted)]
         status, error = (
             "case "
             + " ".join(
