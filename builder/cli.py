@@ -26,6 +26,7 @@ from builder import run as runs
 from builder import status as status_of
 from builder.core import TRANSPORT, Recipe
 from builder.errors import RecipeError, UserError, command
+from builder.executors.local import local
 from builder.files import finite
 from builder.resolve import pairs_of, resolve
 from builder.schedule import Outcome
@@ -132,6 +133,25 @@ class _Directory(click.Path):
 
 
 _directory = _Directory(path_type=Path, file_okay=False)
+_on = click.option(
+    "--on",
+    default="local",
+    metavar="local|ray|ADDRESS",
+    help="Where the work is done: processes here, a Ray that is started here, or the Ray cluster at"
+    " HOST:PORT, ray://HOST:PORT or auto.",
+)
+
+
+def _executor(on: str) -> runs.Executor:
+    if on == "local":
+        return local
+    try:
+        from builder.executors.ray import on_ray
+    except ModuleNotFoundError as error:
+        raise UserError("Ray is not installed", "pip install 'recapkit[ray]'") from error
+    return on_ray(on)
+
+
 _run_option = click.option("--run", type=_directory, help="Run directory; runs/<recipe> unless given.")
 _run = click.argument("run", type=_Directory(path_type=Path, exists=True, file_okay=False))
 _place = click.argument("place", metavar="RUN|TARGET[@v1.2.0]")
@@ -165,6 +185,7 @@ def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
 @click.option(
     "--drop-images", is_flag=True, help="Delete a block's images once its captions and scores are there."
 )
+@_on
 @_as_json
 def build(
     recipe: str,
@@ -174,6 +195,7 @@ def build(
     accept_failures: bool,
     redo: tuple[str, ...],
     drop_images: bool,
+    on: str,
     as_json: bool,
 ) -> None:
     """Build RECIPE: a name, my_file.py:function or a recipe.json. The same command again goes on where it
@@ -185,7 +207,9 @@ def build(
     resolved = _resolve(recipe, [*settings, *more], limit)
     run = run or Path("runs", resolved.name)
     with shown_progress() as progress:
-        result = runs.build(resolved, run, progress=progress, redo=redo, drop_images=drop_images)
+        result = runs.build(
+            resolved, run, executor=_executor(on), progress=progress, redo=redo, drop_images=drop_images
+        )
     _say_built(run, result, as_json)
 
 
@@ -213,11 +237,12 @@ def _say_built(run: Path, result: runs.Result, as_json: bool) -> None:
 @click.option(
     "--status", "statuses", required=True, help="Statuses of the rows to download again, comma separated."
 )
+@_on
 @_as_json
-def retry(run: Path, statuses: str, as_json: bool) -> None:
+def retry(run: Path, statuses: str, on: str, as_json: bool) -> None:
     """Download failed rows of finished shards again; the rows that are good stay as they are."""
     with shown_progress() as progress:
-        result = runs.retry(run, _names(statuses), progress=progress)
+        result = runs.retry(run, _names(statuses), executor=_executor(on), progress=progress)
     _say_built(run, result, as_json)
     if not as_json:
         _echo(f"what follows from it: {command('recap', 'build', run / runs.RECIPE, '--run', run)}", err=True)
@@ -609,14 +634,15 @@ def remove(
     "--every", is_flag=True, help="Captions of every kind: five more columns, and a judge's ratings."
 )
 @_run_option
-def demo(rows: int, port: int, every: bool, run: Path | None) -> None:
+@_on
+def demo(rows: int, port: int, every: bool, run: Path | None, on: str) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
     from recipes.demo.demo import demo as run_demo
 
     name = "demo-every" if every else "demo"
     run = run or Path("runs", name if (rows, port) == (2000, 8642) else f"{name}-{rows}-{port}")
     with shown_progress() as progress:
-        code = run_demo(run, rows=rows, port=port, every=every, progress=progress)
+        code = run_demo(run, rows=rows, port=port, every=every, progress=progress, executor=_executor(on))
     sys.exit(code)
 
 

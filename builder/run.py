@@ -24,7 +24,8 @@ from builder import first_version
 from builder.commit import COMPACTED, forget, records, today
 from builder.core import RUN, TRANSPORT, Object, Recipe, Record, Stage, Status, Task
 from builder.errors import InputError, RecipeError, command, telling_of_a_full_disk
-from builder.executors.local import ATTEMPTS, local
+from builder.executors.local import local
+from builder.executors.pool import ATTEMPTS
 from builder.index import Index, load
 from builder.plan import BlockPlan, Plan
 from builder.schedule import Left, Outcome, Schedule, is_early

@@ -22,6 +22,7 @@ from builder.core import Json, Recipe, Resources, Stage, Task, Work
 from builder.errors import InputError
 from builder.executors import local as executor
 from builder.executors.local import local
+from builder.executors.pool import Node
 from builder.files import write_parquet
 from builder.machine import Machine, gpus
 from builder.run import Result, Run, build
@@ -301,13 +302,13 @@ def test_a_worker_for_which_nothing_more_comes_leaves(
     assert lines.index("left first") < last
 
 
-def pool_with(*working: float) -> executor._Pool:
+def node_with(*working: float) -> Node:
     """Workers at work that take so many cores each, on two cores."""
-    pool = object.__new__(executor._Pool)
-    pool.machine, pool.wanted = Machine(2, (), 64), 0.0
-    pool.needs = {str(cpus): Resources(cpus=cpus) for cpus in working}
-    pool.workers = [SimpleNamespace(name=str(c), tasks=[1]) for c in working]  # type: ignore[misc]
-    return pool
+    node = object.__new__(Node)
+    node.machine, node.wanted = Machine(2, (), 64), 0.0
+    node.needs = {str(cpus): Resources(cpus=cpus) for cpus in working}
+    node.workers = [SimpleNamespace(name=str(c), tasks=[1]) for c in working]  # type: ignore[misc]
+    return node
 
 
 @pytest.mark.parametrize(
@@ -325,9 +326,9 @@ def test_many_small_tasks_do_not_keep_a_large_one_waiting(
     working: tuple[float, ...], wanted: float, cpus: float, may: bool
 ) -> None:
     """`wanted` are the cores that a deeper stage waits for."""
-    pool = pool_with(*working)
-    pool.wanted = wanted
-    assert pool._has_cores(cpus) is may
+    node = node_with(*working)
+    node.wanted = wanted
+    assert node._has_cores(cpus) is may
 
 
 def test_the_next_task_is_begun_before_one_is_done(metadata: Path, tmp_path: Path) -> None:
@@ -358,13 +359,13 @@ def test_a_worker_that_raised_does_not_begin_what_it_was_given_ahead(
     metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though whoever gave it hears of the exception late."""
-    hear = executor._Worker.hear
+    hear = executor._Process.hear
 
-    def late(worker: executor._Worker) -> Outcome | None:
+    def late(worker: executor._Process) -> Outcome | None:
         time.sleep(0.3 if worker.name == "poisoned" else 0)
         return hear(worker)
 
-    monkeypatch.setattr(executor._Worker, "hear", late)
+    monkeypatch.setattr(executor._Process, "hear", late)
     notes = tmp_path / "notes"
     built(metadata, Poisoned(name="poisoned", notes=str(notes), after_stage="source", share=0.0))
     assert "poisoned" not in notes.read_text()

@@ -47,6 +47,19 @@ def attempt(
         return Outcome(task, error=damaged or said(error), damaged=bool(damaged), final=final)
 
 
+class Prepared:
+    """What `working` gave, entered before its time."""
+
+    def __init__(self, here: Task, stack: ExitStack) -> None:
+        self.here, self.stack = here, stack
+
+    def __enter__(self) -> Task:
+        return self.here
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+
 def said(error: Exception) -> str:
     """In one line; what recapkit raises on purpose says all by itself."""
     text = str(error) if isinstance(error, RecapError) else f"{type(error).__name__}: {error}"

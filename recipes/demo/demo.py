@@ -12,12 +12,21 @@ from analysis import report
 from analysis.report import caption_names
 from builder import run as runs
 from builder.errors import VersionError
+from builder.executors.local import local
 from builder.versions.publish import publish
 from recipes import datasets as recipes
 from recipes.demo import web
 
 
-def demo(run: Path, *, rows: int, port: int, progress: runs.Progress, every: bool = False) -> int:
+def demo(
+    run: Path,
+    *,
+    rows: int,
+    port: int,
+    progress: runs.Progress,
+    every: bool = False,
+    executor: runs.Executor = local,
+) -> int:
     """Serve a small web, build, publish 0.1.0 next to the run, load it back. Returns the exit status.
 
     `every` is the recipe's: captions of every kind.
@@ -30,7 +39,8 @@ def demo(run: Path, *, rows: int, port: int, progress: runs.Progress, every: boo
         click.echo(f"drawing {rows} pictures for a small web on {web.HOST}:{port}", err=True)
         web.make(site, rows=rows, port=port)
     with web.serve(site, port):
-        result = runs.build(recipes.demo(web=str(site), every=every), run, progress=progress)
+        recipe = recipes.demo(web=str(site), every=every)
+        result = runs.build(recipe, run, executor=executor, progress=progress)
     if result.failed:
         for name, reason in result.failed.items():
             click.echo(f"failed: {name}: {reason}", err=True)

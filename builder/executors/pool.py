@@ -1,0 +1,317 @@
+"""Who does a task: workers on nodes, each with its cores, GPUs and memory.
+
+A worker opens a stage once, with those that share what it loads, and then does their tasks. A loaded stage
+makes room for another only when nothing more is to come for it in the blocks at work. A worker that died or
+raised is replaced: it costs its own task an attempt, and nothing that it left behind reaches another shard.
+What a worker is, and how one is started, the executors say.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+from builder.core import Resources, Stage, Task
+from builder.errors import InputError
+from builder.machine import Machine
+from builder.schedule import Outcome, Schedule
+
+ATTEMPTS = 3
+LOOKED_AT = 64  # tasks among which a worker looks for one of a shard that it has at hand
+log = logging.getLogger(__name__)
+
+
+class Worker(ABC):
+    """It opens stages, says so, and then does the tasks that it is given, in their order."""
+
+    def __init__(self, stages: tuple[Stage, ...], gpus: tuple[str, ...]) -> None:
+        self.stages, self.name, self.gpus = stages, stages[0].name, gpus
+        self.tasks: list[Task] = []  # the one that it does, and those that it may begin ahead
+        self.shards = deque[tuple[str, str]](maxlen=4)  # the last that were given to it
+
+    def give(self, task: Task) -> None:
+        self.tasks.append(task)
+        if _shard(task) not in self.shards:
+            self.shards.append(_shard(task))
+        self.send(task)
+
+    @abstractmethod
+    def send(self, task: Task) -> None:
+        """Nothing is waited for."""
+
+    @abstractmethod
+    def hear(self) -> Outcome | None:
+        """What became of its first task, which is taken off; None where it says something else.
+
+        Raises:
+            UserError: the worker's, or that it died while it opened the stage or loaded.
+        """
+
+    @abstractmethod
+    def dismiss(self) -> None:
+        """It is given nothing more, and may go when it has unloaded its model; nothing is waited for."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Wait until it has gone, and end it if it takes too long."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End it, and what it has started."""
+
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Does it still hold what it was given of its node?"""
+
+
+class Node:
+    """A machine, and the workers on it. `needs` and `most`, of workers on it, are by stage."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        machine: Machine,
+        needs: Mapping[str, Resources],
+        most: Mapping[str, int],
+        start: Callable[[tuple[Stage, ...], tuple[str, ...]], Worker],
+        name: str = "this machine",
+    ) -> None:
+        self.schedule, self.machine, self.needs, self.most = schedule, machine, needs, most
+        self.start, self.name = start, name
+        self.workers: list[Worker] = []
+        self.leaving: list[Worker] = []
+        self.wanted = 0.0  # cores for which the deepest stage waits that has tasks and workers
+
+    def now(self, stage: Stage) -> Sequence[Worker | Node]:
+        """Who may do a task of this stage now: idle workers, or the node, which starts one."""
+        needs = self.needs[stage.name]
+        mine = [worker for worker in self.workers if stage in worker.stages]
+        idle = [worker for worker in mine if not worker.tasks]
+        if idle or (len(mine) < self.most[stage.name] and self._has_room(needs)):
+            if self._has_cores(needs.cpus):
+                return idle or [self]
+            self.wanted = self.wanted or needs.cpus
+        return []
+
+    def ahead(self, stage: Stage) -> Sequence[Worker]:
+        """Who may begin a task of this stage before it has done another."""
+        if not stage.ahead or self.wanted:
+            return []
+        return [w for w in self.workers if stage in w.stages and self._may_begin(w, stage)]
+
+    def _may_begin(self, worker: Worker, stage: Stage) -> bool:
+        """Has it room for a task that it begins ahead? Stages that share a worker take turns, so that it has
+        the same shard of all of them at hand.
+        """
+        begun = Counter(task.stage for task in worker.tasks)
+        others = [other for other in worker.stages if other is stage or self.schedule.has_ready(other)]
+        turn = min(begun[other.name] for other in others) == begun[stage.name]
+        return turn and 0 < len(worker.tasks) < 2 * len(worker.stages)
+
+    def busy(self) -> float:
+        """The share of its cores that is at work."""
+        return sum(self.needs[w.name].cpus for w in self.workers if w.tasks) / self.machine.cpus
+
+    def _has_room(self, needs: Resources) -> bool:
+        """Is there memory, and a GPU, for one more worker, if others that can be spared make room for it?"""
+        return self._fits(needs, self.workers) or self._fits(needs, self._needed())
+
+    def _has_cores(self, cpus: float) -> bool:
+        """Are there cores for a task, so that a deeper one that waits has to wait no longer for it?
+
+        Small tasks would else keep a large one from ever being begun: beside what it waits for, the largest
+        that is at work, there has to be room for both.
+        """
+        busy = [self.needs[worker.name].cpus for worker in self.workers if worker.tasks]
+        if not busy:
+            return True
+        if sum(busy) + cpus > self.machine.cpus:
+            return False
+        return not self.wanted or sum(busy) - max(busy) + self.wanted + cpus <= self.machine.cpus
+
+    def _needed(self) -> list[Worker]:
+        """Workers that cannot be spared: at work, or with more to come for them."""
+        return [w for w in self.workers if w.tasks or any(map(self.schedule.waits, w.stages))]
+
+    def _fits(self, needs: Resources, beside: list[Worker]) -> bool:
+        memory = sum(self.needs[worker.name].memory_gib for worker in beside)
+        if beside and memory + needs.memory_gib > self.machine.memory_gib:
+            return False
+        return not needs.gpus or self._gpus(needs, beside) is not None
+
+    def _gpus(self, needs: Resources, beside: list[Worker]) -> tuple[str, ...] | None:
+        """GPUs for a worker: whole ones, or one with so large a share left. Where the machine has none it
+        goes without.
+        """
+        if not needs.gpus or not self.machine.gpus:
+            return ()
+        share = min(needs.gpus, 1.0)
+        left = dict.fromkeys(self.machine.gpus, 1.0)
+        for worker in beside:
+            for gpu in worker.gpus:
+                left[gpu] -= min(self.needs[worker.name].gpus, 1.0)
+        free = [gpu for gpu, rest in left.items() if rest + 1e-9 >= share]
+        number = max(1, round(needs.gpus))
+        return tuple(free[:number]) if len(free) >= number else None
+
+    def worker_for(self, stage: Stage) -> Worker:
+        """A new one."""
+        needs = self.needs[stage.name]
+        self.leaving = [worker for worker in self.leaving if worker.is_alive()]
+        if not self._fits(needs, [*self.workers, *self.leaving]):
+            for worker in self.leaving:
+                worker.leave()
+            self.leaving.clear()
+        if not self._fits(needs, self.workers):
+            needed = self._needed()
+            for worker in [worker for worker in self.workers if worker not in needed]:
+                self.end(worker, gently=True)
+        gpus = self._gpus(needs, [*self.workers, *self.leaving])
+        worker = self.start(self.schedule.sharing(stage), gpus or ())
+        self.workers.append(worker)
+        return worker
+
+    def end(self, worker: Worker, *, gently: bool = False) -> None:
+        self.workers.remove(worker)
+        for task in worker.tasks:  # what it had not begun is nobody's fault
+            self.schedule.give_back(task)
+        if gently:
+            worker.dismiss()
+            worker.leave()
+        worker.kill()
+
+    def dismiss_idle(self) -> None:
+        """Those for which nothing more comes unload their models while the others go on."""
+        over = [w for w in self.workers if not w.tasks and all(map(self.schedule.is_over, w.stages))]
+        for worker in over:
+            self.workers.remove(worker)
+            self.leaving.append(worker)
+            worker.dismiss()
+
+
+class Pool:
+    """The nodes. `wait` waits until at least one of the workers given has something to say, or died."""
+
+    def __init__(
+        self, schedule: Schedule, nodes: list[Node], wait: Callable[[list[Worker]], list[Worker]]
+    ) -> None:
+        self.schedule, self.nodes, self.wait = schedule, nodes, wait
+        self._chosen: Worker | Node | None = None  # for the task that is taken next
+
+    def carry_out(self) -> Iterator[Outcome]:
+        """Do what is to do.
+
+        Raises:
+            UserError: from a worker, for what no other shard could survive either: a model that cannot be
+            loaded, a full disk.
+        """
+        tries: Counter[tuple[str, str, str]] = Counter()
+        try:
+            while self._give_work():
+                for worker in self.wait([w for w in self.workers() if w.tasks]):
+                    outcome = worker.hear()
+                    if outcome is None:
+                        continue
+                    task = outcome.task
+                    which = (task.stage, task.block, task.name)
+                    tries[which] += 1
+                    if outcome.error:
+                        self._node_of(worker).end(worker)
+                    if (
+                        outcome.error
+                        and not outcome.damaged
+                        and not outcome.final
+                        and tries[which] < ATTEMPTS
+                    ):
+                        log.info("%s; attempt %d of %d follows", _said(outcome), tries[which] + 1, ATTEMPTS)
+                        self.schedule.give_back(task)
+                    else:
+                        del tries[which]
+                        self.schedule.done(outcome)
+                        yield outcome
+            for worker in self.workers():
+                worker.dismiss()  # all of them at once
+            for worker in self._all():
+                worker.leave()
+        finally:
+            for worker in self._all():
+                worker.kill()
+
+    def workers(self) -> list[Worker]:
+        return [worker for node in self.nodes for worker in node.workers]
+
+    def _all(self) -> list[Worker]:
+        return [worker for node in self.nodes for worker in (*node.workers, *node.leaving)]
+
+    def _node_of(self, worker: Worker) -> Node:
+        return next(node for node in self.nodes if worker in node.workers)
+
+    def _give_work(self) -> bool:
+        """Give tasks to workers as long as the nodes have room for them; False where nobody has anything to
+        do.
+        """
+        self._forget_wanted()
+        while task := self.schedule.take(self._choose):
+            chosen = self._chosen
+            assert chosen is not None
+            worker = (
+                chosen.worker_for(self.schedule.stages[task.stage]) if isinstance(chosen, Node) else chosen
+            )
+            worker.give(task)
+            self._forget_wanted()
+        for node in self.nodes:
+            node.dismiss_idle()
+        if any(worker.tasks for worker in self.workers()):
+            return True
+        for stage in self.schedule.is_ready():  # all that is loaded is in the way of it
+            for node in self.nodes:
+                for worker in list(node.workers):
+                    node.end(worker, gently=True)
+            if not any(node.now(stage) for node in self.nodes):
+                raise self._has_no_room(stage)
+            return self._give_work()
+        return False
+
+    def _has_no_room(self, stage: Stage) -> InputError:
+        largest = max(self.nodes, key=lambda node: (len(node.machine.gpus), node.machine.cpus))
+        needs, there = largest.needs[stage.name], largest.machine
+        wanted = f"{needs.cpus:g} cores, {needs.gpus:g} GPUs and {needs.memory_gib:g} GiB"
+        has = f"{there.cpus:g}, {len(there.gpus)} and {there.memory_gib:.0f}"
+        reason = f"stage {stage.name} needs {wanted} at once; {largest.name} has {has}"
+        return InputError(reason, "build on another machine, or change the stage's settings")
+
+    def _forget_wanted(self) -> None:
+        for node in self.nodes:
+            node.wanted = 0.0
+
+    def _choose(self, stage: Stage, tasks: Iterable[Task]) -> Task | None:
+        """A task of this stage that somebody does now, who is noted. Asked of the deepest stages first.
+
+        Stages that share a worker make of a shard what others of them have decoded and computed already, so
+        each worker keeps to shards of its own; but none is idle for that.
+        """
+        nodes = self.nodes if len(self.nodes) == 1 else sorted(self.nodes, key=Node.busy)
+        now = [one for node in nodes for one in node.now(stage)]
+        may: Sequence[Worker | Node] = now or [one for node in nodes for one in node.ahead(stage)]
+        if not may:
+            return None
+        tasks = list(islice(tasks, LOOKED_AT))
+        whose = {shard: w for w in self.workers() if stage in w.stages for shard in w.shards}
+        for task in tasks:
+            if (owner := whose.get(_shard(task))) and owner in may:
+                self._chosen = owner
+                return task
+        self._chosen = may[0]
+        of_nobody = (task for task in tasks if _shard(task) not in whose)
+        return next(of_nobody, tasks[0] if now else None)
+
+
+def _said(outcome: Outcome) -> str:
+    return f"{outcome.task.stage} {outcome.task.name}: {outcome.error}"
+
+
+def _shard(task: Task) -> tuple[str, str]:
+    return task.block, task.name
