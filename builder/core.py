@@ -180,7 +180,9 @@ class Stage:
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow",)  # whose versions the record keeps
     costly: ClassVar[bool] = False  # finished shards are not done again without being asked for
     groups: ClassVar[bool] = False  # a task covers `shards_per_task` shards
-    ahead: ClassVar[bool] = False  # its work takes the next task before it is done with one
+    # Its work takes the next task before it is done with one: executors set its `next_task`, which gives one
+    # or None, and `is_loaded`, to be told False before it loads what may be too large, and then True.
+    ahead: ClassVar[bool] = False
     remembers: ClassVar[bool] = False  # its tasks get their outputs of before, whatever key they had
     hint: ClassVar[str] = ""  # a question whose answer from the blocks that are there already saves work
 

@@ -7,19 +7,16 @@ import logging
 import multiprocessing
 import os
 import signal
-import traceback
-from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import closing, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from builder.commit import working
 from builder.core import Stage, Task
-from builder.errors import InputError, UserError, telling_of_a_full_disk
+from builder.errors import InputError, UserError
 from builder.executors.pool import Node, Pool, Worker
-from builder.executors.work import Prepared, attempt, said
+from builder.executors.work import Serving
 from builder.machine import Machine
 from builder.schedule import Outcome, Schedule
 from builder.store import Store
@@ -62,7 +59,7 @@ class _Process(Worker):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
-        self.is_open = self.is_killed = False
+        self.is_killed = False
 
     def send(self, task: Task) -> None:
         with suppress(OSError):  # it has died; whoever waits for it is told
@@ -85,14 +82,7 @@ class _Process(Worker):
                 reason = f"stage {self.name} cannot start: its worker process {died}"
                 raise InputError(reason, words) from None
             heard = Outcome(self.tasks[0], error=f"a worker process {died}")
-        if isinstance(heard, UserError):
-            raise heard
-        if isinstance(heard, bool):
-            self.is_open = heard
-            return None
-        assert isinstance(heard, Outcome)
-        self.tasks.pop(0)
-        return heard
+        return self.heard(heard)
 
     def dismiss(self) -> None:
         self.pipe.close()
@@ -140,66 +130,26 @@ def _serve(
         os.dup2(file.fileno(), 2)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("builder").setLevel(level)
-    stage, by_name = stages[0], {each.name: each for each in stages}
-    with ExitStack() as stack:
+
+    def wait_for_one() -> Task | None:
         try:
-            with telling_of_a_full_disk(log_file.parent):
-                work = stack.enter_context(stage.open_with(stages[1:]))
-            inbox = _Inbox(pipe, store)
-            if stage.ahead:
-                work.next_task = inbox.peek  # type: ignore[attr-defined]  # of the work of such a stage
-                work.is_loaded = pipe.send  # type: ignore[attr-defined]
-        except UserError as error:
+            task: Task = pipe.recv()
+        except EOFError:
+            return None
+        return task
+
+    def poll() -> Task | None:
+        return wait_for_one() if pipe.poll() else None
+
+    with closing(Serving(store, stages, poll, wait_for_one, pipe.send)) as serving:
+        if error := serving.open(f"more of it is in {log_file}"):
             return pipe.send(error)
-        except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
-            log.warning("%s: %s", stage.name, traceback.format_exc())
-            given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
-            words = f"more of it is in {log_file}"
-            return pipe.send(InputError(f"stage {stage.name} cannot start, {given}: {said(error)}", words))
         pipe.send(True)
-        while following := inbox.next():
-            try:
-                outcome = attempt(store, by_name[following[0].stage], following[0], work, following[1])
-            except UserError as error:
-                return pipe.send(error)
+        while (outcome := serving.do()) is not None:
             pipe.send(outcome)
-            if outcome.error:  # what that left behind reaches no other task, one given ahead either
+            if isinstance(outcome, UserError) or outcome.error:
                 return None
     return None
-
-
-class _Inbox:
-    """The tasks that come through the pipe, and a look at the next ones before their time."""
-
-    def __init__(self, pipe: Connection, store: Store) -> None:
-        self.pipe, self.store = pipe, store
-        self.waiting: deque[tuple[Task, AbstractContextManager[Task] | None]] = deque()
-
-    def next(self) -> tuple[Task, AbstractContextManager[Task] | None] | None:
-        """The next task, and its inputs where they are at hand; None where there will be none."""
-        if self.waiting:
-            return self.waiting.popleft()
-        try:
-            return self.pipe.recv(), None
-        except EOFError:
-            return None
-
-    def peek(self) -> Task | None:
-        """The next task with its inputs at hand, each once, if there is one already."""
-        if not self.pipe.poll():
-            return None
-        try:
-            task: Task = self.pipe.recv()
-        except EOFError:
-            return None
-        try:
-            stack = ExitStack()
-            here = stack.enter_context(working(self.store, task))
-        except OSError:
-            self.waiting.append((task, None))
-            return None  # which is told when its turn comes
-        self.waiting.append((task, Prepared(here, stack)))
-        return here
 
 
 def die_with(parent: int) -> None:

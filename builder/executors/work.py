@@ -1,16 +1,24 @@
-"""Doing one task, wherever that is."""
+"""Doing tasks, wherever that is."""
 
 from __future__ import annotations
 
 import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 
 from builder.commit import commit, damaged_input, forget_maker, working
 from builder.core import Stage, Task, Work
-from builder.errors import OutdatedError, RecapError, ShardError, UserError, telling_of_a_full_disk
+from builder.errors import (
+    InputError,
+    OutdatedError,
+    RecapError,
+    ShardError,
+    UserError,
+    telling_of_a_full_disk,
+)
 from builder.schedule import Outcome, Schedule
 from builder.store import Store
 
@@ -47,7 +55,80 @@ def attempt(
         return Outcome(task, error=damaged or said(error), damaged=bool(damaged), final=final)
 
 
-class Prepared:
+def said(error: Exception) -> str:
+    """In one line; what recapkit raises on purpose says all by itself."""
+    text = str(error) if isinstance(error, RecapError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
+
+
+class Serving:
+    """What a worker does: it opens a stage and those that share what it loads, then does tasks as they come.
+
+    `poll` gives a task that has come, or None; `wait` waits for one, and gives None where there will be none.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        stages: tuple[Stage, ...],
+        poll: Callable[[], Task | None],
+        wait: Callable[[], Task | None],
+        is_loaded: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        self.store, self.stages, self.poll, self.wait, self.is_loaded = store, stages, poll, wait, is_loaded
+        self.by_name = {stage.name: stage for stage in stages}
+        self.stack = ExitStack()
+        self.begun: deque[tuple[Task, AbstractContextManager[Task] | None]] = deque()
+
+    def open(self, words: str) -> UserError | None:
+        """Why it cannot be opened, if it cannot; `words` say where more is told."""
+        stage = self.stages[0]
+        try:
+            with telling_of_a_full_disk(self.store.place):
+                self.work = self.stack.enter_context(stage.open_with(self.stages[1:]))
+            if stage.ahead:
+                self.work.next_task = self.peek  # type: ignore[attr-defined]  # of the work of such a stage
+                self.work.is_loaded = self.is_loaded  # type: ignore[attr-defined]
+        except UserError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - whatever it was, every shard would meet it
+            log.warning("%s: %s", stage.name, traceback.format_exc())
+            given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
+            reason = f"stage {stage.name} cannot start{', ' if given else ''}{given}: {said(error)}"
+            return InputError(reason, words)
+        return None
+
+    def do(self) -> Outcome | UserError | None:
+        """Do the next task; None where there will be none. After an error it is to do no other: what that
+        left behind reaches none, one that was begun ahead either.
+        """
+        task, prepared = self.begun.popleft() if self.begun else (self.wait(), None)
+        if task is None:
+            return None
+        try:
+            return attempt(self.store, self.by_name[task.stage], task, self.work, prepared)
+        except UserError as error:
+            return error
+
+    def peek(self) -> Task | None:
+        """The next task with its inputs at hand, each once, if there is one already."""
+        task = self.poll()
+        if task is None:
+            return None
+        stack = ExitStack()
+        try:
+            here = stack.enter_context(working(self.store, task))
+        except OSError:
+            self.begun.append((task, None))
+            return None  # which is told when its turn comes
+        self.begun.append((task, _Prepared(here, stack)))
+        return here
+
+    def close(self) -> None:
+        self.stack.close()
+
+
+class _Prepared:
     """What `working` gave, entered before its time."""
 
     def __init__(self, here: Task, stack: ExitStack) -> None:
@@ -58,12 +139,6 @@ class Prepared:
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
-
-
-def said(error: Exception) -> str:
-    """In one line; what recapkit raises on purpose says all by itself."""
-    text = str(error) if isinstance(error, RecapError) else f"{type(error).__name__}: {error}"
-    return text.splitlines()[0]
 
 
 def in_this_process(schedule: Schedule) -> Iterator[Outcome]:
