@@ -7,6 +7,7 @@ interrupted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -30,6 +31,7 @@ from builder.executors.local import local
 from builder.files import finite
 from builder.resolve import pairs_of, resolve
 from builder.schedule import Outcome
+from builder.scratch import Local
 
 
 class _Commands(click.Group):
@@ -121,15 +123,10 @@ _limit = click.option("--limit", type=click.IntRange(min=1), help="Only the firs
 
 
 class _Directory(click.Path):
-    """Of a run. A URL is told: a Path would make a folder of it."""
+    """Of a run; a URL stays text: a Path would make a folder of it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if "://" in str(value):
-            reason = (
-                f"{value} is no directory: runs on object stores are built from Python, builder.run.build"
-            )
-            raise UserError(reason, "name a directory: --run runs/demo")
-        return super().convert(value, param, ctx)
+        return str(value) if "://" in str(value) else super().convert(value, param, ctx)
 
 
 _directory = _Directory(path_type=Path, file_okay=False)
@@ -152,9 +149,41 @@ def _executor(on: str) -> runs.Executor:
     return on_ray(on)
 
 
-_run_option = click.option("--run", type=_directory, help="Run directory; runs/<recipe> unless given.")
+_run_option = click.option(
+    "--run", type=_directory, help="Run directory, or a URL: s3://BUCKET/PATH; runs/<recipe> unless given."
+)
 _run = click.argument("run", type=_Directory(path_type=Path, exists=True, file_okay=False))
 _place = click.argument("place", metavar="RUN|TARGET[@v1.2.0]")
+
+
+def _inside(run: Path | str, name: str) -> Path | str:
+    return run / name if isinstance(run, Path) else f"{run}/{name}"
+
+
+def _local_disk(command: Any) -> Any:
+    """Options of whatever builds: what it may use of a machine's disk; given as one `local_disk`."""
+
+    @click.option(
+        "--scratch",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder on every machine for files at work; in the run, or the system's, unless given.",
+    )
+    @click.option(
+        "--scratch-gib",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Begin no task on a machine while so much lies there.",
+    )
+    @click.option(
+        "--single-driver", is_flag=True, help="No other build is at work in this run: you see to that."
+    )
+    @functools.wraps(command)
+    def with_local_disk(
+        *arguments: Any, scratch: Path | None, scratch_gib: float | None, single_driver: bool, **more: Any
+    ) -> Any:
+        local_disk = Local(scratch and scratch.absolute(), scratch_gib, single_driver)
+        return command(*arguments, local_disk=local_disk, **more)
+
+    return with_local_disk
 
 
 def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
@@ -186,16 +215,18 @@ def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
     "--drop-images", is_flag=True, help="Delete a block's images once its captions and scores are there."
 )
 @_on
+@_local_disk
 @_as_json
 def build(
     recipe: str,
     settings: tuple[str, ...],
-    run: Path | None,
+    run: Path | str | None,
     limit: int | None,
     accept_failures: bool,
     redo: tuple[str, ...],
     drop_images: bool,
     on: str,
+    local_disk: Local,
     as_json: bool,
 ) -> None:
     """Build RECIPE: a name, my_file.py:function or a recipe.json. The same command again goes on where it
@@ -208,12 +239,18 @@ def build(
     run = run or Path("runs", resolved.name)
     with shown_progress() as progress:
         result = runs.build(
-            resolved, run, executor=_executor(on), progress=progress, redo=redo, drop_images=drop_images
+            resolved,
+            run,
+            executor=_executor(on),
+            progress=progress,
+            redo=redo,
+            drop_images=drop_images,
+            local_disk=local_disk,
         )
     _say_built(run, result, as_json)
 
 
-def _say_built(run: Path, result: runs.Result, as_json: bool) -> None:
+def _say_built(run: Path | str, result: runs.Result, as_json: bool) -> None:
     """What a build did. Exits with 1 where something was not done."""
     about = {"run": str(run), "done": len(result.done), "failed": result.failed, "held": result.held}
     _print(about, as_json, f"{run}: {len(result.done)} shards done, {len(result.failed)} failed")
@@ -238,14 +275,20 @@ def _say_built(run: Path, result: runs.Result, as_json: bool) -> None:
     "--status", "statuses", required=True, help="Statuses of the rows to download again, comma separated."
 )
 @_on
+@_local_disk
 @_as_json
-def retry(run: Path, statuses: str, on: str, as_json: bool) -> None:
+def retry(run: Path | str, statuses: str, on: str, local_disk: Local, as_json: bool) -> None:
     """Download failed rows of finished shards again; the rows that are good stay as they are."""
     with shown_progress() as progress:
-        result = runs.retry(run, _names(statuses), executor=_executor(on), progress=progress)
+        result = runs.retry(
+            run, _names(statuses), executor=_executor(on), progress=progress, local_disk=local_disk
+        )
     _say_built(run, result, as_json)
     if not as_json:
-        _echo(f"what follows from it: {command('recap', 'build', run / runs.RECIPE, '--run', run)}", err=True)
+        _echo(
+            f"what follows from it: {command('recap', 'build', _inside(run, runs.RECIPE), '--run', run)}",
+            err=True,
+        )
 
 
 @main.command()
@@ -254,7 +297,7 @@ def retry(run: Path, statuses: str, on: str, as_json: bool) -> None:
     "--delete", is_flag=True, help="Delete them. Earlier captions among them would be asked for again."
 )
 @_as_json
-def gc(run: Path, delete: bool, as_json: bool) -> None:
+def gc(run: Path | str, delete: bool, as_json: bool) -> None:
     """List what no record of a run names: outputs that other settings made, or that a crash left behind."""
     found = runs.garbage(run, delete=delete)
     lines = [f"{size:>15,} {name}" for name, size in found.items()]
@@ -270,7 +313,9 @@ def gc(run: Path, delete: bool, as_json: bool) -> None:
 @_run_option
 @_limit
 @_as_json
-def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | None, as_json: bool) -> None:
+def plan(
+    recipe: str, settings: tuple[str, ...], run: Path | str | None, limit: int | None, as_json: bool
+) -> None:
     """What a build would do, and what is done already. Does nothing.
 
     Bytes and hours are measured on shards that are done: build a few first, with --limit.
@@ -287,7 +332,7 @@ def plan(recipe: str, settings: tuple[str, ...], run: Path | None, limit: int | 
 @main.command()
 @_run
 @_as_json
-def status(run: Path, as_json: bool) -> None:
+def status(run: Path | str, as_json: bool) -> None:
     """Per stage: shards done, rows by status, rate, time left, failures with their reasons."""
     table = status_of.status(runs.Run.open(run))
     lines = []
@@ -335,13 +380,12 @@ def stats(
     stats.json.
     """
     from analysis import report
-    from builder.files import write_atomically
     from builder.places import look
 
     found = look(place, _names(captions))
     result = report.stats(found.parts, report.Options(vocabulary, concreteness, tokenizer))
-    if found.run and os.access(place, os.W_OK):
-        write_atomically(Path(place, "stats.json"), report.to_json(result))
+    if found.run and ("://" in place or os.access(place, os.W_OK)):
+        found.run.store.write("stats.json", report.to_json(result).encode())
     absent = [f"{name}: {answer['absent']}" for name, answer in result.items() if "absent" in answer]
     _print(result, as_json, "\n".join([stats_table(result), *absent]))
 
@@ -432,10 +476,10 @@ def card(place: str, check: bool) -> None:
     from builder.versions.verify import check_card
 
     if not check:
-        if "://" in place:
+        if place.startswith("hf://datasets/"):
             hint = f"check a version's card: {command('recap', 'card', '--check', place)}"
             raise UserError(f"{place} is no run", hint)
-        _echo(str(preview_card(place)))
+        _echo(preview_card(place))
         return
     problems = check_card(place)
     said = f"{place}: {len(problems)} numbers, counts or columns do not agree with the data"
@@ -474,7 +518,7 @@ _rebase = click.option("--rebase", is_flag=True, help="On top of what others put
 @_dry_run
 @_rebase
 @_as_json
-def publish(run: Path, target: str, version: str, dry_run: bool, rebase: bool, as_json: bool) -> None:
+def publish(run: Path | str, target: str, version: str, dry_run: bool, rebase: bool, as_json: bool) -> None:
     """Publish a finished run as a version in TARGET, a folder or hf://datasets/user/name.
 
     The same command again, after whatever crash, finishes the job or says that it is done.
@@ -635,7 +679,7 @@ def remove(
 )
 @_run_option
 @_on
-def demo(rows: int, port: int, every: bool, run: Path | None, on: str) -> None:
+def demo(rows: int, port: int, every: bool, run: Path | str | None, on: str) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
     from recipes.demo.demo import demo as run_demo
 

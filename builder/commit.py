@@ -21,6 +21,7 @@ import pyarrow as pa
 from builder.core import RUN, Object, Record, Stage, Task, versions
 from builder.errors import InputError
 from builder.files import sha256_file, table_of, write_parquet
+from builder.lease import confirm
 from builder.store import Store
 
 COMPACTED = "records.parquet"
@@ -47,6 +48,7 @@ def working(store: Store, task: Task) -> Iterator[Task]:
 
 def commit(store: Store, stage: Stage, task: Task, rows: Mapping[str, int], seconds: float) -> Record:
     """Make what the task wrote its result."""
+    confirm(store)
     outputs, sizes = {}, {}
     for file in sorted(task.scratch.glob("out.*")):
         name = task.object(file.name.removeprefix("out"))
@@ -58,8 +60,9 @@ def commit(store: Store, stage: Stage, task: Task, rows: Mapping[str, int], seco
         counts=dict(sorted(task.counts.items())), seconds=round(seconds, 3),
         versions=versions(stage.libraries), day=today(), settings=dict(task.settings),
         outside=dict(task.outside),
-        attempt=task.attempt,
+        attempt=task.attempt, lease=store.held.number if store.held else 0,
     )  # fmt: skip
+    confirm(store)  # what was put meanwhile nobody names
     put_record(store, task.folder, task.name, record)
     replaced = task.earlier if task.again else ()  # all that is good of them is in the new ones
     for leftover in (task.failure, task.journal, *replaced):

@@ -23,7 +23,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from builder.errors import RecipeError, UserError
 from builder.store import Store
@@ -165,6 +165,9 @@ class Object:
         return f"{self.stage}/{self.shard}{self.suffix}"
 
 
+Workers = Annotated[str, Field(pattern=r"^[1-9]\d{0,6}(-[1-9]\d{0,6})?$")] | PositiveInt | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """Settings of one step of the line. Subclasses add fields, give `name` its default and override what they
@@ -187,6 +190,9 @@ class Stage:
     hint: ClassVar[str] = ""  # a question whose answer from the blocks that are there already saves work
 
     name: str
+    # Of a build, not of the artifact: workers on all machines, at most, `8`, or between two numbers, `1-64`;
+    # as many as they have room for unless given.
+    workers: Workers = None
 
     def reads(self) -> tuple[str, ...]:
         """Stages whose outputs of the same shards are inputs: all of them, `download`, or one,
@@ -208,7 +214,7 @@ class Stage:
 
         Paths do not: a model folder, say, enters by its content.
         """
-        left_out = {"name", *self.effort, *self.once}
+        left_out = {"name", "workers", *self.effort, *self.once}
         return {
             name: value
             for name, value in asdict(self).items()
@@ -238,6 +244,11 @@ class Stage:
     def num_workers(self) -> int:
         """Worker processes on one machine, at most."""
         return 1
+
+    def bounds(self) -> tuple[int, float]:
+        """Workers on all machines, at least while there may be work for them, and at most."""
+        least, _, most = str(self.workers or "inf").rpartition("-")
+        return int(least or 0), float(most)
 
     def resources(self) -> Resources:
         """What one worker takes."""
@@ -396,7 +407,8 @@ class Recipe:
         """The resolved recipe, one setting a line, so that two of them can be compared."""
         stages = []
         for stage in self.stages:
-            settings = {name: value for name, value in asdict(stage).items() if name not in stage.once}
+            of_a_build = ("workers", *stage.once)
+            settings = {name: value for name, value in asdict(stage).items() if name not in of_a_build}
             stages.append({"stage": type(stage).__name__.lower(), **settings})
         about = {n: getattr(self, n) for n in ("name", "title", "license", "description")}
         # Left out where there is none: a recipe.json from before there were any stays as it is.
@@ -476,6 +488,7 @@ class Record:
     attempt: int = 0  # how often rows were done again on purpose
     dropped: tuple[str, ...] = ()  # outputs that were deleted on purpose
     counts: Mapping[str, int] = field(default_factory=dict)  # what was counted besides rows
+    lease: int = 0  # number of the lease of the build that committed it
 
     @classmethod
     def from_json(cls, data: str | builtins.bytes) -> Record | None:

@@ -81,6 +81,11 @@ def telling_of_a_full_disk(place: object) -> Iterator[None]:
         raise
 
 
+def named(place: object) -> object:
+    """A path or a URL for `command`."""
+    return str(place) if "://" in str(place) else Path(str(place))
+
+
 def command(*words: object) -> str:
     """A command to type, quoted for a shell; a path that begins with a dash is no option."""
     texts = (

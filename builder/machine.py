@@ -1,9 +1,11 @@
-"""What this machine has to share out."""
+"""What this machine has to share out, and what it runs."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 
@@ -19,6 +21,15 @@ class Machine:
     def here(cls) -> Machine:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         return cls(len(os.sched_getaffinity(0)), gpus(), memory)
+
+
+@cache
+def code() -> str:
+    """Names what recapkit's files say here: two checkouts of one version may differ."""
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    said = b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in files)
+    return sha256(said).hexdigest()[:12]
 
 
 def gpus() -> tuple[str, ...]:

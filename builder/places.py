@@ -20,8 +20,9 @@ from builder.errors import InputError, command
 from builder.files import matching
 from builder.run import RECIPE, Run
 from builder.stages.select import schemas
+from builder.store import store_of
 from builder.versions.targets import check_named, split, version_files
-from builder.versions.version import Version, is_inside, opened
+from builder.versions.version import HUB, Version, is_inside, opened
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def look(place: str | Path, captions: Sequence[str] = ()) -> Place:
     """
     check_named(str(place))
     folder, chosen = Path(place), tuple(captions)
-    if (folder / RECIPE).exists() and (folder / "select").is_dir():
+    if is_run(place):
         run = Run.open(place)
         found = Place(run_parts(run, chosen), run)
     elif tables := _tables(str(place)):
@@ -62,6 +63,14 @@ def look(place: str | Path, captions: Sequence[str] = ()) -> Place:
     return replace(found, parts=replace(found.parts, name=str(place)))
 
 
+def is_run(place: str | Path) -> bool:
+    """Does a run lie there, whose rows are selected as far as they are done?"""
+    if str(place).startswith(HUB):
+        return False
+    store = store_of(place)
+    return store.read(RECIPE) is not None and bool(store.folders("select"))
+
+
 def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:
     """The files of a place, and which of their columns are captions, where given. Raises as `look`."""
     return look(place, captions).parts
@@ -73,10 +82,10 @@ def run_parts(run: Run, captions: Sequence[str] = (), records: Iterable[Record] 
     `records` are theirs, where they are at hand.
     """
     names = [name for record in records or run.done("select") for name in record.outputs]
-    ledger = [str(run.local(name)) for name in names if name.endswith(".ledger.parquet")]
-    published = [str(run.local(name)) for name in names if not name.endswith(".ledger.parquet")]
+    ledger = [run.store.url(name) for name in names if name.endswith(".ledger.parquet")]
+    published = [run.store.url(name) for name in names if not name.endswith(".ledger.parquet")]
     spill = Path(run.place) if os.access(run.place, os.W_OK) else None
-    return Parts(published, ledger, None, tuple(captions), spill, run.place)
+    return Parts(published, ledger, run.store.filesystem, tuple(captions), spill, run.place)
 
 
 def version_parts(version: Version, captions: Sequence[str] = ()) -> Parts:

@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from builder.core import Recipe
 from builder.errors import RecipeError, UserError, command
 from builder.files import read_file
+from builder.store import store_of
 from builder.typed import parse
 
 RecipeFunction = Callable[..., Recipe]
@@ -37,10 +38,25 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
         if pairs:
             reason = f"a recipe.json has no parameter '{next(iter(pairs))}'"
             raise RecipeError(reason, "name the stage: download.timeout_s=5")
-        recipe = Recipe.from_json(read_file(Path(text)), text)
+        recipe = Recipe.from_json(_read(text), text)
     else:
         recipe = _call(text, *_find(text), pairs)
     return _with_stage_settings(recipe, of_stages)
+
+
+def _read(text: str) -> bytes:
+    """A recipe.json, of a run wherever it is.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    if "://" not in text:
+        return read_file(Path(text))
+    folder, _, name = text.rpartition("/")
+    data = store_of(folder).read(name)
+    if data is None:
+        raise RecipeError(f"{text} is not there", "name a recipe.json that is: RUN/recipe.json")
+    return data
 
 
 def recipe_functions(module: ModuleType) -> dict[str, RecipeFunction]:

@@ -13,6 +13,7 @@ A run is opened once, `Run.open(place)`; build, status, publish, statistics and 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,12 +24,13 @@ from typing import Any
 from builder import first_version
 from builder.commit import COMPACTED, forget, records, today
 from builder.core import RUN, TRANSPORT, Object, Recipe, Record, Stage, Status, Task
-from builder.errors import InputError, RecipeError, command, telling_of_a_full_disk
+from builder.errors import InputError, RecipeError, command, named, telling_of_a_full_disk
 from builder.executors.local import local
 from builder.executors.pool import ATTEMPTS
 from builder.index import Index, load
 from builder.plan import BlockPlan, Plan
 from builder.schedule import Left, Outcome, Schedule, is_early
+from builder.scratch import ANYWHERE, Local
 from builder.stages.download import Download
 from builder.stages.source import Source
 from builder.store import SCRATCH, Folder, Store, store_of
@@ -64,7 +66,7 @@ class Run:
         self.place = store.place
 
     @classmethod
-    def open(cls, place: str | Path) -> Run:
+    def open(cls, place: str | Path, local: Local = ANYWHERE) -> Run:
         """The run that lies at a path or URL.
 
         Raises:
@@ -72,14 +74,14 @@ class Run:
         """
         if not str(place).strip():
             raise InputError("the run has no name", "name its folder: runs/demo")
-        store = store_of(place)
+        store = store_of(place, local)
         written = store.read(RECIPE)
         if written is None:
             raise InputError(
                 f"{place} holds no run (no {RECIPE})", "build one: recap build demo --run runs/demo"
             )
         if store.read("manifest.json") is not None:
-            hint = f"look at it: {command('recap', 'verify', Path(place))}"
+            hint = f"look at it: {command('recap', 'verify', named(place))}"
             raise InputError(f"{place} is a published version, not a run", hint)
         return cls(store, Recipe.from_json(written, f"{place}/{RECIPE}"))
 
@@ -147,11 +149,21 @@ class Run:
         return [name for name in found if Object.parse(name).suffix == suffix]
 
     def local(self, name: str) -> Path:
-        """The file of an object of a run on this machine."""
-        if not isinstance(self.store, Folder):
-            hint = "copy it to this machine first, or mount it"
-            raise InputError(f"{self.place} is not on this machine: its files cannot be read here", hint)
-        return self.store.root / name
+        """A file with an object's bytes on this machine, to be read only. What had to be brought goes with
+        this process.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        return self.store.fetch(name, self.workspace)
+
+    @cached_property
+    def workspace(self) -> Path:
+        """A folder of this machine for what is put together of a run: the run itself, where it is one."""
+        if isinstance(self.store, Folder):
+            return self.store.root
+        self._workspace = tempfile.TemporaryDirectory(dir=self.store.scratch(), ignore_cleanup_errors=True)
+        return Path(self._workspace.name)
 
     def unfinished(self) -> dict[str, int]:
         """Stage -> tasks that are left; of a run that has none it is empty."""
@@ -176,7 +188,7 @@ class Run:
             left = {"select": tasks - len(selected)} if tasks != len(selected) else {}  # a build has begun
         if left or not selected:
             names = ", ".join(f"{number} {name} shards" for name, number in left.items())
-            again = command("recap", "build", Path(self.place, RECIPE), "--run", Path(self.place))
+            again = command("recap", "build", named(self.store.url(RECIPE)), "--run", named(self.place))
             raise InputError(f"{self.place} is not complete: {names} left", f"finish it: {again}")
         return selected
 
@@ -192,6 +204,7 @@ def build(
     progress: Progress | None = None,
     redo: Sequence[str] = (),
     drop_images: bool = False,
+    local_disk: Local = ANYWHERE,
 ) -> Result:
     """Do all that is not done yet. `redo` names stages whose finished shards may be done again.
 
@@ -202,7 +215,7 @@ def build(
         used, or
             finished downloads or captions would be done again and `redo` does not say so.
     """
-    store = store_of(place)
+    store = store_of(place, local_disk)
     for name in redo:
         recipe.stage(name)
     with telling_of_a_full_disk(place):
@@ -440,6 +453,7 @@ def retry(
     *,
     executor: Executor = local,
     progress: Progress | None = None,
+    local_disk: Local = ANYWHERE,
 ) -> Result:
     """Download rows of finished shards again that have one of these statuses; the others stay as they are.
 
@@ -454,7 +468,7 @@ def retry(
             raise InputError(f"'{status}' is no status of a failed row", f"there are: {there}")
     if not statuses:
         raise InputError("no status of failed rows was named", f"for example: {','.join(TRANSPORT)}")
-    run = Run.open(place)
+    run = Run.open(place, local_disk)
     if run.is_first_version:
         adopt(run.recipe, run.store)
     with telling_of_a_full_disk(place), run.store.lease():
@@ -462,7 +476,7 @@ def retry(
         result, tasks = Result(), list(_tasks_again(run, statuses))
         if not tasks:
             rows = f"no row of a finished shard is {' or '.join(statuses)}"
-            there = f"see what there is: {command('recap', 'status', Path(place))}"
+            there = f"see what there is: {command('recap', 'status', named(place))}"
             raise InputError(f"{place}: {rows}", there)
         schedule = Schedule(run.plan(), only=tasks)
         _carry_out(run, schedule, executor, progress, result)

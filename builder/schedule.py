@@ -37,6 +37,7 @@ class Outcome:
     error: str = ""
     damaged: bool = False  # an input was damaged and has to be made again first
     final: bool = False  # trying again would not help
+    lost: bool = False  # the machine went, perhaps for a reason that has nothing to do with the task
 
 
 Left = dict[str, set[str]]
@@ -113,6 +114,9 @@ class Schedule:
 
     def has_ready(self, stage: Stage) -> bool:
         return bool(self._ready[stage.name])
+
+    def num_ready(self, stage: Stage) -> int:
+        return len(self._ready[stage.name])
 
     def waits(self, stage: Stage) -> bool:
         """Is there more to come for a stage in the blocks at work?"""

@@ -4,8 +4,8 @@ An object is a name below the run, `download/00000/00042.1f3a9c2b.tar`, and its 
 all. Stages see local files only: `fetch` brings an object, `put` takes a finished file over. Nobody renames,
 appends to or globs over a run. A lease says who builds in it.
 
-    Folder   objects are the files of a folder; put and lease are a rename and the kernel's lock
-    Remote   objects of an fsspec file system; put is one PUT; a lease is an object that its holder changes
+    Folder   objects are the files of a folder; put is a rename
+    Remote   objects of an fsspec file system; put is one PUT, which does not replace what another build put
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ import io
 import os
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
+from fsspec import AbstractFileSystem
 
-from builder.errors import InputError, command
+from builder.errors import InputError
 from builder.files import lock, read_file, sync, write_atomically
+from builder.lease import BEAT_S, EXPIRY_S, Holder, Lease, busy, confirm, leased
+from builder.scratch import ANYWHERE, Local, Scratch, digest
 
 SCRATCH = ".scratch"
+OBJECTS = {"s3", "s3a", "gs", "gcs"}  # fsspec makes a conditional PUT of `mode="create"`
+FILES = {"file", "local", "memory"}  # and here opens with O_EXCL, or does it in this process
 
 
 class Journal(Protocol):
@@ -40,6 +44,11 @@ class Journal(Protocol):
 
 class Store(Protocol):
     place: str
+    held: Lease | None
+    filesystem: AbstractFileSystem | None  # with which others read what `url` names; None where all can
+
+    def url(self, name: str) -> str:
+        """As a user names an object."""
 
     def exists(self) -> bool:
         """Is there a run, or anything else?"""
@@ -49,6 +58,13 @@ class Store(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """A small object, whole or not at all."""
+
+    def create(self, name: str, data: bytes) -> None:
+        """A small object that must not be there yet.
+
+        Raises:
+            FileExistsError: it is, and stays as it is.
+        """
 
     def fetch(self, name: str, scratch: Path) -> Path:
         """A local file with an object's bytes, to be read only; where it has to be brought it goes into
@@ -82,34 +98,45 @@ class Store(Protocol):
     def scratch(self) -> Path:
         """A new local folder, on the disk of a local run; who asks removes it."""
 
+    def has_room(self) -> bool:
+        """May more be put into scratch folders?"""
+
     @property
     def logs(self) -> Path:
         """A local folder for what libraries print."""
 
-    def lease(self) -> AbstractContextManager[None]:
-        """A context in which nobody else builds here.
+    def lease(self) -> AbstractContextManager[Lease]:
+        """A context in which nobody else builds here; `held` is it.
 
         Raises:
             InputError: somebody else does.
         """
 
 
-def store_of(place: str | Path) -> Store:
-    """The store that a path or a URL names."""
-    return Remote(str(place)) if "://" in str(place) else Folder(Path(place))
+def store_of(place: str | Path, local: Local = ANYWHERE) -> Store:
+    """The store that a path or a URL names.
 
-
-def _busy(place: str) -> tuple[str, str]:
-    see = f"see how far it is: {command('recap', 'status', Path(place))}"
-    return f"another build is at work in {place}", see
+    Raises:
+        InputError: it is a URL of a kind that is not installed.
+    """
+    return Remote(str(place), local) if "://" in str(place) else Folder(Path(place), local)
 
 
 class Folder:
     """A run that is a folder of this machine, or of a file system that it has mounted."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.place = root, str(root)
+    held: Lease | None = None
+    filesystem = None
+
+    def __init__(
+        self, root: Path, local: Local = ANYWHERE, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S
+    ) -> None:
+        self.root, self.place, self.local = root, str(root), local
+        self.beat_s, self.expiry_s = beat_s, expiry_s
         self._known: set[str] = set()  # folders that are there
+
+    def url(self, name: str) -> str:
+        return str(self.root / name)
 
     def exists(self) -> bool:
         return self.root.exists()
@@ -122,6 +149,11 @@ class Folder:
         self._make_folder(name)
         write_atomically(self.root / name, data)
 
+    def create(self, name: str, data: bytes) -> None:
+        self._make_folder(name)
+        with open(self.root / name, "xb") as file:
+            file.write(data)
+
     def fetch(self, name: str, scratch: Path) -> Path:
         path = self.root / name
         if not path.is_file():
@@ -130,8 +162,14 @@ class Folder:
 
     def put(self, file: Path, name: str) -> None:
         self._make_folder(name)
+        if file.stat().st_dev != (self.root / name).parent.stat().st_dev:  # from scratch on another disk
+            file = Path(shutil.move(file, self._part(name)))
         sync(file)
         os.replace(file, self.root / name)
+
+    def _part(self, name: str) -> Path:
+        self._make_folder(f"{SCRATCH}/any")
+        return self.root / SCRATCH / f"{uuid.uuid4().hex}-{name.rpartition('/')[2]}"
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -165,8 +203,14 @@ class Folder:
         return _whole_lines(self.read(name) or b"")
 
     def scratch(self) -> Path:
-        self._make_folder(f"{SCRATCH}/any")
-        return Path(tempfile.mkdtemp(dir=self.root / SCRATCH))
+        return self._scratch.new()
+
+    def has_room(self) -> bool:
+        return self._scratch.has_room()
+
+    @property
+    def _scratch(self) -> Scratch:
+        return Scratch(self.local.scratch or self.root / SCRATCH, self.local.scratch_gib)
 
     @property
     def logs(self) -> Path:
@@ -174,19 +218,29 @@ class Folder:
         return self.root / "logs"
 
     @contextmanager
-    def lease(self) -> Iterator[None]:
-        """The kernel lets go of it when the process ends, however it ends. Scratch folders of before are
-        nobody's then.
+    def lease(self) -> Iterator[Lease]:
+        """Of two on one machine the kernel's lock tells at once, and lets go when the process ends, however
+        it ends; between machines that share the folder objects tell, or where there are no locks. Scratch
+        folders of before are nobody's then.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with lock(self.root / ".lock", *_busy(self.place)):
-            shutil.rmtree(self.root / SCRATCH, ignore_errors=True)
-            self._known.discard(SCRATCH)
+        told, is_gone = busy(self), Holder.is_gone
+        with ExitStack() as stack:
+            with suppress(NotImplementedError):  # a file system without locks
+                stack.enter_context(lock(self.root / ".lock", told.message, told.hint))
+                is_gone = Holder.was_here  # or it would have the lock
+            held = leased(self, beat_s=self.beat_s, expiry_s=self.expiry_s, is_gone=is_gone)
+            self.held = stack.enter_context(held)
             try:
-                yield
+                self._clear()
+                yield self.held
             finally:
-                shutil.rmtree(self.root / SCRATCH, ignore_errors=True)
-                self._known.discard(SCRATCH)
+                self._clear()
+                self.held = None
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.root / SCRATCH, ignore_errors=True)
+        self._known.discard(SCRATCH)
 
     def _make_folder(self, name: str) -> None:
         folder = name.rpartition("/")[0]
@@ -213,149 +267,221 @@ def _whole_lines(data: bytes) -> list[str]:
 
 
 FLUSH_S = 5.0  # a remote journal is an object for each so many seconds; so much of it a crash costs
-BEAT_S = 10.0  # how often the holder of a remote lease changes it
-EXPIRY_S = 60.0  # a lease that has not changed for so long is nobody's
 
 
 class Remote:
     """A run that is objects of an fsspec file system: no renaming, no appending, no locks."""
 
-    def __init__(self, place: str, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S) -> None:
-        self.place, self.beat_s, self.expiry_s = place.rstrip("/"), beat_s, expiry_s
-        self.fs, self.root = fsspec.core.url_to_fs(self.place)
+    held: Lease | None = None
+
+    def __init__(
+        self, place: str, local: Local = ANYWHERE, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S
+    ) -> None:
+        self.place, self.local, self.beat_s, self.expiry_s = place.rstrip("/"), local, beat_s, expiry_s
+        try:
+            self.filesystem, self.root = fsspec.core.url_to_fs(self.place)
+        except (ImportError, ValueError) as error:
+            kind = self.place.partition("://")[0]
+            hint = f"pip install 'recapkit[{kind}]'" if kind == "s3" else "name a folder, or s3://BUCKET/PATH"
+            raise InputError(f"{self.place} cannot be used: {error}", hint) from error
         self.root = self.root.rstrip("/")
-        self.lost = False  # the lease that was held: whatever is written now may be another build's
+        protocol = self.filesystem.protocol
+        protocols = {protocol} if isinstance(protocol, str) else {*protocol}
+        self._is_object_store = bool(protocols & OBJECTS)
+        self._may_be_conditional = bool(protocols & (OBJECTS | FILES))
+
+    def url(self, name: str) -> str:
+        return f"{self.place}/{name}"
 
     def exists(self) -> bool:
-        return bool(self.fs.exists(self.root))
+        with self._telling():
+            return bool(self.filesystem.exists(self.root))
 
     def read(self, name: str) -> bytes | None:
-        try:
-            data: bytes = self.fs.cat_file(f"{self.root}/{name}")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
+        with self._telling():
+            try:
+                data: bytes = self.filesystem.cat_file(f"{self.root}/{name}")
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                return None
         return data
 
     def write(self, name: str, data: bytes) -> None:
         self._hold()
-        self._make_folder(name)
-        self.fs.pipe_file(f"{self.root}/{name}", data)
+        with self._telling():
+            self._make_folder(name)
+            self.filesystem.pipe_file(f"{self.root}/{name}", data)
+
+    def create(self, name: str, data: bytes) -> None:
+        with self._telling():
+            self._make_folder(name)
+            self.filesystem.pipe_file(f"{self.root}/{name}", data, mode="create")
 
     def fetch(self, name: str, scratch: Path) -> Path:
         path = scratch / "fetched" / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.fs.get_file(f"{self.root}/{name}", str(path))
+            part = path.with_name(f".{path.name}.part")
+            with self._telling():
+                self.filesystem.get_file(f"{self.root}/{name}", str(part))
+            os.replace(part, path)
         return path
 
     def put(self, file: Path, name: str) -> None:
         self._hold()
-        self._make_folder(name)
-        self.fs.put_file(str(file), f"{self.root}/{name}")
+        with self._telling():
+            self._make_folder(name)
+            if not self._is_object_store:
+                self.filesystem.put_file(str(file), f"{self.root}/{name}")
+            else:
+                try:
+                    self.filesystem.put_file(str(file), f"{self.root}/{name}", mode="create")
+                except FileExistsError:  # a crash left it, or another build has put it
+                    confirm(self)
+                    self.filesystem.put_file(str(file), f"{self.root}/{name}")
         file.unlink()
 
     def names(self, folder: str) -> list[str]:
-        self._hold()
         return sorted(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
         files = (item for item in self._list(folder) if item["type"] == "file")
-        return {item["name"].rpartition("/")[2]: item["size"] for item in files}
+        named = ((item["name"].rpartition("/")[2], item["size"]) for item in files)
+        return {name: size for name, size in named if not name.startswith(".")}
 
     def folders(self, folder: str) -> list[str]:
         found = (item for item in self._list(folder) if item["type"] == "directory")
-        return sorted(item["name"].rpartition("/")[2] for item in found)
+        names = (item["name"].rstrip("/").rpartition("/")[2] for item in found)
+        return sorted(name for name in names if not name.startswith("."))
 
     def delete(self, name: str) -> None:
-        with suppress(FileNotFoundError, IsADirectoryError):
-            self.fs.rm_file(f"{self.root}/{name}")
-        for part in self.names(name):  # of a journal
-            self.fs.rm_file(f"{self.root}/{name}/{part}")
+        with self._telling():
+            with suppress(FileNotFoundError, IsADirectoryError):
+                self.filesystem.rm_file(f"{self.root}/{name}")
+            for part in self.segments(name):
+                self.filesystem.rm_file(f"{self.root}/{name}/{part}")
 
     def journal(self, name: str) -> Journal:
         return _Segments(self, name)
 
     def journaled(self, name: str) -> list[str]:
-        parts = (self.read(f"{name}/{part}") or b"" for part in self.names(name))
+        parts = (self.read(f"{name}/{part}") or b"" for part in self.segments(name))
         return [line for part in parts for line in _whole_lines(part)]
 
+    def segments(self, name: str) -> list[str]:
+        """Of a journal, where it is one. What is not there is not listed: s3fs would list all beside it."""
+        if not name.endswith(".journal"):
+            return []
+        with self._telling():
+            self.filesystem.invalidate_cache()
+            is_one = self.filesystem.exists(f"{self.root}/{name}/{_segment(0)}")
+        return self.names(name) if is_one else []
+
     def scratch(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix="recap-"))
+        return self._scratch.new()
+
+    def has_room(self) -> bool:
+        return self._scratch.has_room()
+
+    @property
+    def _scratch(self) -> Scratch:
+        return Scratch(self._here() / "tasks", self.local.scratch_gib)
+
+    def _here(self) -> Path:
+        """A folder of this machine, of this run and this user: nothing in it is needed for long."""
+        base = self.local.scratch or Path(tempfile.gettempdir(), f"recap-{os.getuid()}")
+        return base / digest(self.place)
 
     @property
     def logs(self) -> Path:
-        folder = Path(tempfile.gettempdir(), "recap-logs")
-        folder.mkdir(exist_ok=True)
+        folder = self._here() / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Objects `lease/<number>`: the highest number holds it and keeps changing its object.
+    def lease(self) -> Iterator[Lease]:
+        if not self.local.single_driver:
+            self._prove()
+        with leased(self, beat_s=self.beat_s, expiry_s=self.expiry_s) as self.held:
+            try:
+                yield self.held
+            finally:
+                self.held = None
 
-        One that has not changed over `expiry_s` of the observer's own clock is nobody's. The next number is
-        made by a conditional PUT, so that of two that want it one gets it.
-        """
-        names = self.names("lease")
-        if names and (held := self.read(f"lease/{names[-1]}")):
-            end = time.monotonic() + self.expiry_s
-            while (now := self.read(f"lease/{names[-1]}")) == held and time.monotonic() < end:
-                time.sleep(min(self.beat_s, self.expiry_s) / 4)
-            if now is not None and now != held:
-                raise InputError(*_busy(self.place))
-        mine = f"lease/{int(names[-1]) + 1 if names else 0:08d}"
-        self._make_folder(mine)
+    def is_conditional(self) -> bool:
+        """Is of two that create an object one refused? Tried out, for some servers do not know of it."""
+        if not self._may_be_conditional:
+            return False
+        name = f".lease/probe-{uuid.uuid4().hex}"
+        self.create(name, b"first")
         try:
-            self.fs.pipe_file(f"{self.root}/{mine}", uuid.uuid4().bytes, mode="create")
+            self.create(name, b"second")
         except FileExistsError:
-            raise InputError(*_busy(self.place)) from None
-        for older in names:
-            self.delete(f"lease/{older}")
-        ended = threading.Event()
-
-        def beat() -> None:
-            written = time.monotonic()
-            while not ended.wait(self.beat_s):
-                with suppress(Exception):  # the next one may come through; too long without one is told
-                    if self.names("lease")[-1:] != [mine.rpartition("/")[2]]:
-                        break
-                    self.fs.pipe_file(f"{self.root}/{mine}", uuid.uuid4().bytes)
-                    written = time.monotonic()
-                if time.monotonic() - written > self.expiry_s:
-                    break
-            self.lost = not ended.is_set()
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
+            return True
         finally:
-            ended.set()
-            thread.join()
-            if not self.lost:
-                self.delete(mine)
-            self.lost = False
+            self.delete(name)
+        return False
+
+    def _prove(self) -> None:
+        """Raises:
+        InputError: the store cannot keep two builds apart.
+        """
+        if not self.is_conditional():
+            reason = f"{self.place} has no conditional put: it cannot keep two builds apart"
+            raise InputError(reason, "see that no other is at work, then say so: --single-driver")
 
     def _hold(self) -> None:
         """Raises:
         InputError: the lease was lost.
         """
-        if self.lost:
-            reason = (
-                f"{self.place} could not be written to for {self.expiry_s:g} s, or another build took it over"
-            )
-            raise InputError(reason, "look whether one is at work, then type the same command again")
+        if self.held and self.held.is_lost:
+            confirm(self)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What no other try would survive, in one line.
+
+        Raises:
+            InputError: credentials are missing, refused or expired.
+        """
+        try:
+            yield
+        except PermissionError as error:
+            hint = "see that the credentials may read and write there, then type the same command again"
+            raise InputError(f"{self.place} refuses: {_one_line(error)}", hint) from error
+        except FileNotFoundError as error:
+            if "bucket" not in str(error).lower():
+                raise
+            raise InputError(f"{self.place}: {_one_line(error)}", "create the bucket first") from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore"):
+                raise
+            if "Credentials" in type(error).__name__:
+                hint = "set them, as AWS's tools want them: aws configure"
+                raise InputError(f"{self.place} refuses: {_one_line(error)}", hint) from error
+            raise OSError(_one_line(error)) from error  # no answer: another try may get one
 
     def _list(self, folder: str) -> list[dict[str, Any]]:  # of what fsspec tells
-        self.fs.invalidate_cache()
-        try:
-            found: list[dict[str, Any]] = self.fs.ls(f"{self.root}/{folder}", detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return [item for item in found if str(item["name"]).rstrip("/") != f"{self.root}/{folder}"]
+        path = f"{self.root}/{folder}".rstrip("/")
+        with self._telling():
+            self.filesystem.invalidate_cache()
+            try:
+                found: list[dict[str, Any]] = self.filesystem.ls(path, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return [item for item in found if str(item["name"]).rstrip("/") != path]
 
     def _make_folder(self, name: str) -> None:
-        """Where a file system has folders."""
-        self.fs.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+        """Where a file system has folders; an object store has none, and asked for one makes a bucket."""
+        if not self._is_object_store:
+            self.filesystem.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _segment(number: int) -> str:
+    return f"{number:06d}"
 
 
 class _Segments:
@@ -363,7 +489,7 @@ class _Segments:
 
     def __init__(self, store: Remote, name: str) -> None:
         self.store, self.name = store, name
-        self.number = len(store.names(name))
+        self.number = len(store.segments(name))
         self.lines, self.since = io.StringIO(), time.monotonic()
 
     def add(self, line: str) -> None:
@@ -376,6 +502,6 @@ class _Segments:
 
     def _flush(self) -> None:
         if text := self.lines.getvalue():
-            self.store.write(f"{self.name}/{self.number:06d}", text.encode())
+            self.store.write(f"{self.name}/{_segment(self.number)}", text.encode())
             self.number += 1
         self.lines, self.since = io.StringIO(), time.monotonic()

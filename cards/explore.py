@@ -37,7 +37,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from builder.places import Place
 from builder.run import Run
 from builder.stages.imagetar import images
 from builder.stages.select import COLUMNS
+from builder.store import Folder
 
 PAGE = Path(__file__).parent / "explorer"
 FILES = ("index.html", "explorer.js", "explorer.css")
@@ -139,8 +141,8 @@ def _write(place: Place, folder: Path, room: int) -> None:
             digest.update(data)
             chunks, shown = chunks + 1, shown + table.num_rows
             keys.update(key for key in table["key"].to_pylist() if key)
-    if tars:
-        _thumbs(tars, keys, folder / "thumbs")
+    if first := next(tars, None):
+        _thumbs(chain([first], tars), keys, folder / "thumbs")
     about |= {
         "id": digest.hexdigest()[:16],
         "status": status,
@@ -150,7 +152,7 @@ def _write(place: Place, folder: Path, room: int) -> None:
         "defects": [
             {**row, "column": f"{prefix(row['caption'])}_defects"} for row in defects if row["defect"]
         ],
-        "thumbs": bool(tars),
+        "thumbs": first is not None,
     }
     (folder / "data.json").write_text(
         json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -169,10 +171,16 @@ def _about(place: Place) -> dict[str, Any]:
     return {"title": Path(place.parts.name).name, "version": "", "license": ""}
 
 
-def _tars(run: Run | None) -> list[Path]:
-    """A run's images, as far as they are still there."""
-    found = map(run.local, run.files("download", ".tar")) if run else ()
-    return [path for path in found if path.exists()]
+def _tars(run: Run | None) -> Iterator[Path]:
+    """A run's images, as far as they are still there; what had to be brought is here one at a time."""
+    if run is None:
+        return
+    for name in run.files("download", ".tar"):
+        with suppress(FileNotFoundError):
+            path = run.local(name)
+            yield path
+            if not isinstance(run.store, Folder):
+                path.unlink()
 
 
 def _table_view(con: duckdb.DuckDBPyConnection) -> str:

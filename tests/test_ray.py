@@ -76,7 +76,7 @@ def recipe_of(tmp_path: Path) -> object:
     return recipe
 
 
-def outputs(place: Path, stages: tuple[str, ...]) -> dict[str, str]:
+def outputs(place: str | Path, stages: tuple[str, ...]) -> dict[str, str]:
     run = Run.open(place)
     return {
         name: digest

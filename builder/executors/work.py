@@ -22,6 +22,7 @@ from builder.errors import (
 from builder.schedule import Outcome, Schedule
 from builder.store import Store
 
+ROOM_S = 0.5  # between looks whether there is room in the scratch folder
 log = logging.getLogger(__name__)
 
 
@@ -95,6 +96,9 @@ class Serving:
             log.warning("%s: %s", stage.name, traceback.format_exc())
             given = ", ".join(f"{name}={value}" for name in stage.paths if (value := getattr(stage, name)))
             reason = f"stage {stage.name} cannot start{', ' if given else ''}{given}: {said(error)}"
+            if "out of memory" in str(error).lower():
+                lower = f"{stage.name}.gpu_memory_utilization, {stage.name}.in_flight or .max_model_len"
+                words = f"it ran out of memory: lower {lower}, or use a larger GPU; {words}"
             return InputError(reason, words)
         return None
 
@@ -105,6 +109,8 @@ class Serving:
         task, prepared = self.begun.popleft() if self.begun else (self.wait(), None)
         if task is None:
             return None
+        while not prepared and not self.store.has_room():  # others are at work there, and will make some
+            time.sleep(ROOM_S)
         try:
             return attempt(self.store, self.by_name[task.stage], task, self.work, prepared)
         except UserError as error:
@@ -112,7 +118,7 @@ class Serving:
 
     def peek(self) -> Task | None:
         """The next task with its inputs at hand, each once, if there is one already."""
-        task = self.poll()
+        task = self.poll() if self.store.has_room() else None
         if task is None:
             return None
         stack = ExitStack()

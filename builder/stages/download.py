@@ -87,7 +87,7 @@ class Download(Stage):
     version: ClassVar[int] = 4
     costly: ClassVar[bool] = True
     effort: ClassVar[tuple[str, ...]] = (
-        "timeout_s", "retries", "concurrency", "workers", "nameservers", "hold_above",
+        "timeout_s", "retries", "concurrency", "nameservers", "hold_above",
     )  # fmt: skip
     once: ClassVar[tuple[str, ...]] = ("accept_failures",)
     libraries: ClassVar[tuple[str, ...]] = (
@@ -111,7 +111,6 @@ class Download(Stage):
     disallowed_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     user_agent_token: str = "recapkit"
     concurrency: Count = 64  # URLs in flight per worker
-    workers: Count | None = None  # processes; one per core unless given
     nameservers: tuple[str, ...] = ()  # IP or IP:PORT, asked instead of the system's
     # Rows of a block, as a share, that may fail by transport.
     hold_above: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -130,7 +129,8 @@ class Download(Stage):
         return replace(self, nameservers=())  # this machine's
 
     def num_workers(self) -> int:
-        return self.workers or os.cpu_count() or 1
+        most = self.bounds()[1]
+        return int(most) if math.isfinite(most) else os.cpu_count() or 1
 
     def check(self) -> None:
         if self.resize_mode not in RESIZE_MODES:

@@ -31,11 +31,20 @@ from analysis import plots, report, views
 from builder import sql, tombstones
 from builder.commit import forget
 from builder.core import Recipe, Record
-from builder.errors import DamagedError, InputError, MovedError, VersionError, command, telling_of_a_full_disk
+from builder.errors import (
+    DamagedError,
+    InputError,
+    MovedError,
+    VersionError,
+    command,
+    named,
+    telling_of_a_full_disk,
+)
 from builder.files import lock, read_rows, sha256_file, write_atomically, write_parquet
-from builder.places import parts, run_parts
+from builder.places import parts
 from builder.run import RECIPE, Run
 from builder.stages.select import schemas
+from builder.store import Folder
 from builder.typed import from_json
 from builder.versions.folder import link
 from builder.versions.targets import removed_from, split, target_of
@@ -79,14 +88,16 @@ def publish(
     where = target_of(target)
     run = Run.open(place)
     selected = run.finished()
-    versions = run.local("versions")
+    versions = run.workspace / "versions"
     versions.mkdir(exist_ok=True)
     busy, hint = f"another publish of {place} is at work", "wait for it, then type the same command again"
     with telling_of_a_full_disk(place), lock(versions / ".lock", busy, hint):
         published = _published(where, run, selected, version, dry_run=dry_run, rebase=rebase)
         if not published.plan:
             about = {"place": published.place, "commit": published.commit, "rows": published.rows}
-            write_atomically(versions / f"v{version}.published.json", json.dumps(about, indent=1) + "\n")
+            run.store.write(
+                f"versions/v{version}.published.json", (json.dumps(about, indent=1) + "\n").encode()
+            )
         return published
 
 
@@ -117,14 +128,17 @@ def _damaged(run: Run, selected: Mapping[str, Record], version: str) -> VersionE
     for task, record in selected.items():
         folder, _, name = task.rpartition("/")
         for output, sha256 in record.outputs.items():
-            path = run.local(output)
-            if not path.is_file() or sha256_file(path) != sha256:
+            try:
+                is_whole = sha256_file(run.local(output)) == sha256
+            except FileNotFoundError:
+                is_whole = False
+            if not is_whole:
                 damaged.append(output)
                 forget(run.store, folder, name)
     if not damaged:
         return None
-    run.local(f"versions/v{version}.json").unlink(missing_ok=True)
-    again = command("recap", "build", run.local(RECIPE), "--run", Path(run.place))
+    (run.workspace / f"versions/v{version}.json").unlink(missing_ok=True)
+    again = command("recap", "build", named(run.store.url(RECIPE)), "--run", named(run.place))
     reason = f"{run.place}/{damaged[0]} no longer has the bytes of its record"
     return VersionError(reason, f"make it again, then publish: {again}")
 
@@ -136,16 +150,18 @@ def stage(run: Run, version: str, removed: pa.Table, selected: Mapping[str, Reco
     """
     recipe = run.recipe.portable()
     selected = dict(run.shards("select")) if selected is None else selected
-    folder, record = run.local(f"versions/v{version}"), run.local(f"versions/v{version}.json")
+    folder, record = run.workspace / f"versions/v{version}", run.workspace / f"versions/v{version}.json"
     key = _key(recipe, version, list(selected.values()), removed)
     if staged := _staged(folder, version, record, key):
         return staged
     record.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    shards, found = _shards(run, selected), run_parts(run, (), selected.values())
+    shards = _shards(selected, run)
+    here = {kind: [str(shard.path) for shard in of_kind] for kind, of_kind in shards.items()}
+    found = views.Parts(here["data"], here["ledger"], spill=run.workspace, name=run.place)
     preview = list(islice((row for file in found.published for row in read_rows(Path(file))), PREVIEW_ROWS))
     if not preview:
-        hint = f"see why: {command('recap', 'status', Path(run.place))}"
+        hint = f"see why: {command('recap', 'status', named(run.place))}"
         raise VersionError(f"no row of {run.place} is ok: there is nothing to publish", hint)
     staged = put_together(folder, recipe, version, shards, preview, found, removed, _made(run))
     check(staged, found, removed)
@@ -169,14 +185,18 @@ def _staged(folder: Path, version: str, record: Path, key: str) -> Staged | None
     return staged
 
 
-def _shards(run: Run, selected: Mapping[str, Record]) -> dict[str, list[Shard]]:
+def _is_ledger(name: str) -> bool:
+    return name.endswith(".ledger.parquet")
+
+
+def _shards(selected: Mapping[str, Record], run: Run | None = None) -> dict[str, list[Shard]]:
+    """With their files, where a run is given to get them from."""
     shards: dict[str, list[Shard]] = {"data": [], "ledger": []}
     for done in selected.values():
         for name, sha256 in done.outputs.items():
-            is_ledger = name.endswith(".ledger.parquet")
-            rows = sum(done.rows.values()) if is_ledger else done.rows.get("ok", 0)
-            shard = Shard(run.local(name), sha256, done.bytes[name], rows)
-            shards["ledger" if is_ledger else "data"].append(shard)
+            rows = sum(done.rows.values()) if _is_ledger(name) else done.rows.get("ok", 0)
+            shard = Shard(run.local(name) if run else None, sha256, done.bytes[name], rows)
+            shards["ledger" if _is_ledger(name) else "data"].append(shard)
     return shards
 
 
@@ -268,17 +288,22 @@ def put_together(
     return Staged(folder, version, manifest)
 
 
-def preview_card(place: str | Path) -> Path:
-    """The card, its plots and statistics of a run as it is, in RUN/card. Returns the path of README.md."""
+def preview_card(place: str | Path) -> str:
+    """The card, its plots and statistics of a run as it is, in RUN/card. Returns where README.md is."""
     run = Run.open(place)
-    folder, found = run.local("card"), parts(place)
-    shards = _shards(run, dict(run.shards("select")))
-    sample = next((row for file in found.published for row in read_rows(Path(file))), {})
+    folder, found = run.workspace / "card", parts(place)
+    selected = dict(run.shards("select"))
+    shards = _shards(selected)
+    data = (name for done in selected.values() for name in done.outputs if not _is_ledger(name))
+    sample = next((row for name in data for row in read_rows(run.local(name))), {})
     rows = {"train": sum(s.rows for s in shards["data"]), "ledger": sum(s.rows for s in shards["ledger"])}
     sizes = {"train": sum(s.bytes for s in shards["data"]), "ledger": sum(s.bytes for s in shards["ledger"])}
     manifest = {"rows": rows | {"preview": min(PREVIEW_ROWS, rows["train"])}, "bytes": sizes, **_made(run)}
     describe(folder, run.recipe.portable(), manifest, found, sample)
-    return folder / "README.md"
+    if not isinstance(run.store, Folder):
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            run.store.write(f"card/{path.relative_to(folder)}", path.read_bytes())
+    return run.store.url("card/README.md")
 
 
 def describe(

@@ -19,7 +19,7 @@ from recipes.demo import web
 
 
 def demo(
-    run: Path,
+    run: Path | str,
     *,
     rows: int,
     port: int,
@@ -34,7 +34,8 @@ def demo(
     import datasets
 
     start = time.monotonic()
-    site = run.with_name(f"{run.name}-web-{rows}-{port}")
+    near = run if isinstance(run, Path) else Path("runs", run.rstrip("/").rpartition("/")[2])
+    site = near.with_name(f"{near.name}-web-{rows}-{port}")
     if not (site / "truth.json").exists():
         click.echo(f"drawing {rows} pictures for a small web on {web.HOST}:{port}", err=True)
         web.make(site, rows=rows, port=port)
@@ -45,7 +46,7 @@ def demo(
         for name, reason in result.failed.items():
             click.echo(f"failed: {name}: {reason}", err=True)
         return 1
-    target = run.with_name(f"{run.name}-published")
+    target = near.with_name(f"{near.name}-published")
     try:
         folder = Path(publish(run, str(target), "0.1.0").place)
     except VersionError as error:
