@@ -30,7 +30,7 @@ from builder.errors import RecipeError, UserError, command
 from builder.executors.local import local
 from builder.files import finite
 from builder.resolve import pairs_of, resolve
-from builder.schedule import Outcome
+from builder.schedule import BLOCKS_AT_WORK, Outcome
 from builder.scratch import Local
 
 
@@ -214,6 +214,14 @@ def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
 @click.option(
     "--drop-images", is_flag=True, help="Delete a block's images once its captions and scores are there."
 )
+@click.option(
+    "--blocks",
+    default=BLOCKS_AT_WORK,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Blocks of a thousand shards that are at work at a time; what a disk holds of images with"
+    " --drop-images. More than a shard for every worker.",
+)
 @_on
 @_local_disk
 @_as_json
@@ -225,6 +233,7 @@ def build(
     accept_failures: bool,
     redo: tuple[str, ...],
     drop_images: bool,
+    blocks: int,
     on: str,
     local_disk: Local,
     as_json: bool,
@@ -245,6 +254,7 @@ def build(
             progress=progress,
             redo=redo,
             drop_images=drop_images,
+            blocks_at_work=blocks,
             local_disk=local_disk,
         )
     _say_built(run, result, as_json)

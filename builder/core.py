@@ -236,10 +236,10 @@ class Stage:
     def portable(self) -> Stage:
         """The same settings without this machine's directories, as they are published."""
         values = {name: getattr(self, name) for name in self.paths}
-        names = {
+        names: dict[str, Json] = {
             name: Path(value).name for name, value in values.items() if value and Path(value).is_absolute()
         }
-        return replace(self, **names)
+        return replace(self, workers=None, **names)
 
     def num_workers(self) -> int:
         """Worker processes on one machine, at most."""
@@ -407,8 +407,7 @@ class Recipe:
         """The resolved recipe, one setting a line, so that two of them can be compared."""
         stages = []
         for stage in self.stages:
-            of_a_build = ("workers", *stage.once)
-            settings = {name: value for name, value in asdict(stage).items() if name not in of_a_build}
+            settings = {name: value for name, value in asdict(stage).items() if name not in stage.once}
             stages.append({"stage": type(stage).__name__.lower(), **settings})
         about = {n: getattr(self, n) for n in ("name", "title", "license", "description")}
         # Left out where there is none: a recipe.json from before there were any stays as it is.

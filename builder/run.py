@@ -29,7 +29,7 @@ from builder.executors.local import local
 from builder.executors.pool import ATTEMPTS
 from builder.index import Index, load
 from builder.plan import BlockPlan, Plan
-from builder.schedule import Left, Outcome, Schedule, is_early
+from builder.schedule import BLOCKS_AT_WORK, Left, Outcome, Schedule, is_early
 from builder.scratch import ANYWHERE, Local
 from builder.stages.download import Download
 from builder.stages.source import Source
@@ -204,11 +204,13 @@ def build(
     progress: Progress | None = None,
     redo: Sequence[str] = (),
     drop_images: bool = False,
+    blocks_at_work: int = BLOCKS_AT_WORK,
     local_disk: Local = ANYWHERE,
 ) -> Result:
     """Do all that is not done yet. `redo` names stages whose finished shards may be done again.
 
-    `drop_images` deletes a shard's images when its captions and scores are there.
+    `drop_images` deletes a shard's images when its captions and scores are there; `blocks_at_work` is how
+    many blocks, of a thousand shards each, are begun before the first of them is done.
 
     Raises:
         InputError: it holds the run of another recipe, another build is at work in it, the input cannot be
@@ -228,7 +230,7 @@ def build(
             run.extend(redo)
             left = _may_redo(run, redo)
             store.write(RECIPE, recipe.to_json().encode())
-            return _build(run, left, executor, progress, redo, drop_images)
+            return _build(run, left, executor, progress, redo, drop_images, blocks_at_work)
 
 
 def _build(
@@ -238,6 +240,7 @@ def _build(
     progress: Progress | None,
     redo: Sequence[str],
     drop_images: bool,
+    blocks_at_work: int,
 ) -> Result:
     result, downloads = Result(), [stage for stage in run.recipe.stages if isinstance(stage, Download)]
     hold_above = min((stage.hold_above for stage in downloads), default=1.0)
@@ -245,7 +248,12 @@ def _build(
     for attempt in range(ATTEMPTS):  # again, for what turned out to be damaged
         known = left if attempt == 0 else None
         schedule = Schedule(
-            run.plan(), left=known, hold_above=hold_above, accept=accept, drop_images=drop_images
+            run.plan(),
+            left=known,
+            hold_above=hold_above,
+            accept=accept,
+            drop_images=drop_images,
+            blocks_at_work=blocks_at_work,
         )
         _carry_out(run, schedule, executor, progress, result)
         result.held = schedule.held

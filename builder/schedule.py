@@ -14,6 +14,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from builder.commit import compact, drop
 from builder.core import RUN, TRANSPORT, Object, Question, Record, Stage, Task
@@ -44,11 +45,39 @@ Left = dict[str, set[str]]
 """Block -> stages that have something to do there."""
 
 
+class _Queue:
+    """Tasks that are ready, those of the oldest block first: blocks at work would else end at the same time,
+    and nothing be there to do while the next ones begin.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, deque[Task]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.blocks.values()))
+
+    def __iter__(self) -> Iterator[Task]:
+        return chain.from_iterable(self.blocks[block] for block in sorted(self.blocks))
+
+    def append(self, task: Task) -> None:
+        self.blocks.setdefault(task.block, deque()).append(task)
+
+    def remove(self, task: Task) -> None:
+        self.blocks[task.block].remove(task)
+        if not self.blocks[task.block]:
+            del self.blocks[task.block]
+
+    def drop(self, block: str) -> int:
+        """Those of a block; says how many they were."""
+        return len(self.blocks.pop(block, ()))
+
+
 class Schedule:
     """What is to do of a plan.
 
     `left` says which stages have something to do in a block, where that is known; `hold_above` is the share
     of rows that may fail by transport before a block is held back, unless it is to be accepted for good;
+    `blocks_at_work` is how many are open at a time: what lies about of them is what a disk has to hold;
     `only` are tasks to do and nothing else.
     """
 
@@ -60,9 +89,11 @@ class Schedule:
         hold_above: float = 1.0,
         accept: bool = False,
         drop_images: bool = False,
+        blocks_at_work: int = BLOCKS_AT_WORK,
         only: Iterable[Task] | None = None,
     ) -> None:
         self.plan, self.hold_above, self.accept, self.drop_images = plan, hold_above, accept, drop_images
+        self.blocks_at_work = blocks_at_work
         self.stages = {stage.name: stage for stage in plan.line}
         self.store: Store = plan.store
         self.damaged = False
@@ -72,7 +103,8 @@ class Schedule:
         self._phases = _phases(plan)
         self._phase, self._blocks = -1, deque[Block]()
         self._open: dict[str, BlockPlan] = {}
-        self._ready: dict[str, deque[Task]] = {name: deque() for name in self.stages}
+        self._ready: dict[str, _Queue] = {name: _Queue() for name in self.stages}
+        self._sharing: dict[str, tuple[Stage, ...]] = {}
         self._running: dict[tuple[str, str, str], Task] = {}
         self._at_work: Counter[str] = Counter()  # block -> tasks that are ready or running
         self._left = left
@@ -108,9 +140,11 @@ class Schedule:
 
     def sharing(self, stage: Stage) -> tuple[Stage, ...]:
         """The stages that one worker does with this one, itself among them."""
-        what = stage.shares()
-        others = (other for other in self.stages.values() if what is not None and other.shares() == what)
-        return tuple(others) or (stage,)
+        if stage.name not in self._sharing:
+            what = stage.shares()
+            others = (other for other in self.stages.values() if what is not None and other.shares() == what)
+            self._sharing[stage.name] = tuple(others) or (stage,)
+        return self._sharing[stage.name]
 
     def has_ready(self, stage: Stage) -> bool:
         return bool(self._ready[stage.name])
@@ -193,7 +227,7 @@ class Schedule:
         """Open another block, or begin the next phase; False where neither is possible yet."""
         if self._only:
             return False
-        if self._blocks and len(self._open) < BLOCKS_AT_WORK:
+        if self._blocks and len(self._open) < self.blocks_at_work:
             self._open_block(self._blocks.popleft())
             return True
         if self._blocks or self._running or any(self._ready.values()):
@@ -308,9 +342,7 @@ class Schedule:
         )
         for name, queue in self._ready.items():
             if name not in ("source", "download"):
-                kept = deque(task for task in queue if task.block != block.block.name)
-                self._at_work[block.block.name] -= len(queue) - len(kept)
-                self._ready[name] = kept
+                self._at_work[block.block.name] -= queue.drop(block.block.name)
 
 
 def _phases(plan: Plan) -> dict[str, int]:

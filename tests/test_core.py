@@ -137,7 +137,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("stage", [Source, Download, Dedup, Caption, Embed, Score, Best, Select])
 def test_the_defaults_are_those_of_the_stages_version(stage: type[Stage]) -> None:
-    left_out = {"name", *stage.effort, *stage.once}
+    left_out = {"name", "workers", *stage.effort, *stage.once}
     shaping = [f.name for f in fields(stage) if f.name not in left_out and f.default is not MISSING]
     assert {name: stage.default(name) for name in shaping} == DEFAULTS[stage.__name__, stage.version]
 
@@ -171,6 +171,7 @@ def test_every_setting_of_the_download_but_how_hard_it_tries_changes_its_key() -
         *Download.effort,
         *Download.once,
         "name",
+        "workers",
     }
     keys = {key(Download(**{name: value})) for name, value in OTHER_DOWNLOADS.items()}
     assert len(keys - {key(Download())}) == len(OTHER_DOWNLOADS)

@@ -23,6 +23,7 @@ from builder.schedule import Outcome, Schedule
 
 ATTEMPTS = 3
 LOST = 0.25  # of an attempt that ended with its whole machine, which many shards survive
+LOOK_S = 0.5  # between looks for idle workers of many nodes
 LOOKED_AT = 64  # tasks among which a worker looks for one of a shard that it has at hand
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,12 @@ class Worker(ABC):
         self.tasks: list[Task] = []  # the one that it does, and those that it may begin ahead
         self.shards = deque[tuple[str, str]](maxlen=4)  # the last that were given to it
         self.idle_since = time.monotonic()
+        self.node: Node | None = None
         self.is_open = False  # has it opened its stages, and loaded what they need?
 
     def give(self, task: Task) -> None:
         self.tasks.append(task)
+        self._changed()
         if _shard(task) not in self.shards:
             self.shards.append(_shard(task))
         self.send(task)
@@ -63,8 +66,13 @@ class Worker(ABC):
             self.is_open = what
             return None
         self.tasks.pop(0)
+        self._changed()
         self.idle_since = time.monotonic()
         return what
+
+    def _changed(self) -> None:
+        if self.node:
+            self.node.version += 1
 
     @abstractmethod
     def dismiss(self) -> None:
@@ -100,9 +108,25 @@ class Node:
         self.workers: list[Worker] = []
         self.leaving: list[Worker] = []
         self.wanted = 0.0  # cores for which the deepest stage waits that has tasks and workers
+        # Of many nodes few change between two questions: what was found is kept until a node does.
+        self.version = 0
+        self._found: dict[tuple[str, float], tuple[int, Sequence[Worker | Node], float]] = {}
+        self._ahead: dict[str, tuple[int, Sequence[Worker]]] = {}
+        self._busy = (-1, 0.0)
 
     def now(self, stage: Stage) -> Sequence[Worker | Node]:
         """Who may do a task of this stage now: idle workers, or the node, which starts one."""
+        version, found, wanted = self._found.get(which := (stage.name, self.wanted), (-1, (), 0.0))
+        if version != self.version:
+            found = self._now(stage)
+            if found or not self.is_waiting_for_room:
+                self._found[which] = self.version, found, self.wanted
+            return found
+        self.wanted = wanted
+        return found
+
+    def _now(self, stage: Stage) -> Sequence[Worker | Node]:
+        self.is_waiting_for_room = False  # which depends on what is to come for its workers, too
         needs = self.needs[stage.name]
         mine = [worker for worker in self.workers if stage in worker.stages]
         idle = [worker for worker in mine if not worker.tasks]
@@ -116,24 +140,38 @@ class Node:
         """Who may begin a task of this stage before it has done another."""
         if not stage.ahead or self.wanted:
             return []
-        return [w for w in self.workers if stage in w.stages and self._may_begin(w, stage)]
+        version, found = self._ahead.get(stage.name, (-1, ()))
+        if version == self.version:
+            return found
+        mine = [worker for worker in self.workers if stage in worker.stages]
+        found = [worker for worker in mine if self._may_begin(worker, stage)]
+        if all(len(worker.stages) == 1 for worker in mine):  # others may have more to do meanwhile
+            self._ahead[stage.name] = self.version, found
+        return found
 
     def _may_begin(self, worker: Worker, stage: Stage) -> bool:
         """Has it room for a task that it begins ahead? Stages that share a worker take turns, so that it has
         the same shard of all of them at hand.
         """
+        if not 0 < len(worker.tasks) < 2 * len(worker.stages):
+            return False
         begun = Counter(task.stage for task in worker.tasks)
         others = [other for other in worker.stages if other is stage or self.schedule.has_ready(other)]
-        turn = min(begun[other.name] for other in others) == begun[stage.name]
-        return turn and 0 < len(worker.tasks) < 2 * len(worker.stages)
+        return min(begun[other.name] for other in others) == begun[stage.name]
 
     def busy(self) -> float:
         """The share of its cores that is at work."""
-        return sum(self.needs[w.name].cpus for w in self.workers if w.tasks) / self.machine.cpus
+        if self._busy[0] != self.version:
+            cpus = sum(self.needs[worker.name].cpus for worker in self.workers if worker.tasks)
+            self._busy = self.version, cpus / self.machine.cpus
+        return self._busy[1]
 
     def _has_room(self, needs: Resources) -> bool:
         """Is there memory, and a GPU, for one more worker, if others that can be spared make room for it?"""
-        return self._fits(needs, self.workers) or self._fits(needs, self._needed())
+        if self._fits(needs, self.workers):
+            return True
+        self.is_waiting_for_room = True
+        return self._fits(needs, self._needed())
 
     def _has_cores(self, cpus: float) -> bool:
         """Are there cores for a task, so that a deeper one that waits has to wait no longer for it?
@@ -188,11 +226,13 @@ class Node:
         gpus = self._gpus(needs, [*self.workers, *self.leaving])
         worker = self.start(self.schedule.sharing(stage), gpus or ())
         self.workers.append(worker)
+        worker.node, self.version = self, self.version + 1
         return worker
 
     def end(self, worker: Worker, *, gently: bool = False, is_gone: bool = False) -> None:
         """`is_gone`: the machine is, and gets nothing more to do."""
         self.workers.remove(worker)
+        self.version += 1
         if is_gone:
             self.most = dict.fromkeys(self.most, 0)
         for task in worker.tasks:  # what it had not begun is nobody's fault
@@ -208,6 +248,7 @@ class Node:
             if not all(map(self.schedule.is_over, worker.stages)) and not may_go(worker):
                 continue
             self.workers.remove(worker)
+            self.version += 1
             self.leaving.append(worker)
             worker.dismiss()
 
@@ -229,6 +270,7 @@ class Pool:
         self.schedule, self.nodes, self.wait, self.idle_s = schedule, nodes, wait, idle_s
         self.look_for_more = look_for_more
         self._chosen: Worker | Node | None = None  # for the task that is taken next
+        self._looked = 0.0
 
     def carry_out(self) -> Iterator[Outcome]:
         """Do what is to do.
@@ -278,7 +320,8 @@ class Pool:
 
     def _may_start(self, stage: Stage) -> bool:
         """May there be one more worker of this stage? A user may have said how many, on all machines."""
-        return sum(stage in worker.stages for worker in self.workers()) < stage.bounds()[1]
+        most = stage.bounds()[1]
+        return math.isinf(most) or sum(stage in worker.stages for worker in self.workers()) < most
 
     def _may_go(self, worker: Worker) -> bool:
         """It has had nothing to do for so long that its GPU is better off with others."""
@@ -307,9 +350,11 @@ class Pool:
             )
             worker.give(task)
             self._forget_wanted()
-        self._tell()
-        for node in self.nodes:
-            node.dismiss_idle(self._may_go)
+        if len(self.nodes) == 1 or time.monotonic() - self._looked > LOOK_S:  # it takes its time for many
+            self._looked = time.monotonic()
+            self._tell()
+            for node in self.nodes:
+                node.dismiss_idle(self._may_go)
         if any(worker.tasks for worker in self.workers()):
             return True
         for stage in self.schedule.is_ready():  # all that is loaded is in the way of it
@@ -343,14 +388,19 @@ class Pool:
         each worker keeps to shards of its own; but none is idle for that.
         """
         nodes = self.nodes if len(self.nodes) == 1 else sorted(self.nodes, key=Node.busy)
-        found = [one for node in nodes for one in node.now(stage)]
+        found = [one for node in nodes if (there := node.now(stage)) for one in there]
         now: list[Worker | Node] = [one for one in found if isinstance(one, Worker)]
         if not now and self._may_start(stage):
             now = found
-        may: Sequence[Worker | Node] = now or [one for node in nodes for one in node.ahead(stage)]
+        may: Sequence[Worker | Node] = now or [
+            one for node in nodes if (there := node.ahead(stage)) for one in there
+        ]
         if not may:
             return None
         tasks = list(islice(tasks, LOOKED_AT))
+        if len(self.schedule.sharing(stage)) == 1:
+            self._chosen = may[0]
+            return tasks[0]
         sharing = (w for w in self.workers() if len(w.stages) > 1 and stage in w.stages)
         whose = {shard: worker for worker in sharing for shard in worker.shards}
         for task in tasks:

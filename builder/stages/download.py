@@ -126,7 +126,7 @@ class Download(Stage):
         return Resources(cpus=0.5, memory_gib=0.7)  # it waits for the net half of its time, or more
 
     def portable(self) -> Stage:
-        return replace(self, nameservers=())  # this machine's
+        return replace(self, nameservers=(), workers=None)  # this machine's
 
     def num_workers(self) -> int:
         most = self.bounds()[1]
