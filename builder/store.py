@@ -447,6 +447,8 @@ class Remote:
             yield
         except PermissionError as error:
             hint = "see that the credentials may read and write there, then type the same command again"
+            if "skew" in f"{error} {error.__cause__}".lower():
+                hint = "set this machine's clock, then type the same command again"
             raise InputError(f"{self.place} refuses: {_one_line(error)}", hint) from error
         except FileNotFoundError as error:
             if "bucket" not in str(error).lower():

