@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from conftest import ROOT
+from conftest import ROOT, fill
 from s3 import environment
 
-FAULTS = ("node", "worker", "driver")
+FAULTS = ("node", "worker", "driver", "disk")
 
 
 class Nodes:
@@ -97,6 +97,19 @@ class Driver:
         found: dict[str, object] = json.loads(out)
         return found
 
+    def meets_a_full_disk(self, disk: Path) -> bool:
+        """Until it says so; then room is made, and the same typed again. False where it ends without."""
+        ballast = fill(disk, kib_left=0)
+        self.process.communicate(timeout=300)
+        ballast.unlink()
+        if self.process.returncode == 0:
+            return False
+        said = self.log.read_text()
+        assert self.process.returncode == 2, said[-3000:]
+        assert f"the disk of {disk}" in said, said[-3000:]
+        self.start()
+        return True
+
     def kill(self) -> None:
         """And type the same again."""
         self.process.kill()
@@ -104,10 +117,13 @@ class Driver:
         self.start()
 
 
-def harm(kind: str, cluster: Nodes, driver: Driver, chance: random.Random) -> bool:
-    """One fault; False where there was nothing to harm."""
+def harm(kind: str, cluster: Nodes, driver: Driver, chance: random.Random, disk: Path | None = None) -> bool:
+    """One fault; False where there was nothing to harm. `disk` is a small one, for scratch."""
     if driver.process.poll() is not None:
         return False
+    if kind == "disk":
+        assert disk is not None
+        return driver.meets_a_full_disk(disk)
     if kind == "node":
         cluster.remove(chance)
     elif kind == "driver":

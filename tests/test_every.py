@@ -23,6 +23,10 @@ COLUMNS = (
     "re_caption", "re_caption_condition_diverse_topk", "vec_caption", "vecap_caption", "structured_caption",
 )  # fmt: skip
 
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("RECAP_FULL"), reason="four minutes; make test-slow runs it"
+)
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -71,7 +75,6 @@ def test_all_are_published_and_shown(run: Path, tmp_path: Path) -> None:
     assert told == [(row["caption"], row["defect"], row["kept"]) for row in defects if row["defect"]]
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 def test_one_more_column_redoes_none(run: Path) -> None:
     before = {name: record.key for stage in COLUMNS for name, record in Run.open(run).shards(stage)}
     site = run.parent / "web"

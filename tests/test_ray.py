@@ -100,7 +100,10 @@ def test_records_are_those_of_local(on_ray: Executor, recipe_of, tmp_path: Path)
     assert outputs(tmp_path / "ray", names) == outputs(tmp_path / "local", names)
 
 
-@pytest.mark.parametrize("always", [False, True])
+SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="half a minute; make test-slow runs it")
+
+
+@pytest.mark.parametrize("always", [False, pytest.param(True, marks=SLOW)])
 def test_a_worker_that_dies_costs_its_shard_an_attempt(
     on_ray: Executor,
     recipe_of,
