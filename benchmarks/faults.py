@@ -1,7 +1,7 @@
-"""The demo on three nodes of a cluster, built again and again while nodes, workers and drivers are killed and a
-scratch disk is filled: what is published must be the local run's, byte for byte.
+"""The demo on three nodes of a cluster, again and again, while nodes, workers and drivers are killed and
+a scratch disk is filled: what is published must be the local run's, byte for byte.
 
-Real captioner, CLIP, Ray, web; shards of 40 rows; a fault whenever a shard is done, at random, six to a build.
+Real captioner, CLIP, Ray and web; shards of 40 rows; when a shard is done a fault, drawn, six to a build.
 Needs a machine on which a file system can be mounted.
 
     python benchmarks/faults.py [--faults 30]
