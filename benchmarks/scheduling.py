@@ -100,7 +100,8 @@ def make(place: Path, tasks: int) -> Run:
             os.link(small, store.root / output)
             made, size = {output: sha256_file(small)}, {output: small.stat().st_size}
             found[shard] = Record(
-                task.key, dict(task.inputs), made, size, {"ok": 1}, settings=task.settings, outside=task.outside
+                task.key, dict(task.inputs), made, size, {"ok": 1},
+                settings=task.settings, outside=task.outside,
             )  # fmt: skip
         records = {"name": list(found), "record": [record.to_json() for record in found.values()]}
         write_parquet(pa.table(records), store.root / "source" / block.name / COMPACTED)

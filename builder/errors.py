@@ -17,8 +17,9 @@ recorded.
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -65,20 +66,27 @@ class MovedError(VersionError): ...
 
 
 @contextmanager
-def telling_of_a_full_disk(place: object) -> Iterator[None]:
+def telling_of_a_full_disk(*places: object) -> Iterator[None]:
     """Whatever a library makes of it, a full disk is the user's to free.
 
     Raises:
-        InputError: the disk of `place` is full.
+        InputError: the disk of one of `places` is full.
     """
     try:
         yield
     except Exception as error:
         if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
-            where = error.filename if isinstance(error, OSError) and error.filename else place
+            named = error.filename if isinstance(error, OSError) else None
+            where = named or next((place for place in places if _is_full(place)), places[0])
             hint = "free some space, then type the same command again"
             raise InputError(f"the disk of {where} is full", hint) from error
         raise
+
+
+def _is_full(place: object) -> bool:
+    with suppress(OSError):
+        return shutil.disk_usage(str(place)).free < 1 << 20
+    return False
 
 
 def named(place: object) -> object:

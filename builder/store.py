@@ -44,6 +44,7 @@ class Journal(Protocol):
 
 class Store(Protocol):
     place: str
+    local: Local
     held: Lease | None
     filesystem: AbstractFileSystem | None  # with which others read what `url` names; None where all can
 

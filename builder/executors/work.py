@@ -36,7 +36,7 @@ def attempt(
         UserError: no other task of the stage could be done either.
     """
     try:
-        with telling_of_a_full_disk(store.place), prepared or working(store, task) as here:
+        with telling_of_a_full_disk(store.place, store.local.scratch), prepared or working(store, task) as here:
             start = time.monotonic()
             rows = work(here)
             seconds = time.monotonic() - start - sum(here.loading)
@@ -85,7 +85,7 @@ class Serving:
         """Why it cannot be opened, if it cannot; `words` say where more is told."""
         stage = self.stages[0]
         try:
-            with telling_of_a_full_disk(self.store.place):
+            with telling_of_a_full_disk(self.store.place, self.store.local.scratch):
                 self.work = self.stack.enter_context(stage.open_with(self.stages[1:]))
             if stage.ahead:
                 self.work.next_task = self.peek  # type: ignore[attr-defined]  # of the work of such a stage
