@@ -202,7 +202,7 @@ class _Look:
         store.write(self.name, self.data)
 
     def __call__(self) -> dict[str, Any]:
-        found = _machine(self.store.local)  # type: ignore[attr-defined]  # both kinds have it
+        found = _machine(self.store.local)
         if self.store.read(self.name) != self.data:
             raise UserError(f"it does not see {self.store.place}", "mount it there, or use s3://")
         return found

@@ -41,6 +41,8 @@ def test_nodes_workers_and_driver_die_and_nothing_is_lost(tmp_path: Path) -> Non
     (tmp_path / "recipe.py").write_text(RECIPE)
     recipe = (f"{tmp_path}/recipe.py:modelled", f"metadata={tmp_path}/in.parquet", f"notes={tmp_path}/notes")
     recap("build", *recipe, "--run", tmp_path / "local")
+    from builder.executors.ray import on_every_node
+
     chance, run = random.Random(7), tmp_path / "run"
     with nodes(3) as cluster:
         driver = Driver("build", *recipe, "--run", run, "--on", cluster.address, log=tmp_path / "log")
@@ -48,10 +50,18 @@ def test_nodes_workers_and_driver_die_and_nothing_is_lost(tmp_path: Path) -> Non
             wait_for_records(run, 6, driver)
             assert harm(kind, cluster, driver, chance), (tmp_path / "log").read_text()
         assert driver.end(200)["failed"] == {}
+        for _, place in on_every_node(cluster.address, where_it_runs):  # in the code that it was sent
+            assert place.startswith(cluster.home)
     names = ("source", "first", "second")
     assert outputs(run, names) == outputs(tmp_path / "local", names)
     assert {record.lease for _, record in Run.open(run).shards("second")} <= {1, 2}
     survived("a build on 3 nodes survived a node, a worker and a driver that were killed")
+
+
+def where_it_runs() -> str:
+    import builder
+
+    return str(builder.__file__)
 
 
 @pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="three minutes; make test-slow runs it")

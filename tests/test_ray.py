@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3 import S3, s3
 from test_executors import Eager, Model, note
 
 from builder.core import Recipe, Stage, Task, Work
@@ -55,7 +56,13 @@ class Broken(Model):
 
 
 @pytest.fixture(scope="module")
-def on_ray() -> Iterator[Executor]:
+def server() -> Iterator[S3]:
+    with s3() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def on_ray(server: S3) -> Iterator[Executor]:  # after it: its workers know the keys
     """One Ray for all, as `--on ray` starts it."""
     from builder.executors.ray import connected, on_ray
 
@@ -86,18 +93,22 @@ def outputs(place: str | Path, stages: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def test_records_are_those_of_local(on_ray: Executor, recipe_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_records_are_those_of_local(  # type: ignore[no-untyped-def]
+    on_ray: Executor, server: S3, recipe_of, tmp_path: Path
+) -> None:
+    """Wherever the run is."""
     notes = str(tmp_path / "notes")
     stages = (
         Model(name="first", notes=notes, after_stage="source", share=0.0, seconds=0.02),
         Eager(notes=notes),
     )
-    for name, executor in (("local", local), ("ray", on_ray)):
-        result = build(recipe_of(*stages), tmp_path / name, executor=executor)
+    on_s3 = f"{server.bucket()}/run"
+    for place, executor in ((tmp_path / "local", local), (tmp_path / "ray", on_ray), (on_s3, on_ray)):
+        result = build(recipe_of(*stages), place, executor=executor)
         assert result.failed == {}
         assert len(result.done) == 3 * ROWS
     names = ("source", "first", "eager")
-    assert outputs(tmp_path / "ray", names) == outputs(tmp_path / "local", names)
+    assert outputs(tmp_path / "ray", names) == outputs(tmp_path / "local", names) == outputs(on_s3, names)
 
 
 SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="half a minute; make test-slow runs it")

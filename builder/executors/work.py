@@ -36,7 +36,8 @@ def attempt(
         UserError: no other task of the stage could be done either.
     """
     try:
-        with telling_of_a_full_disk(store.place, store.local.scratch), prepared or working(store, task) as here:
+        disks = (store.place, store.local.scratch)
+        with telling_of_a_full_disk(*disks), prepared or working(store, task) as here:
             start = time.monotonic()
             rows = work(here)
             seconds = time.monotonic() - start - sum(here.loading)
