@@ -109,10 +109,10 @@ def test_the_job_of_slurm_queues_itself_again_and_goes_on(tmp_path: Path) -> Non
     ]  # fmt: skip
 
     def submit() -> subprocess.Popen[bytes]:
-        log = open(tmp_path / "log", "ab")  # noqa: SIM115 - the job's
-        return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
-        )
+        with open(tmp_path / "log", "ab") as log:
+            return subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+            )
 
     class Job:
         process = submit()
