@@ -160,7 +160,7 @@ def simulate(workers: int, shards: int, blocks: int, seed: int) -> dict[str, Any
     needs = {stage.name: Resources(cpus=0.5, memory_gib=0.7) for stage in schedule.stages.values()}
     needs["re_caption"] = Resources(cpus=1, gpus=0.9)
     needs["score"] = Resources(cpus=1, gpus=0.08)
-    most = {name: {"download": 16, "re_caption": GPUS, "score": 1}.get(name, 4) for name in needs}
+    most = {name: {"download": 16, "re_caption": GPUS, "score": 2}.get(name, 4) for name in needs}
     machine = Machine(CORES, tuple(map(str, range(GPUS))), 1000.0)
     start = partial(Simulated, clock)
     nodes = [Node(schedule, machine, needs, most, start, f"node {n}") for n in range(workers // GPUS)]

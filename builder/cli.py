@@ -312,10 +312,11 @@ def retry(run: Path | str, statuses: str, on: str, local_disk: Local, as_json: b
 @click.option(
     "--delete", is_flag=True, help="Delete them. Earlier captions among them would be asked for again."
 )
+@_local_disk
 @_as_json
-def gc(run: Path | str, delete: bool, as_json: bool) -> None:
+def gc(run: Path | str, delete: bool, local_disk: Local, as_json: bool) -> None:
     """List what no record of a run names: outputs that other settings made, or that a crash left behind."""
-    found = runs.garbage(run, delete=delete)
+    found = runs.garbage(run, delete=delete, local_disk=local_disk)
     lines = [f"{size:>15,} {name}" for name, size in found.items()]
     said = "deleted" if delete else f"delete them: {command('recap', 'gc', run, '--delete')}"
     total = f"{len(found):,} files, {sum(found.values()):,} bytes; {said}"

@@ -76,6 +76,7 @@ def put_record(store: Store, folder: str, name: str, record: Record) -> None:
 
 def forget(store: Store, folder: str, name: str) -> None:
     """The task is not done any more."""
+    confirm(store)
     if COMPACTED in store.names(folder):
         put_record(store, folder, name, Record(key=""))
     else:
@@ -115,7 +116,9 @@ def compact(store: Store, folder: str) -> None:
     scratch = store.scratch()
     try:
         write_parquet(table, scratch / COMPACTED)
+        confirm(store)
         store.put(scratch / COMPACTED, f"{folder}/{COMPACTED}")
+        confirm(store)
     finally:
         shutil.rmtree(scratch)
     for name in alone:
@@ -164,6 +167,7 @@ def damaged_input(store: Store, task: Task) -> str:
 
     Its record goes, so that the next pass makes it again.
     """
+    confirm(store)  # what another build has replaced meanwhile is not damaged
     scratch = store.scratch()
     try:
         for name, sha256 in task.inputs.items():
@@ -190,6 +194,7 @@ def forget_maker(store: Store, name: str) -> None:
 
 def drop(store: Store, folder: str, name: str, record: Record, suffix: str) -> Record:
     """Delete an output on purpose; its record says so first."""
+    confirm(store)
     output = record.output(suffix)
     record = replace(record, dropped=(*record.dropped, output))
     put_record(store, folder, name, record)

@@ -204,7 +204,7 @@ class _Look:
     def __call__(self) -> dict[str, Any]:
         found = _machine(self.store.local)
         if self.store.read(self.name) != self.data:
-            raise UserError(f"it does not see {self.store.place}", "mount it there, or use s3://")
+            raise UserError(f"it does not see {self.store.place}: mount it there, or use s3://")
         return found
 
 
@@ -218,7 +218,10 @@ def _about(what: str, found: dict[str, Any], ours: dict[str, str]) -> Finding:
     if found["scratch_gib"] < ENOUGH_GIB:
         problems.append(f"only {found['scratch_gib']:.0f} GiB are free in {found['scratch']}")
     for gpu in found["gpus"]:
-        free, total = (float(part.split()[0]) for part in gpu.split(", ")[1:])
+        numbers = [part.split()[0] for part in gpu.split(", ")[1:]]
+        if not all(number.isdecimal() for number in numbers):  # of memory that it shares with the machine
+            continue
+        free, total = map(float, numbers)
         if free < 0.85 * total:
             problems.append(f"another process has memory of {gpu}")
     gpus = "; ".join(found["gpus"]) or "no GPU"
@@ -248,7 +251,8 @@ def _one_shard(place: str, here: str, executor: Executor, local: Local) -> Findi
         )
     except UserError as error:
         return Finding(what, False, " ".join(str(error).split()))
-    failed = "; ".join([f"{name}: {reason}" for name, reason in result.failed.items()])
+    reasons = [f"{name}: {reason}" for name, reason in result.failed.items()]
+    failed = "; ".join([*reasons, *result.held.values()])
     return Finding(what, not failed, failed or f"{time.monotonic() - begun:.0f} s, models loaded on the way")
 
 

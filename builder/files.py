@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import math
@@ -154,9 +155,18 @@ def lock(path: Path, busy: str, hint: str) -> Iterator[None]:
 
     Raises:
         InputError: somebody else holds it; says `busy`.
+        NotImplementedError: the file system has no locks.
     """
+    held = FileLock(path, timeout=0, fallback_to_soft=False)  # a marker file would outlive its process
     try:
-        with FileLock(path, timeout=0):
-            yield
+        held.acquire()
     except Timeout:
         raise InputError(busy, hint) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            raise NotImplementedError(f"{path} cannot be locked: {error.strerror}") from error
+        raise
+    try:
+        yield
+    finally:
+        held.release()

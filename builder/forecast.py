@@ -1,15 +1,17 @@
 """What a build of some size would take: hours, disk and money, from rates that were measured or are stated.
 
 hours = rows of the stage / (rows a second of one worker * workers) / 3600
-The stages overlap: the build takes as long as the slowest.
+The stages overlap: the build takes as long as the slowest. Columns of one model take turns: theirs add up.
 money = hours of the build * GPUs * price of a GPU hour
 images = rows of it * bytes of an image; with --drop-images only of the blocks at work
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from builder.core import Recipe, Stage
 from builder.errors import InputError
@@ -77,27 +79,41 @@ def forecast(
     for stage in recipe.stages:
         of_stage = round(rows * (share if type(stage).__name__ in OF_IMAGES else 1.0))
         rate, source = _rate(stage, rates, there.get(stage.name, {}))
-        number = workers.get(stage.name, max(1, stage.num_workers()))
+        number = workers.get(stage.name, _workers(stage))
         hours = of_stage / (rate * number) / 3600 if rate else None
         lines.append(Line(stage.name, of_stage, rate, number, hours, source))
         done, size = there.get(stage.name, {}).get("rows_done"), there.get(stage.name, {}).get("bytes_done")
         if isinstance(done, int) and isinstance(size, int) and done and stage.name != "download":
             tables += size / done * rows
-    known = [line for line in lines if line.hours is not None]
-    slowest = max(known, key=lambda line: line.hours or 0.0, default=None)
-    hours = slowest.hours or 0.0 if slowest else 0.0
-    gpus = sum(line.workers for line in lines if _wants_gpu(recipe.stage(line.stage)))
+    groups: dict[str, list[Line]] = {}  # stages that one worker does, one after the other
+    for line in lines:
+        what = recipe.stage(line.stage).shares()
+        groups.setdefault(line.stage if what is None else str(what), []).append(line)
+    took = {" and ".join(line.stage for line in group): group for group in groups.values()}
+    of_group = {name: sum(line.hours or 0.0 for line in group) for name, group in took.items()}
+    slowest = max(of_group, key=lambda name: of_group[name])
+    hours, gpus = of_group[slowest], sum(map(partial(_gpus, recipe), groups.values()))
     of_image = _image_bytes(download)
     at_work = min(rows, blocks * BLOCK * _rows_per_shard(recipe))
     return Forecast(
-        tuple(lines), hours, slowest.stage if slowest else "none", gpus, hours * gpus,
+        tuple(lines), hours, slowest, gpus, hours * gpus,
         None if price is None else hours * gpus * price,
         rows * share * of_image / 2**30, at_work * share * of_image / 2**30, tables / 2**30 or None,
     )  # fmt: skip
 
 
-def _wants_gpu(stage: Stage) -> bool:
-    return type(stage).__name__ == "Caption" and not getattr(stage, "endpoint", "")
+def _workers(stage: Stage) -> int:
+    """As the recipe says, or as this machine would have."""
+    most = stage.bounds()[1]
+    return int(most) if math.isfinite(most) else max(1, stage.num_workers())
+
+
+def _gpus(recipe: Recipe, group: list[Line]) -> int:
+    """Of captioners; a scorer has a place beside one."""
+    stage = recipe.stage(group[0].stage)
+    if type(stage).__name__ != "Caption" or getattr(stage, "endpoint", False):
+        return 0
+    return max(line.workers for line in group) * int(getattr(stage, "tensor_parallel_size", 1))
 
 
 def _rate(stage: Stage, rates: Mapping[str, float], row: Mapping[str, object]) -> tuple[float | None, str]:

@@ -111,6 +111,16 @@ def confirm(store: Store) -> None:
         raise InputError(reason, "look whether one is at work, then type the same command again")
 
 
+def hold(store: Store) -> None:
+    """As `confirm`, by what is known already: of whoever holds the lease himself.
+
+    Raises:
+        InputError: it was lost.
+    """
+    if store.held and store.held.is_lost:
+        confirm(store)
+
+
 def numbers(store: Store) -> list[int]:
     """Of the leases that are there; the highest counts."""
     return sorted(int(name) for name in store.names(FOLDER) if name.isdecimal())

@@ -507,12 +507,12 @@ def _tasks_again(run: Run, statuses: Sequence[str]) -> Iterator[Task]:
         log.warning("%d shards with such rows stay as they are: their images were dropped", len(dropped))
 
 
-def garbage(place: str | Path, *, delete: bool = False) -> dict[str, int]:
+def garbage(place: str | Path, *, delete: bool = False, local_disk: Local = ANYWHERE) -> dict[str, int]:
     """Object -> bytes of outputs that no record names: what other settings made, or a crash left behind.
 
     Earlier captions are among them: as long as they are there no reply that they hold is asked for again.
     """
-    run = Run.open(place)
+    run = Run.open(place, local_disk)
     if run.is_first_version:
         reason = f"{place} was built by a first version of recapkit"
         raise InputError(reason, "publish it, or delete it as a whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,6 +28,7 @@ class Local:
 
 
 ANYWHERE = Local()
+OLD_S = 86400.0
 
 
 class Scratch:
@@ -36,21 +38,29 @@ class Scratch:
         self.root, self.gib = root, gib
 
     def new(self) -> Path:
-        if not self.root.exists():
-            self.root.mkdir(parents=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         self._clean()
         return Path(tempfile.mkdtemp(prefix=f"{digest(where())}-{os.getpid()}-", dir=self.root))
 
     def _clean(self) -> None:
-        """What is of other machines is left alone."""
-        with os.scandir(self.root) as entries:
-            parts = [(entry.path, *entry.name.split("-")) for entry in entries]
-        for path, machine, *rest in parts:
-            if machine == digest(where()) and not Path("/proc", rest[0]).exists():
-                shutil.rmtree(path, ignore_errors=True)
+        """Of other machines that share the folder what is a day old, of this one what no process has."""
+        with suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            for entry in list(entries):
+                machine, _, rest = entry.name.partition("-")
+                pid = rest.partition("-")[0]
+                if machine == digest(where()):
+                    gone = pid.isdecimal() and not Path("/proc", pid).exists()
+                else:
+                    gone = time.time() - entry.stat(follow_symlinks=False).st_mtime > OLD_S
+                if gone and pid.isdecimal():
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
     def has_room(self) -> bool:
-        return self.gib is None or self.bytes() < self.gib * 2**30
+        if self.gib is None:
+            return True
+        if self.bytes() >= self.gib * 2**30:
+            self._clean()
+        return self.bytes() < self.gib * 2**30
 
     def bytes(self) -> int:
         total = 0

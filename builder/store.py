@@ -26,7 +26,7 @@ from fsspec import AbstractFileSystem
 
 from builder.errors import InputError
 from builder.files import lock, read_file, sync, write_atomically
-from builder.lease import BEAT_S, EXPIRY_S, Holder, Lease, busy, confirm, leased
+from builder.lease import BEAT_S, EXPIRY_S, Holder, Lease, busy, confirm, hold, leased
 from builder.scratch import ANYWHERE, Local, Scratch, digest
 
 SCRATCH = ".scratch"
@@ -147,6 +147,7 @@ class Folder:
         return read_file(path) if os.path.lexists(path) else None
 
     def write(self, name: str, data: bytes) -> None:
+        hold(self)
         self._make_folder(name)
         write_atomically(self.root / name, data)
 
@@ -162,6 +163,7 @@ class Folder:
         return path
 
     def put(self, file: Path, name: str) -> None:
+        hold(self)
         self._make_folder(name)
         if file.stat().st_dev != (self.root / name).parent.stat().st_dev:  # from scratch on another disk
             file = Path(shutil.move(file, self._part(name)))
@@ -194,6 +196,7 @@ class Folder:
             return []
 
     def delete(self, name: str) -> None:
+        hold(self)
         (self.root / name).unlink(missing_ok=True)
 
     def journal(self, name: str) -> Journal:
@@ -211,7 +214,8 @@ class Folder:
 
     @property
     def _scratch(self) -> Scratch:
-        return Scratch(self.local.scratch or self.root / SCRATCH, self.local.scratch_gib)
+        elsewhere = self.local.scratch and self.local.scratch / digest(self.place)
+        return Scratch(elsewhere or self.root / SCRATCH, self.local.scratch_gib)
 
     @property
     def logs(self) -> Path:
@@ -227,7 +231,7 @@ class Folder:
         self.root.mkdir(parents=True, exist_ok=True)
         told, is_gone = busy(self), Holder.is_gone
         with ExitStack() as stack:
-            with suppress(NotImplementedError):  # a file system without locks
+            with suppress(NotImplementedError):
                 stack.enter_context(lock(self.root / ".lock", told.message, told.hint))
                 is_gone = Holder.was_here  # or it would have the lock
             held = leased(self, beat_s=self.beat_s, expiry_s=self.expiry_s, is_gone=is_gone)
@@ -307,7 +311,7 @@ class Remote:
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        self._hold()
+        hold(self)
         with self._telling():
             self._make_folder(name)
             self.filesystem.pipe_file(f"{self.root}/{name}", data)
@@ -315,7 +319,12 @@ class Remote:
     def create(self, name: str, data: bytes) -> None:
         with self._telling():
             self._make_folder(name)
-            self.filesystem.pipe_file(f"{self.root}/{name}", data, mode="create")
+            try:
+                with _refusals():
+                    self.filesystem.pipe_file(f"{self.root}/{name}", data, mode="create")
+            except FileExistsError:
+                if self.read(name) != data:  # or it was this one's, whose answer was lost
+                    raise
 
     def fetch(self, name: str, scratch: Path) -> Path:
         path = scratch / "fetched" / name
@@ -328,14 +337,15 @@ class Remote:
         return path
 
     def put(self, file: Path, name: str) -> None:
-        self._hold()
+        hold(self)
         with self._telling():
             self._make_folder(name)
             if not self._is_object_store:
                 self.filesystem.put_file(str(file), f"{self.root}/{name}")
             else:
                 try:
-                    self.filesystem.put_file(str(file), f"{self.root}/{name}", mode="create")
+                    with _refusals():
+                        self.filesystem.put_file(str(file), f"{self.root}/{name}", mode="create")
                 except FileExistsError:  # a crash left it, or another build has put it
                     confirm(self)
                     self.filesystem.put_file(str(file), f"{self.root}/{name}")
@@ -355,6 +365,7 @@ class Remote:
         return sorted(name for name in names if not name.startswith("."))
 
     def delete(self, name: str) -> None:
+        hold(self)
         with self._telling():
             with suppress(FileNotFoundError, IsADirectoryError):
                 self.filesystem.rm_file(f"{self.root}/{name}")
@@ -413,7 +424,10 @@ class Remote:
         if not self._may_be_conditional:
             return False
         name = f".lease/probe-{uuid.uuid4().hex}"
-        self.create(name, b"first")
+        try:
+            self.create(name, b"first")
+        except NotImplementedError:
+            return False
         try:
             self.create(name, b"second")
         except FileExistsError:
@@ -429,13 +443,6 @@ class Remote:
         if not self.is_conditional():
             reason = f"{self.place} has no conditional put: it cannot keep two builds apart"
             raise InputError(reason, "see that no other is at work, then say so: --single-driver")
-
-    def _hold(self) -> None:
-        """Raises:
-        InputError: the lease was lost.
-        """
-        if self.held and self.held.is_lost:
-            confirm(self)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -477,6 +484,22 @@ class Remote:
         """Where a file system has folders; an object store has none, and asked for one makes a bucket."""
         if not self._is_object_store:
             self.filesystem.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Servers differ in how they say that a condition was not met.
+
+    Raises:
+        FileExistsError: it was not.
+    """
+    try:
+        yield
+    except OSError as error:
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+        if code in ("PreconditionFailed", "ConditionalRequestConflict"):
+            raise FileExistsError(str(error)) from error
+        raise
 
 
 def _one_line(error: BaseException) -> str:

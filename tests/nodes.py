@@ -103,6 +103,7 @@ class Driver:
         self.process.communicate(timeout=300)
         ballast.unlink()
         if self.process.returncode == 0:
+            self.start()  # its answer has been read
             return False
         said = self.log.read_text()
         assert self.process.returncode == 2, said[-3000:]

@@ -21,6 +21,7 @@ from builder.run import build
 from builder.stages.caption import Caption
 from builder.stages.download import Download
 from builder.stages.source import Source
+from builder.store import store_of
 
 recipe = test_s3.recipe
 
@@ -45,6 +46,7 @@ def test_a_place_that_is_fit(kind: str, server: S3, tmp_path: Path, recipe: Reci
     if kind == "folder":
         assert not list((tmp_path / "run").glob(".doctor*"))
     else:
+        assert store_of(place).filesystem.find(f"{place}/.doctor-*", withdirs=True) == []  # type: ignore[union-attr]
         assert any("/.doctor-" in line for line in server.requests)
 
 
@@ -100,6 +102,20 @@ def test_what_a_build_would_take_is_told_with_its_formula() -> None:
     assert (told.slowest, told.hours, told.gpus) == ("re_caption", caption.hours, 64)
     assert told.cost == pytest.approx(caption.hours * 64 * 2.5)
     assert told.images_gib_dropped < told.images_gib / 50
+
+
+def test_columns_of_one_model_take_turns_on_their_gpus() -> None:
+    both = (
+        Caption(model="user/model@0123abc", tensor_parallel_size=4, name=name, prompt=prompt)
+        for name, prompt in (("long", "What is there?"), ("short", "In a word?"))
+    )
+    told = forecast(
+        Recipe("two", (Source(files="x"), Download(), *both)), [], rows=1_000_000,
+        rates={"long": 10.0, "short": 40.0, "download": 1e6}, workers={"long": 2, "short": 2},
+    )  # fmt: skip
+    assert told.slowest == "long and short"
+    assert told.gpus == 8
+    assert told.hours == pytest.approx(750_000 / 20 / 3600 + 750_000 / 80 / 3600)
 
 
 def test_the_plan_of_a_size_is_measured_on_what_is_done(demo_run: Path) -> None:

@@ -119,7 +119,7 @@ class Node:
         version, found, wanted = self._found.get(which := (stage.name, self.wanted), (-1, (), 0.0))
         if version != self.version:
             found = self._now(stage)
-            if found or not self.is_waiting_for_room:
+            if not self.is_waiting_for_room:
                 self._found[which] = self.version, found, self.wanted
             return found
         self.wanted = wanted
@@ -224,7 +224,8 @@ class Node:
             for worker in [worker for worker in self.workers if worker not in needed]:
                 self.end(worker, gently=True)
         gpus = self._gpus(needs, [*self.workers, *self.leaving])
-        worker = self.start(self.schedule.sharing(stage), gpus or ())
+        assert gpus is not None, f"{self.name} has no GPU free for stage {stage.name}"
+        worker = self.start(self.schedule.sharing(stage), gpus)
         self.workers.append(worker)
         worker.node, self.version = self, self.version + 1
         return worker
@@ -234,13 +235,21 @@ class Node:
         self.workers.remove(worker)
         self.version += 1
         if is_gone:
-            self.most = dict.fromkeys(self.most, 0)
+            self.close()
         for task in worker.tasks:  # what it had not begun is nobody's fault
             self.schedule.give_back(task)
         if gently:
             worker.dismiss()
             worker.leave()
         worker.kill()
+
+    def close(self) -> None:
+        """The machine is gone: nobody is started on it, and who has nothing to do there is forgotten."""
+        self.most = dict.fromkeys(self.most, 0)
+        self.version += 1
+        for worker in [worker for worker in self.workers if not worker.tasks]:
+            self.workers.remove(worker)
+            worker.kill()
 
     def dismiss_idle(self, may_go: Callable[[Worker], bool]) -> None:
         """Those for which nothing more comes, or not for long, unload their models while the others go on."""
@@ -251,6 +260,10 @@ class Node:
             self.version += 1
             self.leaving.append(worker)
             worker.dismiss()
+        for worker in self.leaving:
+            if not worker.is_alive():  # what it held is free for others, and so is its machine
+                worker.kill()
+        self.leaving = [worker for worker in self.leaving if worker.is_alive()]
 
 
 class Pool:
@@ -341,6 +354,23 @@ class Pool:
         """Give tasks to workers as long as the nodes have room for them; False where nobody has anything to
         do.
         """
+        while True:
+            self._give_what_can_be()
+            if any(worker.tasks for worker in self.workers()):
+                return True
+            stage = next(iter(self.schedule.is_ready()), None)
+            if stage is None:
+                return False
+            for node in self.nodes:  # all that is loaded is in the way of it
+                for worker in list(node.workers):
+                    node.end(worker, gently=True)
+            if not self.can_be_done(stage) and not self.look_for_more(stage):
+                raise self._has_no_room(stage)
+
+    def can_be_done(self, stage: Stage) -> bool:
+        return any(node.now(stage) for node in self.nodes)
+
+    def _give_what_can_be(self) -> None:
         self._forget_wanted()
         while task := self.schedule.take(self._choose):
             chosen = self._chosen
@@ -355,16 +385,6 @@ class Pool:
             self._tell()
             for node in self.nodes:
                 node.dismiss_idle(self._may_go)
-        if any(worker.tasks for worker in self.workers()):
-            return True
-        for stage in self.schedule.is_ready():  # all that is loaded is in the way of it
-            for node in self.nodes:
-                for worker in list(node.workers):
-                    node.end(worker, gently=True)
-            if not any(node.now(stage) for node in self.nodes) and not self.look_for_more(stage):
-                raise self._has_no_room(stage)
-            return self._give_work()
-        return False
 
     def _has_no_room(self, stage: Stage) -> InputError:
         if not any(node.most[stage.name] for node in self.nodes):

@@ -43,8 +43,10 @@ NO_CLOUD = ("ray_bootstrap_config.yaml", "provider: {type: local}\n")
 LOCAL = "ray"  # `--on ray`: one that is started here, and ends with the build
 LOOK_S = 15.0  # for nodes that came or went
 CONNECT_S = 10.0
+ALONE_S = 3.0  # that a node may take to go after its workers
 GONE_S = 15.0  # that a cluster may take to see that a node is gone of which nobody answers
 IDLE_S = 300.0  # without anything to do, after which a worker makes room
+COMES_S = 5.0  # that a look waits for the answers of nodes that are new
 MORE_S = 600.0  # that a build waits for a node where the last that it needs has gone
 LEAVE_S = 60.0  # for a worker to unload its model
 OBJECTS_BYTES = 100 << 20  # of Ray's store, through which nothing but tasks and outcomes passes
@@ -64,9 +66,12 @@ def _carry_out(address: str, schedule: Schedule) -> Iterator[Outcome]:
         cluster, counters = _Cluster(schedule), _Counters()
         pool = Pool(schedule, cluster.nodes, cluster.speaking, IDLE_S, cluster.look_for_more)
         cluster.look(at_first=True)
-        for outcome in pool.carry_out():
-            counters.add(outcome)
-            yield outcome
+        try:
+            for outcome in pool.carry_out():
+                counters.add(outcome)
+                yield outcome
+        finally:
+            cluster.ask_for_nothing()
 
 
 def on_every_node(address: str, function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any]]:
@@ -186,6 +191,8 @@ class _Cluster:
         self.looked_at = 0.0
         self.asked_for = 0
         self.has_lost = False  # a node
+        self.refused: set[str] = set()  # nodes that were looked at and are not used
+        self.needs: dict[str, float] = {}  # GPUs of a worker by stage, on any node that was there
         if isinstance(schedule.store, Folder):  # its path, whatever the workers' directory is
             schedule.store.root = schedule.store.root.resolve()
 
@@ -199,9 +206,9 @@ class _Cluster:
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         known = {node.name: node for node in self.nodes}
         for name in known.keys() - alive.keys():
+            known[name].close()
             if not known[name].workers:
                 self.nodes.remove(known[name])
-            known[name].most = dict.fromkeys(known[name].most, 0)
             self.has_lost = True
         about = ray.remote(num_cpus=0, max_retries=0)(_about)
         stages = list(self.schedule.stages.values())
@@ -209,9 +216,13 @@ class _Cluster:
             name: about.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote(
                 stages
             )
-            for name in alive.keys() - known.keys()
+            for name in alive.keys() - known.keys() - self.refused
         }
-        for name, answer in asked.items():
+        # One that comes later is asked again at the next look, until it has set itself up.
+        ready, _ = ray.wait(
+            list(asked.values()), num_returns=len(asked), timeout=None if at_first else COMES_S
+        )
+        for name, answer in ((name, answer) for name, answer in asked.items() if answer in ready):
             try:
                 machine, needs, most, versions = ray.get(answer)
             except ray.exceptions.RayError as error:
@@ -219,20 +230,23 @@ class _Cluster:
                     reason = f"node {alive[name]['NodeManagerAddress']} cannot be used: {_last(error)}"
                     raise InputError(reason, "see that recapkit is installed there as it is here") from error
                 log.warning("node %s is not used: %s", alive[name]["NodeManagerAddress"], _last(error))
+                self.refused.add(name)
                 continue
             if differs := _differs(alive[name]["NodeManagerAddress"], versions):
                 if at_first:
                     raise InputError(differs, "install the same versions on all nodes")
                 log.warning("%s: it is not used", differs)
+                self.refused.add(name)
                 continue
             there = alive[name]["Resources"]
             machine = Machine(
-                there.get("CPU", 0.0) or machine.cpus,
+                there.get("CPU", 0.0),
                 machine.gpus[: int(there.get("GPU", 0))] or tuple(map(str, range(int(there.get("GPU", 0))))),
                 there.get("memory", machine.memory_gib * 2**30) / 2**30,
             )
             start = partial(_Actor, self.schedule.store, name, needs)
-            self.nodes.append(Node(self.schedule, machine, needs, most, start, name))
+            if machine.cpus:  # a head may be told to do no work
+                self.nodes.append(Node(self.schedule, machine, needs, most, start, name))
         if at_first and not self.nodes:
             raise InputError("the cluster has no nodes", "see: ray status")
         self._gpus_first()
@@ -240,41 +254,49 @@ class _Cluster:
 
     def look_for_more(self, stage: Stage) -> bool:
         """Wait a while for a node that can do a stage, where there was one."""
+        self.look()
         if not self.has_lost:
-            return False
+            return any(node.now(stage) for node in self.nodes)
         log.warning(
             "no node is left that can do stage %s; waiting %g minutes for one", stage.name, MORE_S / 60
         )
         end = time.monotonic() + MORE_S
         while time.monotonic() < end:
-            self.look()
-            if any(node.most[stage.name] for node in self.nodes):
+            if any(node.now(stage) for node in self.nodes):
                 return True
             time.sleep(1)
+            self.look()
         return False
 
     def _ask_for_more(self) -> None:
         """GPUs of a cluster that grows by itself, where the user has set a number of workers to grow to."""
         wanted = 0
         for stage in self.schedule.stages.values():
-            needs = max((node.needs[stage.name].gpus for node in self.nodes), default=0.0)
+            here = max((node.needs[stage.name].gpus for node in self.nodes), default=0.0)
+            needs = self.needs[stage.name] = max(here, self.needs.get(stage.name, 0.0))
             most = stage.bounds()[1]
             if needs and math.isfinite(most):
                 ready = self.schedule.num_ready(stage) + sum(
                     stage in worker.stages for node in self.nodes for worker in node.workers
                 )
-                wanted += round(max(1.0, needs) * min(most, ready))
+                wanted += math.ceil(needs * min(most, ready))
         if wanted != self.asked_for:
             self.asked_for = wanted
             request_resources(bundles=[{"GPU": 1}] * wanted)
 
+    def ask_for_nothing(self) -> None:
+        """A cluster keeps what it was asked for until it is asked for something else."""
+        if self.asked_for:
+            request_resources(bundles=[])
+
     def _gpus_first(self) -> None:
         """What wants a GPU on some node is not done without one on another."""
         for name in self.schedule.stages:
-            wanted = [node.needs[name].gpus > 0 for node in self.nodes]
+            wanted = [node.needs[name].gpus > 0 and bool(node.machine.gpus) for node in self.nodes]
             for node, wants in zip(self.nodes, wanted, strict=True):
                 if any(wanted) and not wants:
                     node.most = {**node.most, name: 0}
+                    node.version += 1
 
     def speaking(self, busy: list[Worker]) -> list[Worker]:
         actors: dict[Any, _Actor] = {}
@@ -302,7 +324,7 @@ def _differs(where: str, versions: Mapping[str, str]) -> str:
 
 def _is_gone(node: str, is_silent: bool) -> bool:
     """Is a node no more? Where nobody answers there the cluster may not have seen it yet."""
-    end = time.monotonic() + (GONE_S if is_silent else 0)
+    end = time.monotonic() + (GONE_S if is_silent else ALONE_S)
     while any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
         if time.monotonic() > end:
             return False

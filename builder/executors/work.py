@@ -110,8 +110,10 @@ class Serving:
         task, prepared = self.begun.popleft() if self.begun else (self.wait(), None)
         if task is None:
             return None
-        while not prepared and not self.store.has_room():  # others are at work there, and will make some
-            time.sleep(ROOM_S)
+        if not prepared and not self.store.has_room():  # others are at work there, and will make some
+            log.info("%s %s waits for room in the scratch folder", task.stage, task.name)
+            while not self.store.has_room():
+                time.sleep(ROOM_S)
         try:
             return attempt(self.store, self.by_name[task.stage], task, self.work, prepared)
         except UserError as error:

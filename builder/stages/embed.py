@@ -22,7 +22,7 @@ import pyarrow as pa
 from builder.core import Count, Json, Resources, Stage, Status, Task, Work
 from builder.files import read_rows, write_parquet
 from builder.model import identity
-from builder.stages.clip import Clip, Precision, check_clip, pictures
+from builder.stages.clip import Clip, Precision, check_clip, clip_workers, pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,9 @@ class Embed(Stage):
 
     def reads(self) -> tuple[str, ...]:
         return ("download", "dedup")
+
+    def num_workers(self) -> int:
+        return clip_workers()
 
     def resources(self) -> Resources:
         return Resources(gpus=0.08, memory_gib=2)

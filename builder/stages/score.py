@@ -28,7 +28,7 @@ from builder.core import Count, Json, Resources, Stage, Status, Task, Work
 from builder.errors import RecipeError
 from builder.files import read_rows, write_parquet
 from builder.model import identity
-from builder.stages.clip import Clip, Precision, check_clip, pictures
+from builder.stages.clip import Clip, Precision, check_clip, clip_workers, pictures
 from builder.stages.embed import Embed
 
 MAX_CHARACTERS = 20_000  # a caption is cut here before tokenizing; no CLIP reads that far
@@ -74,6 +74,9 @@ class Score(Stage):
         made = (name for name in self.names_captions() if name != "org_caption")
         pictures = (f"{self.vectors}.npz",) if self.vectors else ("download",)
         return ("source", "dedup", *pictures, *made)
+
+    def num_workers(self) -> int:
+        return clip_workers()
 
     def resources(self) -> Resources:
         return Resources(gpus=0.08, memory_gib=2)  # beside a captioner that takes 0.9 of one
