@@ -13,11 +13,11 @@ test: $(VENV)/.ready chromium
 	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # What takes long: real photos without verification, more kills, every hostile input, every kill of a publish, a shard of 2 GB,
-# ten times the examples, other architectures, a real endpoint, nodes of a cluster that die, a Slurm job.
+# ten times the examples, other architectures, a real endpoint, nodes of a cluster that die, a Slurm job, a run on S3.
 test-slow: $(VENV)/.ready
 	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_real.py tests/test_hostile.py tests/test_kill.py tests/test_hub.py tests/test_properties.py tests/test_columns.py \
 		tests/test_architectures.py tests/test_endpoint.py tests/test_every.py tests/test_checks.py \
-		tests/test_cluster.py tests/test_cluster_docs.py tests/test_ray.py
+		tests/test_cluster.py tests/test_cluster_docs.py tests/test_ray.py tests/test_s3.py tests/test_feeder.py
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
 chromium:

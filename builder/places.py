@@ -68,7 +68,7 @@ def is_run(place: str | Path) -> bool:
     if str(place).startswith(HUB):
         return False
     store = store_of(place)
-    return store.read(RECIPE) is not None and bool(store.folders("select"))
+    return store.read(RECIPE) is not None and bool(store.folders("select") or store.names("select"))
 
 
 def parts(place: str | Path, captions: Sequence[str] = ()) -> Parts:

@@ -314,7 +314,7 @@ def test_hostile_captions_cannot_break_the_card(copied_run: Path) -> None:
     record = json.loads(record_of(copied_run, "select").read_text())
     record["bytes"][str(file.relative_to(copied_run))] = file.stat().st_size
     record_of(copied_run, "select").write_text(json.dumps(record))
-    text = preview_card(copied_run).read_text()
+    text = Path(preview_card(copied_run)).read_text()
     lines = [line for line in text.splitlines() if "<script>" in line or "license: mine" in line]
     assert lines
     assert all(line.startswith("    ") for line in lines)

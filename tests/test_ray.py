@@ -111,10 +111,11 @@ def test_records_are_those_of_local(  # type: ignore[no-untyped-def]
     assert outputs(tmp_path / "ray", names) == outputs(tmp_path / "local", names) == outputs(on_s3, names)
 
 
-SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="half a minute; make test-slow runs it")
+SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 
 
-@pytest.mark.parametrize("always", [False, pytest.param(True, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("always", [False, True])
 def test_a_worker_that_dies_costs_its_shard_an_attempt(
     on_ray: Executor,
     recipe_of,

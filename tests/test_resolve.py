@@ -197,8 +197,9 @@ def test_a_stage_takes_tuples_switches_and_none() -> None:
     assert (download(recipe).allow_private, download(recipe).blur_faces, download(recipe).workers) == (
         (),
         False,
-        2,
+        "2",
     )
+    assert download(recipe).bounds() == (0, 2)
     assert source(recipe).url_column == "link"
     recipe = resolve(
         "demo", ["caption.max_model_len=none", "download.workers=none", "source.url_column=None"]
