@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FOLDER = ".lease"
+GIVEN_BACK = b"given back"
 BEAT_S = 10.0  # how often the holder changes its object
 EXPIRY_S = 60.0  # a lease that has not changed for so long is nobody's
 
@@ -57,7 +58,7 @@ class Holder:
 
     @classmethod
     def parse(cls, data: bytes) -> Holder | None:
-        """None where it was given back, or what is there is no holder."""
+        """None where it was given back, or is being written."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError):
@@ -165,7 +166,7 @@ def leased(
         thread.join()
         if not lease.is_lost:
             with suppress(OSError, InputError):  # then it expires
-                store.write(lease.name, b"")  # given back; the number is not used again
+                store.write(lease.name, GIVEN_BACK)  # the number is not used again
 
 
 def _wait_until_free(
@@ -176,13 +177,14 @@ def _wait_until_free(
     """
     held = store.read(name)
     known = Holder.parse(held or b"")
-    if known is None or is_gone(known):
+    if held == GIVEN_BACK or (known and is_gone(known)):
         return
-    log.info("waiting up to %g s to see whether the build of %s is at work still", expiry_s, known.who)
+    by = known.who if known else "somebody"
+    log.info("waiting up to %g s to see whether the build of %s is at work still", expiry_s, by)
     end = time.monotonic() + expiry_s
     while (now := store.read(name)) == held and time.monotonic() < end:
         time.sleep(min(beat_s, expiry_s) / 4)
-    if now is not None and now != held and Holder.parse(now):
+    if now not in (held, GIVEN_BACK):  # it was changed, or a newer one is there
         raise busy(store)
 
 
