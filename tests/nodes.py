@@ -71,7 +71,10 @@ def nodes(number: int, cpus: int = 1) -> Iterator[Nodes]:
 
     with tempfile.TemporaryDirectory(prefix="rc-") as home:
         Path(home, NO_CLOUD[0]).write_text(NO_CLOUD[1])
-        with environment(QUIET | {"HOME": home, "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        os.environ.setdefault(
+            "RAY_AUTH_TOKEN", secrets.token_hex(32)
+        )  # a process of Ray's keeps its first one
+        with environment(QUIET | {"HOME": home}):
             found = Nodes(number, cpus, home)
             try:
                 yield found
