@@ -102,6 +102,7 @@ def connected(address: str) -> Iterator[None]:
         return
     given: dict[str, Any] = {"namespace": "recapkit", "log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
+        given |= {"address": "local"}  # also where a Ray is up already
         given |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         given |= {"num_gpus": len(Machine.here().gpus), "object_store_memory": OBJECTS_BYTES}
         given |= {"runtime_env": {"env_vars": {"HOME": os.environ.get("HOME", "/")}}}  # the workers' is ours
