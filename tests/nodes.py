@@ -103,7 +103,7 @@ class Driver:
         if self.process.returncode == 0 and not out:
             self.start()
             out, _ = self.process.communicate(timeout=timeout_s)
-        assert self.process.returncode == 0, f"exit {self.process.returncode}\n{self.log.read_text()[-3000:]}"
+        assert self.process.returncode == 0, self.log.read_text()[-3000:]
         found: dict[str, object] = json.loads(out)
         return found
 
