@@ -95,9 +95,9 @@ class Driver:
             self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=err, cwd=ROOT)
 
     def end(self, timeout_s: float) -> dict[str, object]:
-        """What it says at its end. Ray has been seen to end a driver that was begun at once after one that was
-        killed, with status 0 and without a word (it may be told what was meant for the other): then the same
-        is typed again.
+        """What it says at its end. Ray has been seen to end a driver that was begun right after one that was
+        killed, with status 0 and without a word (perhaps what was meant for the other): then the same is
+        typed again.
         """
         out, _ = self.process.communicate(timeout=timeout_s)
         if self.process.returncode == 0 and not out:
