@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -24,7 +23,6 @@ from types import FrameType
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from builder import run as runs
 from builder import status as status_of
@@ -32,10 +30,20 @@ from builder.core import TRANSPORT, Recipe
 from builder.errors import RecipeError, UserError, command
 from builder.executors.local import local
 from builder.files import finite
-from builder.forecast import Forecast, forecast
+from builder.forecast import forecast
 from builder.resolve import pairs_of, resolve
-from builder.schedule import BLOCKS_AT_WORK, Outcome
+from builder.schedule import BLOCKS_AT_WORK
 from builder.scratch import Local
+from builder.shown import (
+    Formatter,
+    columns,
+    echo,
+    forecast_table,
+    print_,
+    show_status,
+    shown_progress,
+    stats_table,
+)
 
 WATCH_S = 5.0
 
@@ -56,7 +64,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             number = numbers[0] if numbers else signal.SIGINT
             said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-            _echo(f"recap: {said}; the same command goes on where this one stopped", err=True)
+            echo(f"recap: {said}; the same command goes on where this one stopped", err=True)
             sys.exit(128 + number)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -84,28 +92,8 @@ def _signals(come: list[int]) -> Iterator[None]:
 def _stop(message: str, hint: str) -> None:
     """One line, however many a file's name or a library makes of it, and what to type next. Exits with 2."""
     lines = [" ".join(text.split("\n"))[:800] for text in (message, hint) if text]
-    _echo("\n  ".join([f"recap: {lines[0]}", *lines[1:]]), err=True)
+    echo("\n  ".join([f"recap: {lines[0]}", *lines[1:]]), err=True)
     sys.exit(2)
-
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would obey: captions, URLs and names come from anybody.
-
-    In JSON it stands for the same character.
-    """
-    return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
-
-
-def _echo(text: str, *, err: bool = False) -> None:
-    click.echo(printable(text).encode("utf-8", "replace").decode(), err=err)
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,7 +102,7 @@ class _Formatter(logging.Formatter):
 def main(verbose: bool) -> None:
     """Build, measure and publish recaptioned image-text data sets."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(message)s"))
+    handler.setFormatter(Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("builder").setLevel(logging.DEBUG if verbose else logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -269,18 +257,18 @@ def build(
 def _say_built(run: Path | str, result: runs.Result, as_json: bool) -> None:
     """What a build did. Exits with 1 where something was not done."""
     about = {"run": str(run), "done": len(result.done), "failed": result.failed, "held": result.held}
-    _print(about, as_json, f"{run}: {len(result.done)} shards done, {len(result.failed)} failed")
+    print_(about, as_json, f"{run}: {len(result.done)} shards done, {len(result.failed)} failed")
     for warning in result.warnings:
-        _echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     for name, reason in result.failed.items():
-        _echo(f"failed: {name}: {reason}", err=True)
+        echo(f"failed: {name}: {reason}", err=True)
     for reason in result.held.values():
-        _echo(f"held back: {reason}", err=True)
+        echo(f"held back: {reason}", err=True)
     if result.failed:
-        _echo("the same command tries them again", err=True)
+        echo("the same command tries them again", err=True)
     if result.held:
         again = command("recap", "retry", run, "--status", ",".join(TRANSPORT))
-        _echo(f"download those rows again: {again}; or take them as they are: --accept-failures", err=True)
+        echo(f"download those rows again: {again}; or take them as they are: --accept-failures", err=True)
     if result.failed or result.held:
         sys.exit(1)
 
@@ -301,7 +289,7 @@ def retry(run: Path | str, statuses: str, on: str, local_disk: Local, as_json: b
         )
     _say_built(run, result, as_json)
     if not as_json:
-        _echo(
+        echo(
             f"what follows from it: {command('recap', 'build', _inside(run, runs.RECIPE), '--run', run)}",
             err=True,
         )
@@ -321,7 +309,7 @@ def gc(run: Path | str, delete: bool, local_disk: Local, as_json: bool) -> None:
     said = "deleted" if delete else f"delete them: {command('recap', 'gc', run, '--delete')}"
     total = f"{len(found):,} files, {sum(found.values()):,} bytes; {said}"
     lines.append(total if found else "there is nothing to delete")
-    _print(found, as_json, "\n".join(lines))
+    print_(found, as_json, "\n".join(lines))
 
 
 @main.command()
@@ -362,14 +350,14 @@ def plan(
             resolved, table, rows=rows, rates=_numbers(rate), blocks=blocks, price=price,
             workers={name: round(number) for name, number in _numbers(workers).items()},
         )  # fmt: skip
-        _print(asdict(told), as_json, _forecast_table(told))
+        print_(asdict(told), as_json, forecast_table(told))
         return
     measures = ("rows_ok", "bytes_done", "seconds_done")
     shown = [{name: value for name, value in row.items() if name not in measures} for row in table]
-    _print(table, as_json, _columns(shown))
+    print_(table, as_json, columns(shown))
     for row in (row for row in table if row["images_dropped"]):
         lost = f"{row['images_dropped']} shards of {row['stage']} need images that were dropped"
-        _echo(f"{lost}: --redo download downloads them again", err=True)
+        echo(f"{lost}: --redo download downloads them again", err=True)
 
 
 @main.command()
@@ -395,7 +383,7 @@ def doctor(place: str, on: str, local_disk: Local) -> None:
     wrong = 0
     for finding in examine(place, executor=executor, nodes=nodes, local=local_disk):
         told = f": {finding.told}" if finding.told else ""
-        _echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.what}{told}")
+        echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.what}{told}")
         wrong += not finding.ok
     sys.exit(1 if wrong else 0)
 
@@ -410,34 +398,10 @@ def status(run: Path | str, watch: bool, as_json: bool) -> None:
         table = status_of.status(runs.Run.open(run))
         if watch and sys.stdout.isatty():
             click.clear()
-        _show_status(table, as_json)
+        show_status(table, as_json)
         if not watch or not any(row["shards_left"] for row in table):
             return
         time.sleep(WATCH_S)
-
-
-def _show_status(table: list[dict[str, object]], as_json: bool) -> None:
-    lines = []
-    for row in table:
-        rows, failed = row["rows"], row["failed"]
-        assert isinstance(rows, dict)
-        assert isinstance(failed, dict)
-        eta = f", about {row['eta_s']} s left" if row["shards_left"] and row["eta_s"] is not None else ""
-        rate = f", {row['rows_per_s']} rows/s" if row["rows_per_s"] else ""
-        shards = f"{row['shards_done']} shards done, {row['shards_left']} left"
-        if workers := row.get("workers"):
-            shards += f", {workers} workers"
-        lines.append(f"{row['stage']:<10} {shards}{rate}{eta}")
-        lines += [f"{'':<10} {number:>9,} {name}" for name, number in rows.items()]
-        if counts := row.get("counts"):
-            assert isinstance(counts, dict)
-            told = ", ".join(f"{name} {number:,}" for name, number in counts.items())
-            lines.append(f"{'':<10} counted: {told}")
-        lines += [f"{'':<10} failed {name}: {reason}" for name, reason in failed.items()]
-        if row.get("captions_wasted"):
-            what = "captions of images that turned out to be placeholders"
-            lines.append(f"{'':<10} {row['captions_wasted']:>9,} {what}")
-    _print(table, as_json, "\n".join(lines))
 
 
 _captions = click.option(
@@ -471,7 +435,7 @@ def stats(
     if found.run and ("://" in place or os.access(place, os.W_OK)):
         found.run.store.write("stats.json", report.to_json(result).encode())
     absent = [f"{name}: {answer['absent']}" for name, answer in result.items() if "absent" in answer]
-    _print(result, as_json, "\n".join([stats_table(result), *absent]))
+    print_(result, as_json, "\n".join([stats_table(result), *absent]))
 
 
 def _names(text: str) -> list[str]:
@@ -507,11 +471,11 @@ def sql(place: str, query: str | None, captions: str, as_json: bool) -> None:
             if found is None:
                 return
             if as_json:
-                _echo(json.dumps(finite(found.to_arrow_table().to_pylist()), ensure_ascii=False, default=str))
+                echo(json.dumps(finite(found.to_arrow_table().to_pylist()), ensure_ascii=False, default=str))
             else:
                 with contextlib.redirect_stdout(io.StringIO()) as shown:
                     found.show(max_width=200)
-                _echo(shown.getvalue().rstrip("\n"))
+                echo(shown.getvalue().rstrip("\n"))
         except duckdb.Error as error:
             hint = f"the views are published and ledger: {describe}"
             raise UserError(str(error).strip().replace("\n\n", " "), hint) from error
@@ -541,7 +505,7 @@ def select(place: str, strategy: str, settings: tuple[str, ...], out: Path, as_j
         counts = dict(con.sql(query).fetchall())
         subset, table = selection.write(con, out)
     lines = [f"{number:>12,} {name}" for name, number in counts.items()] + [f"{subset}  {table}"]
-    _print({"rows": counts, "subset": str(subset), "table": str(table)}, as_json, "\n".join(lines))
+    print_({"rows": counts, "subset": str(subset), "table": str(table)}, as_json, "\n".join(lines))
 
 
 @main.command()
@@ -563,11 +527,11 @@ def card(place: str, check: bool) -> None:
         if place.startswith("hf://datasets/"):
             hint = f"check a version's card: {command('recap', 'card', '--check', place)}"
             raise UserError(f"{place} is no run", hint)
-        _echo(preview_card(place))
+        echo(preview_card(place))
         return
     problems = check_card(place)
     said = f"{place}: {len(problems)} numbers, counts or columns do not agree with the data"
-    _echo("\n".join([said, *problems]))
+    echo("\n".join([said, *problems]))
     sys.exit(1 if problems else 0)
 
 
@@ -583,7 +547,7 @@ def explore(place: str, out: Path, rows: int | None, captions: str) -> None:
 
     page = write_page(look(place, _names(captions)), out, rows=rows)
     serve = command("python", "-m", "http.server", "--bind", "127.0.0.1", "--directory", out)
-    _echo(f"{page}\nlook at it: {serve}")
+    echo(f"{page}\nlook at it: {serve}")
 
 
 _version = click.option("--version", required=True, help="For example 0.1.0; a version never changes.")
@@ -643,7 +607,7 @@ def _say_published(result: Any, target: str, version: str, as_json: bool, remova
             went += [f"  no row has the {kind} {value[:200]}; {later}" for value in values[:20]]
             went += [f"  and {len(values) - 20} more of {kind}"] if values[20:] else []
         lines[1:1] = went
-    _print(vars(result) | about, as_json, "\n".join(lines))
+    print_(vars(result) | about, as_json, "\n".join(lines))
 
 
 @main.command()
@@ -658,7 +622,7 @@ def verify(place: str, as_json: bool) -> None:
     result = verify_version(place)
     problems = result["problems"]
     said = f"{place}: {result['files']} files, {result['bytes']:,} bytes, {len(problems)} problems"
-    _print(result, as_json, "\n".join([said, *problems]))
+    print_(result, as_json, "\n".join([said, *problems]))
     sys.exit(1 if problems else 0)
 
 
@@ -685,7 +649,7 @@ def diff(a: str, b: str | None, columns: str, as_json: bool) -> None:
         raise UserError("two versions or two columns are compared", hint)
     if columns:
         found = diff_columns(parts(a), *_names(columns))
-        _print(found, as_json, "\n".join(f"{name:<21} {_listed(value)}" for name, value in found.items()))
+        print_(found, as_json, "\n".join(f"{name:<21} {_listed(value)}" for name, value in found.items()))
         return
     result = differences(parts(a), parts(str(b)))
     rows = f"{result['rows'][0]:,} -> {result['rows'][1]:,}"
@@ -697,7 +661,7 @@ def diff(a: str, b: str | None, columns: str, as_json: bool) -> None:
         f"mean      {name}: {_number(before)} -> {_number(after)}"
         for name, (before, after) in result["means"].items()
     ]
-    _print(result, as_json, "\n".join(lines))
+    print_(result, as_json, "\n".join(lines))
 
 
 def _listed(value: Any) -> str:
@@ -741,10 +705,10 @@ def remove(
     _say_published(removal.published, split(target)[0], version, as_json, removal)
     if not as_json and not dry_run:
         where = target_of(split(target)[0])
-        _echo("Older versions still hold the rows; to delete those:")
+        echo("Older versions still hold the rows; to delete those:")
         for older in where.versions():
             if by_number(older) < by_number(version):
-                _echo(f"  {where.how_to_delete(older)}")
+                echo(f"  {where.how_to_delete(older)}")
 
 
 @main.command()
@@ -785,75 +749,6 @@ def _numbers(pairs: Iterable[str]) -> dict[str, float]:
         if not 0 < found[name] < math.inf:
             raise UserError(f"{name}={text} is not above 0", "for example: re_caption=45")
     return found
-
-
-def _forecast_table(told: Forecast) -> str:
-    table = [
-        {
-            "stage": line.stage, "rows": f"{line.rows:,}",
-            "rows/s of a worker": "?" if line.rows_per_s is None else f"{line.rows_per_s:.4g}",
-            "workers": line.workers, "hours": "?" if line.hours is None else f"{line.hours:,.1f}",
-            "from": line.source,
-        }
-        for line in told.lines
-    ]  # fmt: skip
-    cost = "" if told.cost is None else f", {told.cost:,.0f} at the price given"
-    tables = "" if told.tables_gib is None else f"; tables of the stages {told.tables_gib:,.1f} GiB"
-    return "\n".join(
-        [
-            _columns(table),
-            "hours = rows / (rows/s of a worker * workers) / 3600; stages overlap, so the slowest counts",
-            f"{told.hours:,.1f} hours, of {told.slowest}; {told.gpu_hours:,.0f} GPU hours{cost}",
-            f"images {told.images_gib:,.1f} GiB; {told.images_gib_dropped:,.1f} at a time with --drop-images"
-            + tables,
-        ]
-    )
-
-
-def _print(data: Any, as_json: bool, text: str) -> None:
-    _echo(json.dumps(finite(data), indent=1, ensure_ascii=False, default=str) if as_json else text)
-
-
-def _columns(table: list[dict[str, Any]]) -> str:
-    lines = [list(table[0]), *([str(value) for value in row.values()] for row in table)]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
-
-
-def stats_table(result: dict[str, Any]) -> str:
-    from analysis.report import table
-
-    head, lines = table(result)
-    return _columns([dict(zip(head, line, strict=True)) for line in lines])
-
-
-class shown_progress:
-    """A bar for every stage on a terminal, one line per finished shard in a log."""
-
-    def __init__(self) -> None:
-        self.bars: dict[str, tqdm[None]] = {}
-
-    def __enter__(self) -> runs.Progress:
-        return self.show
-
-    def __exit__(self, *_: object) -> None:
-        for bar in self.bars.values():
-            bar.close()
-
-    def show(self, outcome: Outcome, done: int, number: int) -> None:
-        name = outcome.task.stage
-        if sys.stderr.isatty():
-            if name not in self.bars:
-                self.bars[name] = tqdm(desc=f"{name:<12}", unit="shard", position=len(self.bars))
-            bar = self.bars[name]
-            bar.total, bar.n = number, done
-            bar.refresh()
-        elif outcome.record:
-            rows = ", ".join(f"{rows} {status}" for status, rows in outcome.record.rows.items())
-            _echo(f"{name} {outcome.task.name}: {rows} ({outcome.record.seconds:.1f} s)", err=True)
-        else:
-            _echo(f"{name} {outcome.task.name}: failed: {outcome.error}", err=True)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,13 @@ from analysis import report
 from builder import sql, tombstones, urls
 from builder.captions.kinds import QUOTABLE
 from builder.captions.vllm import MAX_QUOTED_CHARACTERS, Prompt
-from builder.cli import printable
 from builder.core import Recipe, Record, Stage
 from builder.errors import InputError, RecipeError, UserError
 from builder.executors.work import in_this_process
 from builder.places import look, parts
 from builder.run import Run, build
 from builder.schedule import Outcome
+from builder.shown import printable
 from builder.stages.caption import Caption
 from builder.stages.download import _faces
 from builder.stages.select import LEDGER, SCHEMA
