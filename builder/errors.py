@@ -76,8 +76,8 @@ def telling_of_a_full_disk(*places: object) -> Iterator[None]:
         yield
     except Exception as error:
         if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
-            named = error.filename if isinstance(error, OSError) else None
-            where = named or next((place for place in places if _is_full(place)), places[0])
+            told = error.filename if isinstance(error, OSError) else None
+            where = told or next((place for place in places if _is_full(place)), places[0])
             hint = "free some space, then type the same command again"
             raise InputError(f"the disk of {where} is full", hint) from error
         raise

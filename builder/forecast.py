@@ -8,7 +8,6 @@ images = rows of it * bytes of an image; with --drop-images only of the blocks a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +78,7 @@ def forecast(
     for stage in recipe.stages:
         of_stage = round(rows * (share if type(stage).__name__ in OF_IMAGES else 1.0))
         rate, source = _rate(stage, rates, there.get(stage.name, {}))
-        number = workers.get(stage.name, _workers(stage))
+        number = workers.get(stage.name, stage.likely_workers())
         hours = of_stage / (rate * number) / 3600 if rate else None
         lines.append(Line(stage.name, of_stage, rate, number, hours, source))
         done, size = there.get(stage.name, {}).get("rows_done"), there.get(stage.name, {}).get("bytes_done")
@@ -100,12 +99,6 @@ def forecast(
         None if price is None else hours * gpus * price,
         rows * share * of_image / 2**30, at_work * share * of_image / 2**30, tables / 2**30 or None,
     )  # fmt: skip
-
-
-def _workers(stage: Stage) -> int:
-    """As the recipe says, or as this machine would have."""
-    most = stage.bounds()[1]
-    return int(most) if math.isfinite(most) else max(1, stage.num_workers())
 
 
 def _gpus(recipe: Recipe, group: list[Line]) -> int:

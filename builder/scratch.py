@@ -56,10 +56,9 @@ class Scratch:
                     shutil.rmtree(entry.path, ignore_errors=True)
 
     def has_room(self) -> bool:
-        if self.gib is None:
+        if self.gib is None or self.bytes() < self.gib * 2**30:
             return True
-        if self.bytes() >= self.gib * 2**30:
-            self._clean()
+        self._clean()
         return self.bytes() < self.gib * 2**30
 
     def bytes(self) -> int:

