@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -507,7 +507,7 @@ class Record:
 
     def to_json(self) -> str:
         """Without what is empty."""
-        kept = {name: value for name, value in asdict(self).items() if value or name == "key"}
+        kept = {name: value for name, value in vars(self).items() if value or name == "key"}
         return json.dumps(kept, indent=1)
 
     def output(self, suffix: str) -> str:
@@ -537,8 +537,12 @@ def task_key(
 
 def versions(libraries: tuple[str, ...]) -> dict[str, str]:
     """Versions of those distributions that are installed: vLLM comes under one of two names."""
-    found = {}
-    for name in ("recapkit", *libraries):
-        with suppress(PackageNotFoundError):
-            found[name] = installed_version(name)
-    return found
+    found = {name: _version_of(name) for name in ("recapkit", *libraries)}
+    return {name: version for name, version in found.items() if version}
+
+
+@cache
+def _version_of(library: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return installed_version(library)
+    return None

@@ -134,9 +134,13 @@ def encoding_of(data: bytes) -> str:
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a whole file or nothing of it, and make it last."""
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data.encode() if isinstance(data, str) else data)
-    sync(part)
-    os.replace(part, path)
+    try:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+        sync(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # on a full disk
+        raise
     sync(path.parent)
 
 

@@ -154,7 +154,12 @@ class Folder:
     def create(self, name: str, data: bytes) -> None:
         self._make_folder(name)
         with open(self.root / name, "xb") as file:
-            file.write(data)
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:  # a full disk
+                (self.root / name).unlink()
+                raise
 
     def fetch(self, name: str, scratch: Path) -> Path:
         path = self.root / name

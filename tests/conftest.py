@@ -34,6 +34,9 @@ _connections, _survived = SESSION / "connections", SESSION / "survived"
 os.environ["RECAP_TEST_CONNECTIONS"] = str(_connections)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT), str(ROOT / "tests")])
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault(
+    "AWS_EC2_METADATA_DISABLED", "true"
+)  # where no credentials are set, botocore asks a cloud's host
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # the workers share the cores: threads of two engines would wait for each other

@@ -301,8 +301,8 @@ def a_signal(number: signal.Signals, ground: Ground, *, to_all: bool) -> None:
     """One line and the usual exit status. A terminal signals all its foreground's processes, `kill` one."""
     s = ground.situation
     recipe, metadata = s.recipe(SLOW, "slow_rows.py"), s.parquet()
-    # A shell that started the tests in its background has them ignore SIGINT, and so would the build.
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "builder.cli"]
+    # In the background of a shell the tests ignore SIGINT, under nohup SIGHUP, and so would the build.
+    command = ["env", "--default-signal=INT,HUP", sys.executable, "-m", "builder.cli"]
     command += ["build", f"{recipe}:rows", f"metadata={metadata}", "--run", str(s.here / "run")]
     process = subprocess.Popen(
         command, cwd=ground.base / "cwd", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

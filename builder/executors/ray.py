@@ -351,17 +351,21 @@ class _Actor(Worker):
         self.node_id, self.actor = node, made.remote(stages, store)
         self.dead = False
         self.said: deque[Any] = deque([self.actor.open.remote()])  # what it will say, in this order
-        self.loading: Any = self.actor.loading.remote() if any(stage.ahead for stage in stages) else None
+        self.looks_ahead = any(stage.ahead for stage in stages)
+        self.loading: Any = self.actor.loading.remote() if self.looks_ahead else None
         self.leaves: Any = None
 
     def send(self, task: Task) -> None:
-        self.actor.take.remote(task)
-        self.said.append(self.actor.do.remote())
+        if self.looks_ahead:
+            self.actor.take.remote(task)
+            self.said.append(self.actor.do.remote())
+        else:
+            self.said.append(self.actor.do.remote(task))
 
     def hear(self) -> Outcome | None:
         self._hear_of_loading()
-        if not ray.wait([self.said[0]], timeout=0)[0]:
-            return None
+        if self.looks_ahead and not ray.wait([self.said[0]], timeout=0)[0]:
+            return None  # it spoke of what it loads
         try:
             heard = ray.get(self.said.popleft())
         except ray.exceptions.RayError as error:
@@ -439,9 +443,12 @@ class _Serving:
     def loading(self) -> bool:
         return self.loads.get()
 
-    def do(self) -> Outcome | UserError | None:
+    def do(self, task: Task | None = None) -> Outcome | UserError | None:
+        """The task given, or the next that was taken."""
         if self.is_over:
             return None  # to nobody: whoever heard the error before has ended it
+        if task:
+            self.inbox.put(task)
         outcome = self.serving.do()
         self.is_over = not isinstance(outcome, Outcome) or bool(outcome.error)
         return outcome
