@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(RUN)/recap demo
 
 test: $(VENV)/.ready chromium
-	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(RUN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What takes long: real photos without verification, more kills, every hostile input, every kill of a publish, a shard of 2 GB,
 # ten times the examples, other architectures, a real endpoint, nodes of a cluster that die, a Slurm job, a run on S3.
