@@ -62,6 +62,13 @@ class Memory:
         folder, _, name = name.rpartition("/")
         self.objects[folder].pop(name, None)
 
+    def read_all(self, names: list[str]) -> list[bytes | None]:
+        return [self.read(name) for name in names]
+
+    def delete_all(self, names: list[str]) -> None:
+        for name in names:
+            self.delete(name)
+
     def names(self, folder: str) -> list[str]:
         return sorted(self.objects.get(folder, ()))
 

@@ -94,8 +94,8 @@ def _records(store: Store, folder: str) -> dict[str, Record] | None:
     """None where a record went between being listed and being read."""
     names = store.names(folder)
     found = _compacted(store, folder) if COMPACTED in names else {}
-    for name in (name for name in names if name.endswith(".json")):
-        data = store.read(f"{folder}/{name}")
+    names = [name for name in names if name.endswith(".json")]
+    for name, data in zip(names, store.read_all([f"{folder}/{name}" for name in names]), strict=True):
         if data is None:
             return None
         record = Record.from_json(data)
@@ -121,8 +121,7 @@ def compact(store: Store, folder: str) -> None:
         confirm(store)
     finally:
         shutil.rmtree(scratch)
-    for name in alone:
-        store.delete(f"{folder}/{name}")
+    store.delete_all([f"{folder}/{name}" for name in alone])
 
 
 def _compacted(store: Store, folder: str) -> dict[str, Record]:
@@ -168,13 +167,18 @@ def damaged_input(store: Store, task: Task) -> str:
     Its record goes, so that the next pass makes it again.
     """
     confirm(store)  # what another build has replaced meanwhile is not damaged
-    scratch = store.scratch()
+    try:
+        scratch = store.scratch()
+    except OSError:
+        return ""
     try:
         for name, sha256 in task.inputs.items():
             try:
                 whole = sha256_file(store.fetch(name, scratch)) == sha256
             except FileNotFoundError:
                 whole = False
+            except OSError:  # a full disk, a store that does not answer: it is not known
+                return ""
             if not whole:
                 forget_maker(store, name)
                 return f"{name} no longer has the bytes of its record; it will be made again"

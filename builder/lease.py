@@ -154,6 +154,9 @@ def leased(
         store.create(lease.name, mine.written())
     except FileExistsError:
         raise busy(store) from None
+    if numbers(store)[-1:] != [lease.number]:  # what was listed before is long ago
+        store.delete(lease.name)
+        raise busy(store)
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(store, lease, mine, beat_s, ended), daemon=True)
     thread.start()
@@ -177,8 +180,8 @@ def _wait_until_free(
     """
     held = store.read(name)
     known = Holder.parse(held or b"")
-    if held == GIVEN_BACK or (known and is_gone(known)):
-        return
+    if held in (GIVEN_BACK, None) or (known and is_gone(known)):
+        return  # where it has gone meanwhile there is a newer one, which is found
     by = known.who if known else "somebody"
     log.info("waiting up to %g s to see whether the build of %s is at work still", expiry_s, by)
     end = time.monotonic() + expiry_s

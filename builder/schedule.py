@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 BLOCKS_AT_WORK = 2
 EARLY = "early-"  # with the number of a batch: a task of what only the whole run can answer
 ACCEPTED = "accepted"  # beside a block's downloads: they are taken as they are
+DROPPING = 16  # threads
 ENOUGH_TO_JUDGE = 10  # shards of a block, after which it may be held back
 
 
@@ -288,11 +290,19 @@ class Schedule:
         readers = [stage for stage in self.plan.recipe.stages if "download" in stage.reads()]
         if not readers or not self._is_now(readers[-1]):
             return
+        ready = []
         for shard, record in block.stages["download"].done.items():
             tars = [name for name in record.outputs if Object.parse(name).suffix == ".tar"]
             there = [name for name in tars if name not in record.dropped]
             if there and all(shard in block.stages[reader.name].done for reader in readers):
-                drop(self.store, f"download/{block.block.name}", shard, record, ".tar")
+                ready.append((shard, record))
+        folder = f"download/{block.block.name}"
+        with ThreadPoolExecutor(DROPPING) as pool:  # an object store takes its time for each
+            dropped = (
+                pool.submit(drop, self.store, folder, shard, record, ".tar") for shard, record in ready
+            )
+            for one in list(dropped):
+                one.result()
 
     # --- what only the whole run can answer -----------------------------------------------------------------
 

@@ -40,19 +40,25 @@ class Scratch:
     def new(self) -> Path:
         self.root.mkdir(parents=True, exist_ok=True)
         self._clean()
-        return Path(tempfile.mkdtemp(prefix=f"{digest(where())}-{os.getpid()}-", dir=self.root))
+        return Path(tempfile.mkdtemp(prefix="-".join((*_here(), str(os.getpid()), "")), dir=self.root))
 
     def _clean(self) -> None:
-        """Of other machines that share the folder what is a day old, of this one what no process has."""
+        """Of this machine what no process has, or was there before it was started; of others that share the
+        folder, and other containers, what is a day old.
+        """
+        our_host, our_boot, ours = _here()
         with suppress(FileNotFoundError), os.scandir(self.root) as entries:
             for entry in list(entries):
-                machine, _, rest = entry.name.partition("-")
-                pid = rest.partition("-")[0]
-                if machine == digest(where()):
-                    gone = pid.isdecimal() and not Path("/proc", pid).exists()
+                host, boot, container, pid, *_ = (*entry.name.split("-"), "", "", "", "")
+                if not pid.isdecimal():
+                    continue
+                if container == ours:
+                    gone = not Path("/proc", pid).exists()
+                elif host == our_host and boot != our_boot:
+                    gone = True
                 else:
                     gone = time.time() - entry.stat(follow_symlinks=False).st_mtime > OLD_S
-                if gone and pid.isdecimal():
+                if gone:
                     shutil.rmtree(entry.path, ignore_errors=True)
 
     def has_room(self) -> bool:
@@ -68,6 +74,12 @@ class Scratch:
                 with suppress(OSError):  # it went meanwhile
                     total += os.lstat(os.path.join(folder, name)).st_size
         return total
+
+
+def _here() -> tuple[str, str, str]:
+    """Names this machine, since when it is on, and this container of it."""
+    host, _, rest = where().partition(" ")
+    return digest(host), digest(rest.partition(" ")[0]), digest(where())
 
 
 def digest(text: str) -> str:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from builder.scratch import ANYWHERE, Local, Scratch, digest
 
 SCRATCH = ".scratch"
 OBJECTS = {"s3", "s3a", "gs", "gcs"}  # fsspec makes a conditional PUT of `mode="create"`
-FILES = {"file", "local", "memory"}  # and here opens with O_EXCL, or does it in this process
+FILES = {"file", "local", "memory"}  # and opens these with O_EXCL, or in this process
 
 
 class Journal(Protocol):
@@ -56,6 +56,9 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes | None:
         """All of a small object; None where there is none."""
+
+    def read_all(self, names: Sequence[str]) -> Iterable[bytes | None]:
+        """As `read`, of many."""
 
     def write(self, name: str, data: bytes) -> None:
         """A small object, whole or not at all."""
@@ -90,6 +93,9 @@ class Store(Protocol):
     def delete(self, name: str) -> None:
         """An object or a journal; nothing where there is none."""
 
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Objects that are there."""
+
     def journal(self, name: str) -> Journal:
         """A journal to write on with."""
 
@@ -106,6 +112,9 @@ class Store(Protocol):
     def logs(self) -> Path:
         """A local folder for what libraries print."""
 
+    def is_conditional(self) -> bool:
+        """Is of two that create an object one refused? Tried out, for some servers do not know of it."""
+
     def lease(self) -> AbstractContextManager[Lease]:
         """A context in which nobody else builds here; `held` is it.
 
@@ -120,6 +129,8 @@ def store_of(place: str | Path, local: Local = ANYWHERE) -> Store:
     Raises:
         InputError: it is a URL of a kind that is not installed.
     """
+    if str(place).startswith(("file://", "local://")):
+        place = str(place).partition("://")[2]
     return Remote(str(place), local) if "://" in str(place) else Folder(Path(place), local)
 
 
@@ -144,7 +155,15 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         path = self.root / name
-        return read_file(path) if os.path.lexists(path) else None
+        try:
+            return read_file(path)
+        except InputError:
+            if os.path.lexists(path):
+                raise
+            return None
+
+    def read_all(self, names: Sequence[str]) -> Iterable[bytes | None]:
+        return map(self.read, names)
 
     def write(self, name: str, data: bytes) -> None:
         hold(self)
@@ -157,6 +176,7 @@ class Folder:
             try:
                 file.write(data)
                 file.flush()
+                os.fsync(file.fileno())
             except OSError:  # a full disk
                 (self.root / name).unlink()
                 raise
@@ -204,6 +224,10 @@ class Folder:
         hold(self)
         (self.root / name).unlink(missing_ok=True)
 
+    def delete_all(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.delete(name)
+
     def journal(self, name: str) -> Journal:
         self._make_folder(name)
         return _File(self.root / name)
@@ -226,6 +250,9 @@ class Folder:
     def logs(self) -> Path:
         self._make_folder("logs/any")
         return self.root / "logs"
+
+    def is_conditional(self) -> bool:
+        return _refuses_a_second(self)
 
     @contextmanager
     def lease(self) -> Iterator[Lease]:
@@ -276,6 +303,7 @@ def _whole_lines(data: bytes) -> list[str]:
     return data.decode("utf-8", "replace").split("\n")[:-1]
 
 
+MANY = 1000  # objects that are read at a time
 FLUSH_S = 5.0  # a remote journal is an object for each so many seconds; so much of it a crash costs
 
 
@@ -299,6 +327,7 @@ class Remote:
         protocols = {protocol} if isinstance(protocol, str) else {*protocol}
         self._is_object_store = bool(protocols & OBJECTS)
         self._may_be_conditional = bool(protocols & (OBJECTS | FILES))
+        self._is_plain = not set("*?[") & set(self.root)  # fsspec takes lists of paths for patterns
 
     def url(self, name: str) -> str:
         return f"{self.place}/{name}"
@@ -315,6 +344,16 @@ class Remote:
                 return None
         return data
 
+    def read_all(self, names: Sequence[str]) -> Iterable[bytes | None]:
+        for start in range(0, len(names), MANY):
+            some, found = names[start : start + MANY], {}
+            if self._is_plain:
+                with self._telling():  # at the same time, where the file system can
+                    found = self.filesystem.cat([f"{self.root}/{name}" for name in some], on_error="return")
+            for name in some:
+                data = found.get(f"{self.root}/{name}")
+                yield data if isinstance(data, bytes) else self.read(name)  # or it is told
+
     def write(self, name: str, data: bytes) -> None:
         hold(self)
         with self._telling():
@@ -325,8 +364,12 @@ class Remote:
         with self._telling():
             self._make_folder(name)
             try:
-                with _refusals():
-                    self.filesystem.pipe_file(f"{self.root}/{name}", data, mode="create")
+                if self._is_object_store or not self._may_be_conditional:
+                    with _refusals():
+                        self.filesystem.pipe_file(f"{self.root}/{name}", data, mode="create")
+                else:  # of a file fsspec's `pipe_file` only looks whether it is there
+                    with self.filesystem.open(f"{self.root}/{name}", "xb") as file:
+                        file.write(data)
             except FileExistsError:
                 if self.read(name) != data:  # or it was this one's, whose answer was lost
                     raise
@@ -377,6 +420,15 @@ class Remote:
             for part in self.segments(name):
                 self.filesystem.rm_file(f"{self.root}/{name}/{part}")
 
+    def delete_all(self, names: Sequence[str]) -> None:
+        hold(self)
+        if not self._is_plain:
+            for name in names:
+                self.delete(name)
+        elif names:
+            with self._telling(), suppress(FileNotFoundError):
+                self.filesystem.rm([f"{self.root}/{name}" for name in names])
+
     def journal(self, name: str) -> Journal:
         return _Segments(self, name)
 
@@ -425,21 +477,7 @@ class Remote:
                 self.held = None
 
     def is_conditional(self) -> bool:
-        """Is of two that create an object one refused? Tried out, for some servers do not know of it."""
-        if not self._may_be_conditional:
-            return False
-        name = f".lease/probe-{uuid.uuid4().hex}"
-        try:
-            self.create(name, b"first")
-        except NotImplementedError:
-            return False
-        try:
-            self.create(name, b"second")
-        except FileExistsError:
-            return True
-        finally:
-            self.delete(name)
-        return False
+        return self._may_be_conditional and _refuses_a_second(self)
 
     def _prove(self) -> None:
         """Raises:
@@ -489,6 +527,21 @@ class Remote:
         """Where a file system has folders; an object store has none, and asked for one makes a bucket."""
         if not self._is_object_store:
             self.filesystem.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+
+
+def _refuses_a_second(store: Store) -> bool:
+    name = f".lease/probe-{uuid.uuid4().hex}"
+    try:
+        store.create(name, b"first")
+    except NotImplementedError:
+        return False
+    try:
+        store.create(name, b"second")
+    except FileExistsError:
+        return True
+    finally:
+        store.delete(name)
+    return False
 
 
 @contextmanager

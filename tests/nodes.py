@@ -66,15 +66,16 @@ class Nodes:
 
 @contextmanager
 def nodes(number: int, cpus: int = 1) -> Iterator[Nodes]:
-    """With a HOME of its own, and no look-up of clouds."""
+    """With a HOME and a temporary folder of its own, and no look-up of clouds."""
     from builder.executors.ray import NO_CLOUD, QUIET
 
     with tempfile.TemporaryDirectory(prefix="rc-") as home:
         Path(home, NO_CLOUD[0]).write_text(NO_CLOUD[1])
+        Path(home, "ray").mkdir()  # where Ray notes the cluster's address
         os.environ.setdefault(
             "RAY_AUTH_TOKEN", secrets.token_hex(32)
         )  # a process of Ray's keeps its first one
-        with environment(QUIET | {"HOME": home}):
+        with environment(QUIET | {"HOME": home, "RAY_TMPDIR": home}):
             found = Nodes(number, cpus, home)
             try:
                 yield found

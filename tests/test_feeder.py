@@ -94,19 +94,20 @@ def test_a_feeder_that_is_killed_is_replaced_and_costs_nothing(engine: Engine, f
 
 
 def test_an_image_of_which_feeders_die_fails_alone(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is at it dies; those behind it are asked of another."""
+    """Whoever is at it dies."""
     (picture, *_) = requests(1)
     assert picture.image is not None
-    pending = [feeder.submit(f"name {n}", picture.image, [1, 2, 3]) for n in range(4)]
-    del pending  # their answers are read below, in order, by those that follow
+    those = children(feeder.template.pid)
+    for child in those:  # none answers before it dies
+        os.kill(child, signal.SIGSTOP)
     deadly = feeder.submit("deadly", picture.image, [1])
     monkeypatch.setattr(deadly, "deaths", feeding.DEATHS - 1)
     worker = next(worker for worker in feeder.workers if deadly in worker.asked)
-    while worker.asked[0] is not deadly:
-        feeder._receive(wait=True)
-    if deadly.value is None:  # it may have been answered already
-        worker.socket.shutdown(2)
-        assert feeder.result(deadly) == Failure("the process that decoded the image died of it")
+    assert worker.asked[0] is deadly
+    worker.socket.shutdown(2)
+    assert feeder.result(deadly) == Failure("the process that decoded the image died of it")
+    for child in those:
+        os.kill(child, signal.SIGCONT)
 
 
 def test_feeders_end_with_the_process_that_has_them(feeder: Feeder) -> None:

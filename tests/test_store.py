@@ -23,6 +23,7 @@ from conftest import ROOT
 from s3 import S3, s3
 from test_run import Verdict
 
+from builder.commit import damaged_input
 from builder.core import Object, Recipe, Stage, Task, Work
 from builder.errors import InputError
 from builder.executors.local import local
@@ -30,7 +31,7 @@ from builder.executors.work import in_this_process
 from builder.files import write_parquet
 from builder.lease import FOLDER
 from builder.run import Run, build, garbage
-from builder.scratch import Local
+from builder.scratch import Local, Scratch, _here
 from builder.stages.download import Download
 from builder.stages.source import Source
 from builder.status import status
@@ -88,6 +89,26 @@ def test_an_object_is_what_was_put_last(store: Store) -> None:
     with pytest.raises(FileExistsError):
         store.create("stage/00000/2.json", b"second")
     assert store.read("stage/00000/2.json") == b"first"
+
+
+def test_many_are_read_and_deleted_at_once(store: Store) -> None:
+    for number in range(5):
+        store.write(f"stage/00000/{number}.json", b"%d" % number)
+    names = [f"stage/00000/{number}.json" for number in (3, 9, 1)]
+    assert list(store.read_all(names)) == [b"3", None, b"1"]
+    store.delete_all([names[0], names[2]])
+    assert store.names("stage/00000") == ["0.json", "2.json", "4.json"]
+    store.delete_all([])
+    assert list(store.read_all([])) == []
+
+
+def test_a_place_is_no_pattern(tmp_path: Path) -> None:
+    one, other = (Remote(f"memory://{tmp_path.name}/run{name}") for name in ("[12]", "1"))
+    for store in (one, other):
+        store.write("a/b.json", store.place.encode())
+    one.delete_all(["a/b.json"])
+    assert list(one.read_all(["a/b.json"])) == [None]
+    assert list(other.read_all(["a/b.json"])) == [other.place.encode()]
 
 
 def test_a_journal_goes_on_where_it_stopped(store: Store) -> None:
@@ -344,6 +365,48 @@ def test_scratch_is_bounded_and_what_dead_processes_left_goes(tmp_path: Path) ->
     store.scratch()
     assert not there[0].exists()
     assert first.exists()
+
+
+def test_what_a_machine_left_before_it_was_started_again_goes(tmp_path: Path) -> None:
+    host, boot, container = _here()
+    before = tmp_path / f"{host}-0123abcd-{container[::-1]}-{os.getpid()}-x"
+    elsewhere = tmp_path / f"{host}-{boot}-{container[::-1]}-1-x"  # another container, perhaps at work
+    for folder in (before, elsewhere):
+        folder.mkdir()
+        (folder / "file").write_bytes(bytes(2048))
+    assert Scratch(tmp_path, gib=3000 / 2**30).has_room()
+    assert not before.exists()
+    assert elsewhere.exists()
+
+
+def test_who_listed_the_leases_long_ago_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Remote(f"memory://{tmp_path.name}/run")
+    late = again(store)
+    with store.lease():
+        pass
+    listed, names = [late.names(FOLDER)], late.names
+    with store.lease():
+        pass
+    with store.lease() as third:  # the second one's object is gone now
+        monkeypatch.setattr(
+            late, "names", lambda folder: listed.pop() if folder == FOLDER and listed else names(folder)
+        )
+        with pytest.raises(InputError, match="another build is at work"), late.lease():
+            pass
+        assert not listed
+        assert names(FOLDER) == [f"{third.number:08d}"]
+
+
+def test_an_input_that_cannot_be_fetched_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full scratch disk, a store that does not answer: the task failed, its inputs' makers stay done."""
+    store = Folder(tmp_path)
+    task = Task("stage", "00000", "00000", key="k", inputs={"source/00000/00000.ab.parquet": "0" * 64})
+    for where in ("fetch", "scratch"):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, where, lambda *_: os.open("/dev/full/x", 0))
+            assert damaged_input(store, task) == ""
 
 
 def test_a_lease_outlives_a_put_that_fails_and_is_given_up_when_too_many_do(

@@ -345,7 +345,7 @@ class Pool:
     def _tell(self) -> None:
         """Whoever looks at the run from elsewhere how many are at work."""
         if held := self.schedule.store.held:
-            held.workers = dict(Counter(worker.name for worker in self.workers()))
+            held.workers = dict(Counter(stage.name for worker in self.workers() for stage in worker.stages))
 
     def _node_of(self, worker: Worker) -> Node:
         return next(node for node in self.nodes if worker in node.workers)

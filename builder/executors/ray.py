@@ -247,20 +247,22 @@ class _Cluster:
                 there.get("memory", machine.memory_gib * 2**30) / 2**30,
             )
             start = partial(_Actor, self.schedule.store, name, needs)
-            if machine.cpus:  # a head may be told to do no work
+            if machine.cpus:
                 self.nodes.append(Node(self.schedule, machine, needs, most, start, name))
+            else:  # a head may be told to do no work
+                self.refused.add(name)
         if at_first and not self.nodes:
             raise InputError("the cluster has no nodes", "see: ray status")
         self._gpus_first()
         self._ask_for_more()
 
     def look_for_more(self, stage: Stage) -> bool:
-        """Wait a while for a node that can do a stage, where there was one."""
+        """Wait a while for a node that can do a stage, where there was one, or the cluster is to grow."""
         self.look()
-        if not self.has_lost:
+        if not self.has_lost and math.isinf(stage.bounds()[1]):
             return can_be_done(self.nodes, stage)
         log.warning(
-            "no node is left that can do stage %s; waiting %g minutes for one", stage.name, MORE_S / 60
+            "no node is there that can do stage %s; waiting %g minutes for one", stage.name, MORE_S / 60
         )
         end = time.monotonic() + MORE_S
         while time.monotonic() < end:
@@ -273,15 +275,15 @@ class _Cluster:
     def _ask_for_more(self) -> None:
         """GPUs of a cluster that grows by itself, where the user has set a number of workers to grow to."""
         wanted = 0
-        for stage in self.schedule.stages.values():
-            here = max((node.needs[stage.name].gpus for node in self.nodes), default=0.0)
-            needs = self.needs[stage.name] = max(here, self.needs.get(stage.name, 0.0))
-            most = stage.bounds()[1]
+        for sharing in {self.schedule.sharing(stage) for stage in self.schedule.stages.values()}:
+            first = sharing[0]
+            here = max((node.needs[first.name].gpus for node in self.nodes), default=0.0)
+            needs = self.needs[first.name] = max(here, self.needs.get(first.name, 0.0))
+            most = min(stage.bounds()[1] for stage in sharing)
             if needs and math.isfinite(most):
-                ready = self.schedule.num_ready(stage) + sum(
-                    stage in worker.stages for node in self.nodes for worker in node.workers
-                )
-                wanted += math.ceil(needs * min(most, ready))
+                there = sum(first in worker.stages for node in self.nodes for worker in node.workers)
+                workers = min(int(most), there + sum(map(self.schedule.num_ready, sharing)))
+                wanted += workers * round(needs) if needs >= 1 else -(-workers // int(1 / needs + 1e-9))
         if wanted != self.asked_for:
             self.asked_for = wanted
             request_resources(bundles=[{"GPU": 1}] * wanted)
@@ -325,6 +327,8 @@ def _is_gone(node: str, is_silent: bool) -> bool:
 
 
 def _last(error: BaseException) -> str:
+    if isinstance(cause := getattr(error, "cause", None), UserError):  # of a task's error
+        return cause.message
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[-1][:200]
 

@@ -111,7 +111,7 @@ class Serving:
         if task is None:
             return None
         if not prepared and not self.store.has_room():  # others are at work there, and will make some
-            log.info("%s %s waits for room in the scratch folder", task.stage, task.name)
+            log.warning("%s %s waits for room in the scratch folder", task.stage, task.name)
             while not self.store.has_room():
                 time.sleep(ROOM_S)
         try:

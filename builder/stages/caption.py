@@ -235,7 +235,7 @@ class Caption(Kind, Stage):
     def resources(self) -> Resources:
         if self.endpoint:
             return Resources(cpus=0.5)
-        if gpus():
+        if gpus() or not _has_cpu_engine():  # where there is none, one that comes is asked for it
             whole = self.tensor_parallel_size
             return Resources(cpus=1, gpus=whole if whole > 1 else self.gpu_memory_utilization)
         cores = Machine.here().cpus  # the engine computes on all of them; a download may go on beside it
