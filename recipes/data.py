@@ -1,0 +1,269 @@
+"""What a training sees: samples in an order that resumes anywhere, each with a text that is drawn for it.
+
+Which text a sample has, how its picture is cropped and when it comes are pure functions of (seed, epoch, uid)
+and of (seed, epoch, number): of no worker, rank, batch size or platform, and of nothing that came before. So
+a training that goes on at sample N sees what it would have seen.
+
+Every sample comes once an epoch. The shards of an epoch are shuffled, so many of them at a time are a pool,
+and the samples of a pool are shuffled: what is read lies in a few files, what is held is the rows of a pool.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from builder.errors import InputError
+from recipes.join import ORIGINAL, Joined
+
+POOL = 8  # shards whose samples are shuffled together
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+def drawn(*what: object) -> float:
+    """A number in [0, 1) for this (seed, epoch, uid, purpose), the same on every machine."""
+    digest = blake2b("/".join(map(str, what)).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+# --- which text ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which text a sample has.
+
+    `p_original` is the probability of the original caption, drawn anew each epoch (p of the paper, arXiv
+    2406.08478); otherwise a caption is drawn by `captions`, column -> weight. `concat` is the paper's other
+    way, `original, caption`; `one_sentence` gives a random sentence of a caption that is not the original, as
+    CLIPS does (arXiv 2411.16828). Where a text is null or empty another one takes its place: a caption by the
+    order of the weights given, then the original.
+    """
+
+    captions: Mapping[str, float] = field(default_factory=lambda: {"re_caption": 1.0})
+    p_original: float = 0.0
+    concat: bool = False
+    one_sentence: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p_original <= 1:
+            raise InputError(f"p_original={self.p_original:g} is no probability", "give a number from 0 to 1")
+        weights = list(self.captions.values())
+        if any(not 0 <= weight < float("inf") for weight in weights) or (
+            not sum(weights) and self.p_original < 1
+        ):
+            given = ", ".join(f"{name}={weight:g}" for name, weight in self.captions.items())
+            raise InputError(f"the captions' weights are {given or 'none'}", "give at least one above 0")
+
+    def text(self, row: Mapping[str, Any], seed: int, epoch: int) -> str:
+        """`row` has uid, caption (what a subset wants, or None) and a text or None for each column."""
+        at = seed, epoch, row["uid"]
+        if row.get("caption"):
+            chosen = str(row["caption"]).split("+")
+        elif drawn(*at, "original") < self.p_original:
+            chosen = [ORIGINAL]
+        else:
+            caption = self._caption(drawn(*at, "caption"))
+            chosen = [ORIGINAL, caption] if self.concat else [caption]
+        texts = [self._part(row, name, at) for name in chosen]
+        if any(texts):
+            return ", ".join(filter(None, texts))
+        others = (self._part(row, name, at) for name in (*self.captions, ORIGINAL))
+        return next(filter(None, others), "")
+
+    def _caption(self, number: float) -> str:
+        ends = list(accumulate(self.captions.values()))
+        names = list(self.captions)
+        return next(
+            (name for name, end in zip(names, ends, strict=True) if number * ends[-1] < end), names[-1]
+        )
+
+    def _part(self, row: Mapping[str, Any], name: str, at: tuple[object, ...]) -> str:
+        text = (row.get(name) or "").strip()
+        if not self.one_sentence or name == ORIGINAL:
+            return text
+        sentences = _SENTENCE.split(text)
+        return sentences[int(drawn(*at, "sentence") * len(sentences))]
+
+
+# --- in which order -----------------------------------------------------------------------------------------
+
+
+class Order:
+    """Which sample is number N of a training. `rows` are those of each shard."""
+
+    def __init__(self, rows: Sequence[int], seed: int, pool: int = POOL) -> None:
+        self.rows, self.seed, self.pool, self.total = rows, seed, pool, sum(rows)
+        if not self.total:
+            raise InputError("there is no sample to train on", "look at what was joined")
+        self._shards = lru_cache(2)(self._shards_of)
+        self._samples = lru_cache(2)(self._samples_of)
+
+    def at(self, number: int) -> tuple[int, int, int]:
+        """(epoch, shard, row) of sample `number`, counted from the first epoch's first."""
+        epoch, place = divmod(number, self.total)
+        _, ends = self._shards(epoch)
+        pool = int(np.searchsorted(ends, place, side="right"))
+        shard, row = self._samples(epoch, pool)[place - (int(ends[pool - 1]) if pool else 0)]
+        return epoch, int(shard), int(row)
+
+    def _shards_of(self, epoch: int) -> tuple[Any, Any]:
+        """The epoch's shards in their order, and where each pool of them ends."""
+        shards = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.rows))
+        sizes = np.array(self.rows)[shards]
+        return shards, np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), self.pool)))
+
+    def _samples_of(self, epoch: int, pool: int) -> Any:
+        """(N, 2) shard and row of a pool's samples in their order."""
+        shards = self._shards(epoch)[0][pool * self.pool : (pool + 1) * self.pool]
+        pairs = [np.stack([np.full(self.rows[s], s), np.arange(self.rows[s])], 1) for s in shards]
+        chance = np.random.Generator(np.random.PCG64([self.seed, epoch, pool, 1]))
+        return chance.permutation(np.concatenate(pairs))
+
+
+# --- samples and batches ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How an image becomes (3, px, px) uint8. `area` is the least share of it that a crop keeps: 1 squashes
+    the whole of it, 0.4 is CLIPA's inception crop.
+    """
+
+    px: int
+    area: float = 1.0
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def of(self, image: bytes, at: tuple[object, ...]) -> torch.Tensor:
+        """Raises:
+        OSError: it is no image.
+        """
+        opened = Image.open(io.BytesIO(image)).convert("RGB")
+        box = self._box(opened.width, opened.height, at) if self.area < 1 else None
+        small = opened.resize((self.px, self.px), self.resample, box=box, reducing_gap=None)
+        return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
+
+    def _box(self, width: int, height: int, at: tuple[object, ...]) -> tuple[float, float, float, float]:
+        """torchvision's RandomResizedCrop, with ratios from 3/4 to 4/3; ten tries, then the whole."""
+        for attempt in range(10):
+            share, tall, x, y = (drawn(*at, "crop", attempt, n) for n in range(4))
+            area = width * height * (self.area + share * (1 - self.area))
+            ratio = (3 / 4) ** (1 - 2 * tall)
+            w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+                return left, top, left + w, top + h
+        return 0, 0, width, height
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` (B, 3, px, px) uint8, `texts` (B, T) int64; `ok` (B) is False where an image cannot be
+    decoded, whose pixels are 0; `cut` counts texts that are longer than the context; `number` is the first
+    sample's.
+    """
+
+    number: int
+    uids: list[str]
+    images: torch.Tensor
+    texts: torch.Tensor
+    ok: torch.Tensor
+    cut: int
+
+    def pin_memory(self) -> Batch:
+        images, texts, ok = (tensor.pin_memory() for tensor in (self.images, self.texts, self.ok))
+        return replace(self, images=images, texts=texts, ok=ok)
+
+
+Tokenize = Callable[[list[str]], tuple[torch.Tensor, int]]
+"""Texts -> their tokens (B, T), and how many texts were cut."""
+
+
+class Pairs(Dataset[Batch]):
+    """Batches of image and text by their first sample's number; see `batches`."""
+
+    def __init__(
+        self, joined: Joined, mix: Mix, picture: Picture, tokenize: Tokenize, *, seed: int, batch: int
+    ) -> None:
+        self.joined, self.mix, self.picture, self.tokenize = joined, mix, picture, tokenize
+        self.seed, self.batch = seed, batch
+        self.order = Order(joined.rows, seed)
+        self._tables = lru_cache(2 * POOL)(joined.shard)
+        self._file = lru_cache(4 * POOL)(_File)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker process, which has caches of its own."""
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_tables", "_file", "order")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.order = Order(self.joined.rows, self.seed)
+        self._tables = lru_cache(2 * POOL)(self.joined.shard)
+        self._file = lru_cache(4 * POOL)(_File)
+
+    def __getitem__(self, number: int) -> Batch:
+        rows, images, ok = [], [], []
+        for sample in range(number, number + self.batch):
+            epoch, shard, place = self.order.at(sample)
+            row = _row(self._tables(shard), place)
+            rows.append((row, epoch))
+            try:
+                image = self._file(row["file"]).read(row["start"], row["bytes"])
+                images.append(self.picture.of(image, (self.seed, epoch, row["uid"])))
+            except (OSError, ValueError, Image.DecompressionBombError):  # counted by whoever trains
+                images.append(torch.zeros((3, self.picture.px, self.picture.px), dtype=torch.uint8))
+                ok.append(False)
+            else:
+                ok.append(True)
+        texts, cut = self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
+        uids = [row["uid"] for row, _ in rows]
+        return Batch(number, uids, torch.stack(images), texts, torch.tensor(ok), cut)
+
+
+class _File:
+    """An open file, read at any place; closed when nobody has it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, start: int, size: int) -> bytes:
+        return os.pread(self.descriptor, size, start)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def _row(table: pa.Table, number: int) -> dict[str, Any]:
+    return {name: table[name][number].as_py() for name in table.column_names}
+
+
+def batches(
+    pairs: Pairs, *, start: int, samples: int, workers: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """A rank's part of every step from sample `start` up to `samples`; `pairs.batch` is one rank's.
+
+    A step's samples are the next `ranks * pairs.batch`, whatever the number of ranks.
+    """
+    step = ranks * pairs.batch
+    firsts = range(start + rank * pairs.batch, samples - step + 1 + rank * pairs.batch, step)
+    loader = DataLoader(
+        pairs, batch_size=None, sampler=firsts, num_workers=workers,
+        prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="spawn" if workers else None, persistent_workers=False,
+    )  # fmt: skip
+    yield from loader

@@ -1,0 +1,279 @@
+"""Which row of a version has its image where: uid and sha256 agree, or the row is told of and left out.
+
+    FOLDER/00000.parquet    of one tar's images, or of ten thousand files: a sample a row, as they lie there
+    FOLDER/join.json        what it was made of, the shards' rows, and the audit; written last
+
+It is made once, before the first step, out of core: what is held of a data set is what DuckDB's memory holds.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder import sql
+from builder.errors import InputError
+from builder.files import read_file, sha256_file, write_atomically, write_parquet
+from builder.run import RECIPE, Run
+from builder.stages.imagetar import entries
+from builder.typed import from_json
+from builder.versions.targets import open_version
+from builder.versions.version import Version
+
+ORIGINAL = "org_caption"
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+FILES_A_SHARD = 10_000
+MEMORY = "1500MB"  # DuckDB spills beyond
+_FOUND = pa.schema(
+    [
+        ("uid", pa.string()), ("sha256", pa.string()), ("shard", pa.int32()), ("file", pa.string()),
+        ("start", pa.int64()), ("bytes", pa.int64()),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Of a join: rows that are wanted, those whose image was found, those whose image is another one than the
+    row says, and images that no row has.
+    """
+
+    rows: int
+    found: int
+    other_image: int
+    images: int
+    without_row: int
+
+    def __str__(self) -> str:
+        share = 100 * self.found / self.rows if self.rows else 0.0
+        other = f", {self.other_image:,} of them another one than the row's" if self.other_image else ""
+        return (
+            f"{self.found:,} of {self.rows:,} rows found their image ({share:.1f} %); "
+            f"{self.rows - self.found:,} did not{other}; "
+            f"{self.without_row:,} of {self.images:,} images have no row"
+        )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """`rows`: of each shard. `of` names what it was made of."""
+
+    folder: Path
+    rows: tuple[int, ...]
+    captions: tuple[str, ...]
+    audit: Audit
+    of: str
+
+    def shard(self, number: int) -> pa.Table:
+        """uid, sha256, file, start, bytes, caption, and a column a caption; see `join`."""
+        return pq.read_table(self.folder / f"{number:05d}.parquet")
+
+
+def join(
+    version: str,
+    images: str,
+    folder: Path,
+    *,
+    captions: Sequence[str] = ("re_caption",),
+    subset: Path | None = None,
+    min_found: float = 0.99,
+) -> Joined:
+    """Join a version's rows with images, or take the join that lies in `folder` where it is the same.
+
+    `images` is a run, img2dataset's webdataset output, or a folder of pictures, which are known by what they
+    hold. `subset` is what `recap select` writes: subset.npy, or subset.parquet, which also says with which
+    caption a row is trained on, `org_caption+re_caption` being both; in `caption`, null elsewhere.
+
+    Raises:
+        InputError: fewer than `min_found` of the rows found their image, or something is not what it should
+            be.
+    """
+    opened = open_version(version)
+    columns = (ORIGINAL, *(name for name in captions if name != ORIGINAL))
+    given = {"version": opened.manifest, "images": str(Path(images).resolve()), "captions": columns}
+    if subset:
+        given["subset"] = sha256_file(subset)
+    made_of = json.dumps(given, sort_keys=True)
+    there = _there(folder)
+    if there is None or there.of != made_of:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (folder / "join.json", *folder.glob("[0-9]*.parquet")):
+            old.unlink(missing_ok=True)
+        rows, audit = _join(opened, images, folder, columns, subset)
+        there = Joined(folder, rows, columns, audit, made_of)
+        written = {"rows": rows, "captions": columns, "audit": asdict(audit), "of": made_of}
+        write_atomically(folder / "join.json", json.dumps(written))
+    if there.audit.found < min_found * there.audit.rows or not there.audit.found:
+        hint = f"give the images that the version was made of, or a lower min_found than {min_found:g}"
+        raise InputError(f"{images} has not the images of {version}: {there.audit}", hint)
+    return there
+
+
+def _there(folder: Path) -> Joined | None:
+    path = folder / "join.json"
+    if not path.exists():
+        return None
+    read = from_json(dict[str, Any], read_file(path), what=str(path))
+    return Joined(
+        folder, tuple(read["rows"]), tuple(read["captions"]), Audit(**read["audit"]), str(read["of"])
+    )
+
+
+def _join(
+    version: Version, images: str, folder: Path, captions: tuple[str, ...], subset: Path | None
+) -> tuple[tuple[int, ...], Audit]:
+    with sql.connect(folder, memory_limit=MEMORY) as con:
+        _create_rows(con, version, captions, subset)
+        con.execute(
+            "create table found(uid text, sha256 text, shard int, file text, start bigint, bytes bigint)"
+        )
+        images_found = images_of(images)
+        while some := list(islice(images_found, 50_000)):
+            con.register("batch", pa.table(list(map(pa.array, zip(*some, strict=True))), schema=_FOUND))
+            con.execute("insert into found from batch")
+        # Of images without a uid those of one sha256 are one image.
+        con.execute(
+            """
+            create table images as
+                from found where uid is not null union all
+                select null, sha256, min(shard), arg_min(file, (shard, file)), arg_min(start, (shard, file)),
+                       arg_min(bytes, (shard, file))
+                from found where uid is null group by sha256;
+            create table joined as
+                select rows.*, images.shard, images.file, images.start, images.bytes
+                from rows join images
+                on rows.sha256 = images.sha256 and rows.uid = coalesce(images.uid, rows.uid);
+            """
+        )
+        audit = Audit(*_numbers(con))
+        return tuple(_write(con, folder, captions)), audit
+
+
+def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
+    counts = """
+        select (select count(*) from rows), (select count(*) from joined),
+               (select count(*) from rows join found using (uid) where rows.sha256 <> found.sha256),
+               (select count(*) from found),
+               (select count(*) from found anti join joined using (file, start))
+    """
+    return list(con.sql(counts).fetchall()[0])
+
+
+def _create_rows(
+    con: duckdb.DuckDBPyConnection, version: Version, captions: tuple[str, ...], subset: Path | None
+) -> None:
+    """The table `rows(uid, sha256, caption, ...)`: of each caption a column, some of which has a text."""
+    files = [f"{version.root}/{name}" for name in version.manifest["files"] if name.startswith("data/train-")]
+    if not version.is_local:
+        con.register_filesystem(version.fs)
+        files = [version.fs.unstrip_protocol(name) for name in files]
+    there = con.sql(f"from {sql.table(files)} limit 0").columns
+    for name in (name for name in captions if name not in there):
+        known = ", ".join(column for column in there if column.endswith("caption"))
+        raise InputError(f"the version has no captions '{name}'", f"it has: {known}")
+    listed = ", ".join(map(sql.identifier, captions))
+    chosen, of = "null::text", ""
+    if subset and subset.suffix == ".npy":
+        con.register("uids", _uids(subset))
+        of = "semi join uids using (uid)"
+    elif subset:
+        chosen, of = "subset.caption", f"join {sql.table(subset)} subset using (uid)"
+    con.execute(
+        f"create table rows as select uid, sha256, {chosen} as caption, {listed} from {sql.table(files)} {of}"
+    )
+    if subset and con.sql("select count(*) from rows").fetchall() == [(0,)]:
+        raise InputError(f"{subset} names no row of the version", "make it of this version: recap select")
+    for name in captions:
+        if con.sql(f"select 1 from rows where {sql.identifier(name)} <> '' limit 1").fetchall() == []:
+            raise InputError(f"the captions '{name}' are empty in every row", "train on another column")
+
+
+def _uids(subset: Path) -> pa.Table:
+    import numpy as np
+
+    pairs = np.load(subset)
+    return pa.table({"uid": [f"{int(high):016x}{int(low):016x}" for high, low in pairs]})
+
+
+def _write(con: duckdb.DuckDBPyConnection, folder: Path, captions: tuple[str, ...]) -> Iterator[int]:
+    """Shard by shard, each in the order of its images; gives their rows. Shards without any are left out."""
+    listed = ", ".join(("uid", "sha256", "file", "start", "bytes", "caption", *map(sql.identifier, captions)))
+    ends = [0]
+    for (rows,) in con.sql("select count(*) from joined group by shard order by shard").fetchall():
+        ends.append(ends[-1] + rows)
+    reader = con.sql(
+        f"select {listed} from joined order by shard, file, start, uid, caption"
+    ).to_arrow_reader(50_000)
+    waiting: list[pa.RecordBatch] = []
+    here = 0
+    for number, (start, stop) in enumerate(pairwise(ends)):
+        while here < stop:
+            waiting.append(reader.read_next_batch())
+            here += len(waiting[-1])
+        table = pa.Table.from_batches(waiting)
+        write_parquet(table.slice(0, stop - start), folder / f"{number:05d}.parquet")
+        waiting = table.slice(stop - start).to_batches()
+        yield stop - start
+
+
+def images_of(place: str) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    """(uid or None, sha256, shard, file, where in it, bytes) of every image.
+
+    Raises:
+        InputError: nothing of the kinds that `join` knows is there.
+    """
+    path = Path(place)
+    if "://" in place or (path / RECIPE).exists():
+        return _of_run(Run.open(place))
+    if not path.is_dir():
+        raise InputError(f"{place} is no folder", "name a run, img2dataset's output, or a folder of pictures")
+    if tars := sorted(path.glob("*.tar")):
+        return _of_tars(tars)
+    pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
+    if not pictures:
+        hint = f"name a run, img2dataset's output, or a folder of {', '.join(PICTURES)}"
+        raise InputError(f"{place} has neither tars nor pictures", hint)
+    return (
+        (None, sha256_file(file), number // FILES_A_SHARD, str(file), 0, file.stat().st_size)
+        for number, file in enumerate(pictures)
+    )
+
+
+def _of_run(run: Run) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    for shard, record in enumerate(run.done("download")):
+        tar = record.output(".tar")
+        if tar in record.dropped:
+            reason = f"{run.store.place}: the images of {tar} were dropped"
+            raise InputError(reason, "build it without --drop-images, or name another copy of the images")
+        about = pq.read_table(run.local(record.output(".parquet")), columns=["key", "uid", "image_sha256"])
+        known = {row["key"]: row for row in about.to_pylist()}
+        path = run.local(tar)
+        for key, start, size in entries(path):
+            yield known[key]["uid"], known[key]["image_sha256"], shard, str(path), start, size
+
+
+def _of_tars(tars: list[Path]) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    """img2dataset's: beside a tar its table, with the sha256 of the download, and uid where it was kept."""
+    for shard, path in enumerate(tars):
+        beside = path.with_suffix(".parquet")
+        there = pq.read_schema(beside).names if beside.exists() else []
+        if not {"key", "sha256"} <= set(there):
+            reason = f"{beside} is missing, or has not key and sha256"
+            raise InputError(reason, "run img2dataset with compute_hash=sha256")
+        table = pq.read_table(beside, columns=[name for name in ("key", "sha256", "uid") if name in there])
+        known = {row["key"]: row for row in table.to_pylist()}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.rpartition("/")[2].partition(".")
+                if f".{extension.lower()}" in PICTURES and key in known:
+                    row = known[key]
+                    yield row.get("uid"), row["sha256"], shard, str(path), member.offset_data, member.size
