@@ -116,6 +116,11 @@ def matching(fs: AbstractFileSystem, path: str) -> list[str]:
     return [name for name in shown if fs.isfile(name)]
 
 
+def is_amazons(error: BaseException) -> bool:
+    """Is it an error of botocore's own, of no class that others have? It stands for an OSError."""
+    return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore")
+
+
 def finite(data: Any) -> Any:
     """JSON data without what JSON has no number for: a mean over nothing, or over somebody's NaN."""
     if isinstance(data, dict):

@@ -25,7 +25,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from builder.errors import InputError
-from builder.files import lock, read_file, sync, write_atomically
+from builder.files import is_amazons, lock, read_file, sync, write_atomically
 from builder.lease import BEAT_S, EXPIRY_S, Holder, Lease, busy, confirm, hold, leased
 from builder.scratch import ANYWHERE, Local, Scratch, digest
 
@@ -506,7 +506,7 @@ class Remote:
                 raise
             raise InputError(f"{self.place}: {_one_line(error)}", "create the bucket first") from error
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore"):
+            if not is_amazons(error):
                 raise
             if "Credentials" in type(error).__name__:
                 hint = "set them, as AWS's tools want them: aws configure"

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -46,6 +47,17 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 _spec = importlib.util.spec_from_file_location("guard", GUARD / "sitecustomize.py")
 assert _spec is not None and _spec.loader is not None  # noqa: PT018
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+
+def outlived(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are at work still. Whoever has inherited one that has ended may take its time to reap it."""
+    _, there = psutil.wait_procs(processes, timeout=5)
+    found = []
+    for process in there:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def survived(line: str) -> None:

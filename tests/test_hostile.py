@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import outlived
 from hostile import documents, models, places, queries, settings, tables
 from hostile.case import Case, Outcome, Situation, published
 
@@ -327,8 +328,7 @@ def a_signal(number: signal.Signals, ground: Ground, *, to_all: bool) -> None:
     said = [line for line in err.splitlines() if not line.startswith("source ")]
     assert len(said) == 1, err
     assert said[0].startswith("recap: "), err
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert not alive, "a worker outlived its build"
+    assert not outlived(children), "a worker outlived its build"
     assert not list((ground.base / "tmp").iterdir())
 
 

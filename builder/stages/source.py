@@ -32,7 +32,7 @@ from pydantic import Field
 from builder.commit import commit, working
 from builder.core import RUN, Count, Json, Record, Stage, Status, Task, Work, task_key
 from builder.errors import InputError, RecipeError, ShardError
-from builder.files import matching, sha256_file, sha256_known, write_parquet
+from builder.files import is_amazons, matching, sha256_file, sha256_known, write_parquet
 from builder.index import SLICES, Index, Slice, batch_records, load
 from builder.stages.texttable import TextTable
 from builder.store import Store
@@ -298,7 +298,9 @@ class Source(Stage):
         try:
             fs, path = fsspec.core.url_to_fs(self.files)
             found = [p for p in matching(fs, path) if _ending(p)]
-        except (ImportError, ValueError, OSError) as error:
+        except Exception as error:
+            if not isinstance(error, ImportError | ValueError | OSError) and not is_amazons(error):
+                raise
             raise InputError(f"{self.files} cannot be looked at: {_line(error)}", where) from error
         if not found:
             raise InputError(f"no parquet, csv or tsv file at {self.files}", where)

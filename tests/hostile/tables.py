@@ -419,7 +419,7 @@ def places() -> Iterator[Case]:
         ("/dev/zero", lambda s: "/dev/zero", "/dev/zero"),
         ("nothing at all", lambda s: "", "metadata"),
         ("a space", lambda s: " ", either("metadata", "' '", "tsv file at")),
-        ("S3 without its library", lambda s: "s3://bucket/t.parquet", "s3://bucket/t.parquet"),
+        ("S3 without its library, or without keys", lambda s: "s3://bucket/t.parquet", "s3://bucket/t.parquet"),
         ("a protocol that nobody speaks", lambda s: "gopher://host/t.parquet", "gopher"),
         ("a file:// that is not there", lambda s: f"file://{s.here}/nowhere.parquet", "nowhere.parquet"),
         ("a port where nobody listens", lambda s: "http://127.0.0.1:1/t.parquet", "127.0.0.1"),
