@@ -264,6 +264,5 @@ def batches(
     loader = DataLoader(
         pairs, batch_size=None, sampler=firsts, num_workers=workers,
         prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None, persistent_workers=False,
     )  # fmt: skip
     yield from loader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +78,7 @@ class Clip:
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(name)
         self.context = int(self.model.context_length)
-        self.pad = int(self.tokenizer([""], context_length=self.context + 1)[0, -1])
+        self.is_cut = cutter(self.tokenizer, self.context)
         picture = self.preprocess(Image.new("RGB", (64, 64)))
         image_1E = self.images([picture])
         self.width = int(image_1E.shape[1])
@@ -97,15 +97,22 @@ class Clip:
             return self.model.encode_image(batch, normalize=True).float()
 
     def texts(self, texts: list[str]) -> tuple[Any, list[bool]]:
-        """(B, E) unit vectors, and which texts are longer than the context.
-
-        Of those, tokenized with one place more, that place is taken.
-        """
+        """(B, E) unit vectors, and which texts are longer than the context."""
         longer = self.tokenizer(texts, context_length=self.context + 1)
-        cut = (longer[:, -1] != self.pad).tolist()
+        cut = self.is_cut(longer).tolist()
         with self.torch.inference_mode():
             tokens = self.tokenizer(texts, context_length=self.context) if any(cut) else longer[:, :-1]
             return self.model.encode_text(tokens.to(self.device), normalize=True).float(), cut
+
+
+def cutter(tokenizer: Any, context: int) -> Callable[[Any], Any]:
+    """From (B, context + 1) tokens of texts: which of them (B) are longer than the context.
+
+    Of those the last place is taken, or the one before, where a tokenizer takes the end token away.
+    """
+    empty, full = tokenizer(["", "word " * 2 * context], context_length=context + 1)
+    place = context if full[context] != empty[context] else context - 1
+    return lambda tokens: tokens[:, place] != empty[place]
 
 
 def clip_workers() -> int:
