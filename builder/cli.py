@@ -31,7 +31,7 @@ from builder.errors import RecipeError, UserError, command
 from builder.executors.local import local
 from builder.files import finite
 from builder.forecast import forecast
-from builder.resolve import pairs_of, resolve
+from builder.resolve import pairs_of, resolve, resolve_training
 from builder.schedule import BLOCKS_AT_WORK
 from builder.scratch import Local
 from builder.shown import (
@@ -709,6 +709,28 @@ def remove(
         for older in where.versions():
             if by_number(older) < by_number(version):
                 echo(f"  {where.how_to_delete(older)}")
+
+
+@main.group()
+def train() -> None:
+    """Train a model on a published version."""
+
+
+@train.command()
+@click.argument("training")
+@_settings
+@click.option("--out", type=_path, help="Folder of the training; runs/clip-TRAINING unless given.")
+@_as_json
+def clip(training: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """A CLIP: TRAINING is a function of recipes/clip/trainings.py, or my_file.py:function. The same command
+    again goes on where it stopped.
+    """
+    from recipes.clip.train import Training, train
+
+    chosen = resolve_training("clip", training, settings, Training)
+    out = out or Path("runs", f"clip-{chosen.name}")
+    there = train(chosen, out, say=functools.partial(echo, err=True))
+    print_({"model": str(there)}, as_json, f"{there}")
 
 
 @main.command()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from builder.core import Recipe
 from builder.errors import RecipeError, UserError, command
@@ -21,7 +21,7 @@ from builder.files import read_file
 from builder.store import store_of
 from builder.typed import parse
 
-RecipeFunction = Callable[..., Recipe]
+Training = TypeVar("Training")
 
 
 def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
@@ -40,8 +40,16 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
             raise RecipeError(reason, "name the stage: download.timeout_s=5")
         recipe = Recipe.from_json(_read(text), text)
     else:
-        recipe = _call(text, *_find(text), pairs)
+        recipe = _call(text, *_find(text, "recipes.datasets", Recipe), pairs, Recipe, "build")
     return _with_stage_settings(recipe, of_stages)
+
+
+def resolve_training(what: str, text: str, settings: Iterable[str], kind: type[Training]) -> Training:
+    """The training of a `what`, `clip`, that `text` names: a function of recipes/WHAT/trainings.py, or
+    `my_file.py:function`, with these parameters. Raises as `resolve`.
+    """
+    pairs = pairs_of(settings)
+    return _call(text, *_find(text, f"recipes.{what}.trainings", kind), pairs, kind, f"train {what}")
 
 
 def _read(text: str) -> bytes:
@@ -59,29 +67,30 @@ def _read(text: str) -> bytes:
     return data
 
 
-def recipe_functions(module: ModuleType) -> dict[str, RecipeFunction]:
-    """Public functions of a module that return a Recipe."""
+def recipe_functions(module: ModuleType, kind: type) -> dict[str, Callable[..., Any]]:
+    """Public functions of a module that return a recipe of this kind."""
     functions = inspect.getmembers(module, inspect.isfunction)
     return {
         n: f
         for n, f in functions
         if not n.startswith("_")
         and f.__module__ == module.__name__
-        and get_type_hints(f).get("return") is Recipe
+        and get_type_hints(f).get("return") is kind
     }
 
 
-def _find(text: str) -> tuple[str, RecipeFunction]:
+def _find(text: str, ours: str, kind: type) -> tuple[str, Callable[..., Any]]:
     path, _, name = text.rpartition(":")
     with _telling_of_users_code(path):
-        module = _load(Path(path)) if path else importlib.import_module("recipes.datasets")
-        functions = recipe_functions(module)
+        module = _load(Path(path)) if path else importlib.import_module(ours)
+        functions = recipe_functions(module, kind)
     if name not in functions:
         where = f" in {path}" if path else ""
         raise RecipeError(
             f"there is no recipe '{name}'{where}",
             f"there are: {', '.join(functions)}; "
-            "or my_file.py:function (public, -> Recipe), or a recipe.json",
+            f"or my_file.py:function (public, -> {kind.__name__})"
+            + (", or a recipe.json" if kind is Recipe else ""),
         )
     return name, functions[name]
 
@@ -146,7 +155,14 @@ def pairs_of(settings: Iterable[str]) -> dict[str, str]:
     return pairs
 
 
-def _call(text: str, name: str, function: RecipeFunction, pairs: Mapping[str, str]) -> Recipe:
+def _call(
+    text: str,
+    name: str,
+    function: Callable[..., Any],
+    pairs: Mapping[str, str],
+    kind: type[Training],
+    verb: str,
+) -> Training:
     parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
     for key in pairs:
         if key not in parameters:
@@ -159,14 +175,13 @@ def _call(text: str, name: str, function: RecipeFunction, pairs: Mapping[str, st
     if missing:
         raise RecipeError(
             f"recipe {text} needs {', '.join(missing)}",
-            f"{command('recap', 'build', text)} " + " ".join(f"{key}=..." for key in missing),
+            f"{command('recap', *verb.split(), text)} " + " ".join(f"{key}=..." for key in missing),
         )
     with _telling_of_users_code(text.rpartition(":")[0]):
         recipe = function(**{key: _value(hints.get(key, str), value, key) for key, value in pairs.items()})
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(
-            f"{text} returned {type(recipe).__name__}, not a Recipe", "return Recipe(name, stages)"
-        )
+    if not isinstance(recipe, kind):
+        article = "return Recipe(name, stages)" if kind is Recipe else f"return {kind.__name__}(...)"
+        raise RecipeError(f"{text} returned {type(recipe).__name__}, not a {kind.__name__}", article)
     return recipe
 
 
