@@ -31,7 +31,7 @@ from builder.errors import RecipeError, UserError, command
 from builder.executors.local import local
 from builder.files import finite
 from builder.forecast import forecast
-from builder.resolve import pairs_of, resolve, resolve_training
+from builder.resolve import pairs_of, resolve, resolve_benchmark, resolve_training
 from builder.schedule import BLOCKS_AT_WORK
 from builder.scratch import Local
 from builder.shown import (
@@ -731,6 +731,43 @@ def clip(training: str, settings: tuple[str, ...], out: Path | None, as_json: bo
     out = out or Path("runs", f"clip-{chosen.name}")
     there = train(chosen, out, say=functools.partial(echo, err=True))
     print_({"model": str(there)}, as_json, f"{there}")
+
+
+@main.command("eval")
+@click.argument("model")
+@click.argument("benchmark")
+@_settings
+@click.option("--compare", is_flag=True, help="MODEL and BENCHMARK are two results.json.")
+@click.option("--out", type=_path, help="Write results.json there.")
+@_as_json
+def evaluate(
+    model: str, benchmark: str, settings: tuple[str, ...], compare: bool, out: Path | None, as_json: bool
+) -> None:
+    """Evaluate MODEL, a folder that open_clip loads or a Hub id@revision, on BENCHMARK: a function of
+    recipes/evaluate/benchmarks.py, or my_file.py:function.
+    """
+    from recipes.evaluate import results
+
+    if compare:
+        ours, theirs = ({r.benchmark: r for r in results.read(Path(name))} for name in (model, benchmark))
+        rows = [
+            {"benchmark": name, **row}
+            for name in ours
+            if name in theirs
+            for row in results.compare(ours[name], theirs[name])
+        ]
+        if not rows:
+            raise UserError("they have no benchmark in common", f"{model} has: {', '.join(ours)}")
+        print_(rows, as_json, columns(rows))
+        return
+    from builder.stages.clip import Clip
+    from recipes.evaluate.benchmarks import Benchmark
+
+    chosen = resolve_benchmark(benchmark, settings, Benchmark)
+    found = chosen.run(Clip(model), model)
+    if out:
+        results.write(found, out)
+    print_([asdict(result) for result in found], as_json, "\n".join(map(str, found)))
 
 
 @main.command()

@@ -21,7 +21,7 @@ from builder.files import read_file
 from builder.store import store_of
 from builder.typed import parse
 
-Training = TypeVar("Training")
+Kind = TypeVar("Kind")
 
 
 def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
@@ -44,7 +44,7 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
     return _with_stage_settings(recipe, of_stages)
 
 
-def resolve_training(what: str, text: str, settings: Iterable[str], kind: type[Training]) -> Training:
+def resolve_training(what: str, text: str, settings: Iterable[str], kind: type[Kind]) -> Kind:
     """The training of a `what`, `clip`, that `text` names: a function of recipes/WHAT/trainings.py, or
     `my_file.py:function`, with these parameters. Raises as `resolve`.
     """
@@ -65,6 +65,14 @@ def _read(text: str) -> bytes:
     if data is None:
         raise RecipeError(f"{text} is not there", "name a recipe.json that is: RUN/recipe.json")
     return data
+
+
+def resolve_benchmark(text: str, settings: Iterable[str], kind: type[Kind]) -> Kind:
+    """The benchmark that `text` names: a function of recipes/evaluate/benchmarks.py, or of a file of the
+    user's. Raises as `resolve`.
+    """
+    found = _find(text, "recipes.evaluate.benchmarks", kind)
+    return _call(text, *found, pairs_of(settings), kind, "eval MODEL")
 
 
 def recipe_functions(module: ModuleType, kind: type) -> dict[str, Callable[..., Any]]:
@@ -160,9 +168,9 @@ def _call(
     name: str,
     function: Callable[..., Any],
     pairs: Mapping[str, str],
-    kind: type[Training],
+    kind: type[Kind],
     verb: str,
-) -> Training:
+) -> Kind:
     parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
     for key in pairs:
         if key not in parameters:

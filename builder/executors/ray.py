@@ -112,6 +112,7 @@ def connected(address: str) -> Iterator[None]:
         if address not in (LOCAL, "auto"):  # Ray itself takes minutes to say that nobody is there
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_S).close()
+        ray._private.worker.print_to_stdstream = _say  # stdout is for data
         with _quiet(starts=address == LOCAL):
             ray.init(**given)
     except (OSError, RuntimeError, ValueError) as error:
@@ -121,6 +122,11 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _say(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """What Ray has to tell, of nodes that went above all: its first line."""
+    log.info("Ray: %s", next(iter("".join(data["lines"]).splitlines()), ""))
 
 
 @contextmanager
