@@ -214,7 +214,7 @@ def _resolve(recipe: str, settings: Iterable[str], limit: int | None) -> Recipe:
     show_default=True,
     type=click.IntRange(min=1),
     help="Blocks of a thousand shards that are at work at a time; what a disk holds of images with"
-    " --drop-images. More than two shards for every worker.",
+    " --drop-images. About eight shards for every captioner.",
 )
 @_on
 @_local_disk

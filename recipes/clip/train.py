@@ -6,7 +6,8 @@ What a training is, is one `Training`; what it has come to is in its folder:
 
     OUT/training.json                      the settings
     OUT/joined/                            which row's image lies where (recipes/join.py)
-    OUT/step-00001200/                     a checkpoint: a model folder of open_clip, and what else goes on:
+    OUT/latest                             the newest checkpoint
+    OUT/step-000000001200/                 a checkpoint: a model folder of open_clip, and what else goes on:
         training.safetensors, state.json   the optimizer, and the number of the next sample
     OUT/log.jsonl                          loss, rate and temperature, a line a report
 
@@ -306,6 +307,10 @@ def _save(out: Path, folder: Path, model: torch.nn.Module, optimizer: torch.opti
         sync(file)
     shutil.rmtree(there, ignore_errors=True)  # of a phase that ends where another was saved
     os.replace(part, there)
+    link = out / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(there.name)
+    os.replace(link, out / "latest")
     sync(out)
     for old in sorted(out.glob("step-*"))[:-2]:
         shutil.rmtree(old)
