@@ -29,6 +29,8 @@ from builder.run import Result, Run, build
 from builder.schedule import Outcome
 from builder.stages.source import Source
 
+SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="half a minute; make test-slow runs it")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Stage):
@@ -215,6 +217,7 @@ def told(notes: Path) -> Counter[str]:
     return Counter(" ".join(line.split()[:2]) for line in notes.read_text().splitlines())
 
 
+@SLOW
 @pytest.mark.usefixtures("one_gpu")
 def test_a_loaded_model_is_changed_once_a_block(metadata: Path, tmp_path: Path) -> None:
     """Two models that each take the whole GPU, and three blocks: six loads for 24 tasks."""
@@ -232,6 +235,7 @@ def test_a_loaded_model_is_changed_once_a_block(metadata: Path, tmp_path: Path) 
         assert len(there) == 1 or what == "left"
 
 
+@SLOW
 @pytest.mark.usefixtures("one_gpu")
 def test_models_that_share_a_gpu_stay_both(metadata: Path, tmp_path: Path) -> None:
     notes = str(tmp_path / "notes")
@@ -276,6 +280,7 @@ def test_a_worker_that_dies_of_loading_stops_the_run(metadata: Path, tmp_path: P
     assert told(tmp_path / "notes") == {"do dies": 1}
 
 
+@SLOW
 def test_memory_is_shared_out_too(metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers of 5 GiB each do not fit in 8; one that wants more than there is is tried alone.
 

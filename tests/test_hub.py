@@ -170,6 +170,7 @@ def test_a_dry_run_sends_nothing(server: Server, staged: Staged) -> None:
     assert {call.method for call in server.calls} == {"GET"}
 
 
+@pytest.mark.skipif(not FULL, reason="half a minute; make test-slow runs it")
 def test_the_command_line_publishes_verifies_and_says_how_to_load(
     server: Server, demo_run: Path, staged: Staged, tmp_path: Path
 ) -> None:
@@ -372,6 +373,7 @@ def run_until(
     return code
 
 
+@pytest.mark.skipif(not FULL, reason="half a minute; make test-slow runs it")
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 def test_killed_at_every_call_and_again_it_is_published_once(
     server: Server, staged: Staged, forkserver: Any, xet: bool
@@ -405,6 +407,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.skipif(not FULL, reason="half a minute; make test-slow runs it")
 def test_every_fault_on_every_route_is_survived(
     server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch
 ) -> None:

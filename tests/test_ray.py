@@ -26,6 +26,7 @@ from builder.stages.source import Source
 
 ray = pytest.importorskip("ray", reason="the extra recapkit[ray] is not installed")
 ROWS = 6
+SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +95,17 @@ def outputs(place: str | Path, stages: tuple[str, ...]) -> dict[str, str]:
     }
 
 
+@SLOW
 def test_records_are_those_of_local(  # type: ignore[no-untyped-def]
     on_ray: Executor, server: S3, recipe_of, tmp_path: Path
 ) -> None:
-    """Wherever the run is; on a store, too, where all is tested."""
+    """Wherever the run is."""
     notes = str(tmp_path / "notes")
     stages = (
         Model(name="first", notes=notes, after_stage="source", share=0.0, seconds=0.02),
         Eager(notes=notes),
     )
-    places: list[tuple[str | Path, Executor]] = [(tmp_path / "local", local), (tmp_path / "ray", on_ray)]
-    if os.environ.get("RECAP_FULL"):
-        places.append((f"{server.bucket()}/run", on_ray))
+    places = ((tmp_path / "local", local), (tmp_path / "ray", on_ray), (f"{server.bucket()}/run", on_ray))
     found = []
     for place, executor in places:
         result = build(recipe_of(*stages), place, executor=executor)
@@ -140,9 +140,6 @@ def test_a_cluster_is_asked_for_the_gpus_that_workers_would_fill(monkeypatch: py
     assert asked == [64 + 2 + 6]
 
 
-SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
-
-
 @SLOW
 @pytest.mark.parametrize("always", [False, True])
 def test_a_worker_that_dies_costs_its_shard_an_attempt(
@@ -163,6 +160,7 @@ def test_a_worker_that_dies_costs_its_shard_an_attempt(
     assert len(result.done) == 2 * ROWS - always
 
 
+@SLOW
 def test_what_cannot_be_opened_is_told_in_one_line(on_ray: Executor, recipe_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     stage = Broken(name="broken", notes=str(tmp_path / "notes"), after_stage="source", share=0.0)
     with pytest.raises(InputError, match="stage broken cannot start: OSError: no such model"):
