@@ -391,6 +391,7 @@ def test_what_is_begun_ahead_takes_no_cores_from_a_deeper_stage(
     assert lines.index(next(line for line in lines if "second" in line)) < 6
 
 
+@SLOW
 @pytest.mark.usefixtures("one_gpu")
 def test_a_worker_that_leaves_has_its_gpu_until_it_has_left(metadata: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
