@@ -298,10 +298,10 @@ class Schedule:
                 ready.append((shard, record))
         folder = f"download/{block.block.name}"
         with ThreadPoolExecutor(DROPPING) as pool:  # an object store takes its time for each
-            dropped = (
+            dropped = [
                 pool.submit(drop, self.store, folder, shard, record, ".tar") for shard, record in ready
-            )
-            for one in list(dropped):
+            ]
+            for one in dropped:
                 one.result()
 
     # --- what only the whole run can answer -----------------------------------------------------------------

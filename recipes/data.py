@@ -145,7 +145,6 @@ class Picture:
 
     px: int
     area: float = 1.0
-    resample: Image.Resampling = Image.Resampling.BICUBIC
 
     def of(self, image: bytes, at: tuple[object, ...]) -> torch.Tensor:
         """Raises:
@@ -153,7 +152,7 @@ class Picture:
         """
         opened = Image.open(io.BytesIO(image)).convert("RGB")
         box = self._box(opened.width, opened.height, at) if self.area < 1 else None
-        small = opened.resize((self.px, self.px), self.resample, box=box, reducing_gap=None)
+        small = opened.resize((self.px, self.px), Image.Resampling.BILINEAR, box=box)  # with antialias
         return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
 
     def _box(self, width: int, height: int, at: tuple[object, ...]) -> tuple[float, float, float, float]:
@@ -172,11 +171,9 @@ class Picture:
 @dataclass(frozen=True)
 class Batch:
     """`images` (B, 3, px, px) uint8, `texts` (B, T) int64; `ok` (B) is False where an image cannot be
-    decoded, whose pixels are 0; `cut` counts texts that are longer than the context; `number` is the first
-    sample's.
+    decoded, whose pixels are 0; `cut` counts texts that are longer than the context.
     """
 
-    number: int
     uids: list[str]
     images: torch.Tensor
     texts: torch.Tensor
@@ -204,26 +201,14 @@ class Pairs(Dataset[Batch]):
         self._tables = lru_cache(2 * POOL)(joined.shard)
         self._file = lru_cache(4 * POOL)(_File)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For a worker process, which has caches of its own."""
-        return {
-            name: value for name, value in vars(self).items() if name not in ("_tables", "_file", "order")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self.order = Order(self.joined.rows, self.seed)
-        self._tables = lru_cache(2 * POOL)(self.joined.shard)
-        self._file = lru_cache(4 * POOL)(_File)
-
     def __getitem__(self, number: int) -> Batch:
         rows, images, ok = [], [], []
         for sample in range(number, number + self.batch):
             epoch, shard, place = self.order.at(sample)
             row = _row(self._tables(shard), place)
             rows.append((row, epoch))
+            image = self._file(row["file"]).read(row["start"], row["bytes"])
             try:
-                image = self._file(row["file"]).read(row["start"], row["bytes"])
                 images.append(self.picture.of(image, (self.seed, epoch, row["uid"])))
             except (OSError, ValueError, Image.DecompressionBombError):  # counted by whoever trains
                 images.append(torch.zeros((3, self.picture.px, self.picture.px), dtype=torch.uint8))
@@ -232,20 +217,28 @@ class Pairs(Dataset[Batch]):
                 ok.append(True)
         texts, cut = self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
         uids = [row["uid"] for row, _ in rows]
-        return Batch(number, uids, torch.stack(images), texts, torch.tensor(ok), cut)
+        return Batch(uids, torch.stack(images), texts, torch.tensor(ok), cut)
 
 
 class _File:
     """An open file, read at any place; closed when nobody has it."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        """Raises:
+        InputError: the file has gone since it was joined.
+        """
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            hint = "put it back, or delete the training's folder joined/ to look anew where images are"
+            raise InputError(f"{path} is gone, in which there were images", hint) from error
 
     def read(self, start: int, size: int) -> bytes:
         return os.pread(self.descriptor, size, start)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def _row(table: pa.Table, number: int) -> dict[str, Any]:

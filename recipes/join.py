@@ -25,6 +25,7 @@ from builder.errors import InputError
 from builder.files import read_file, sha256_file, write_atomically, write_parquet
 from builder.run import RECIPE, Run
 from builder.stages.imagetar import entries
+from builder.stages.source import read_subset
 from builder.typed import from_json
 from builder.versions.targets import open_version
 from builder.versions.version import Version
@@ -99,7 +100,7 @@ def join(
     """
     opened = open_version(version)
     columns = (ORIGINAL, *(name for name in captions if name != ORIGINAL))
-    given = {"version": opened.manifest, "images": str(Path(images).resolve()), "captions": columns}
+    given = {"version": opened.manifest, "images": sql.absolute(images), "captions": columns}
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)
@@ -198,9 +199,7 @@ def _create_rows(
 
 
 def _uids(subset: Path) -> pa.Table:
-    import numpy as np
-
-    pairs = np.load(subset)
+    pairs = read_subset(str(subset))
     return pa.table({"uid": [f"{int(high):016x}{int(low):016x}" for high, low in pairs]})
 
 
@@ -249,6 +248,9 @@ def images_of(place: str) -> Iterator[tuple[str | None, str, int, str, int, int]
 
 
 def _of_run(run: Run) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    if run.store.filesystem is not None:
+        reason = f"the images of {run.store.place} are not on this machine"
+        raise InputError(reason, "copy the run here, or mount it, and name that")
     for shard, record in enumerate(run.done("download")):
         tar = record.output(".tar")
         if tar in record.dropped:

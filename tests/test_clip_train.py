@@ -41,7 +41,9 @@ def a_training(demo_run: Path, **changed: object) -> Training:
 
 def losses(out: Path) -> dict[int, float]:
     lines = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())
-    return {line["sample"]: line["loss"] for line in lines}
+    found = [(line["sample"], line["loss"]) for line in lines]
+    assert len(dict(found)) == len(found)  # a step is told once, though it was done twice
+    return dict(found)
 
 
 @pytest.fixture
@@ -71,9 +73,9 @@ def test_a_sample_without_a_picture_is_nobodys() -> None:
 
 
 @pytest.mark.parametrize("size", [4, 5])
-def test_parts_of_a_step_have_the_gradient_of_the_whole(tmp_path: Path, size: int) -> None:
+def test_parts_of_a_step_have_the_gradient_of_the_whole(size: int) -> None:
     torch.manual_seed(0)
-    model = clip.make(TINY, 32, tmp_path)
+    model = clip.make(TINY.config(32))
     images, texts = torch.randn(12, 3, 32, 32), torch.randint(0, 900, (12, 48))
     ok = torch.ones(12, dtype=torch.bool)
     ok[7] = False
@@ -91,10 +93,10 @@ def test_parts_of_a_step_have_the_gradient_of_the_whole(tmp_path: Path, size: in
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_a_part_sees_the_patches_that_it_saw_before(tmp_path: Path) -> None:
+def test_a_part_sees_the_patches_that_it_saw_before() -> None:
     """Half of them, drawn anew for each part, and the same in both passes."""
     torch.manual_seed(0)
-    model = clip.make(replace(TINY, keep=0.5), 32, tmp_path).train()
+    model = clip.make(replace(TINY, keep=0.5).config(32)).train()
     seen: list[torch.Tensor] = []
     model.visual.patch_dropout.register_forward_hook(lambda _, __, out: seen.append(out.detach().clone()))
     gradients(
@@ -128,10 +130,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 120
         while len(losses(tmp_path / "killed") if (tmp_path / "killed/log.jsonl").exists() else {}) < steps:
-            assert process.poll() is None or steps == 5
+            assert process.poll() is None
             assert time.monotonic() < end
-            if process.poll() is not None:
-                break
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

@@ -297,3 +297,16 @@ def test_an_image_that_cannot_be_decoded_is_told_and_moves_no_other(joined: Join
     assert found.uids == fine.uids
     assert not found.images[3].any()
     assert torch.equal(found.images[4:], fine.images[4:])
+
+
+def test_a_file_of_images_that_is_gone_is_no_picture_that_cannot_be_decoded(
+    joined: Joined, tmp_path: Path
+) -> None:
+    table = joined.shard(0)
+    gone = pa.array([str(tmp_path / "gone.tar")] * len(table))
+    pq.write_table(
+        table.set_column(table.column_names.index("file"), "file", gone), tmp_path / "00000.parquet"
+    )
+    moved = Joined(tmp_path, joined.rows[:1], joined.captions, joined.audit, joined.of)
+    with pytest.raises(InputError, match=r"gone\.tar is gone, in which there were images"):
+        list(batches(a_dataset(moved, 4), start=0, samples=4, workers=0))

@@ -132,7 +132,7 @@ class Source(Stage):
         self.find()
         self.settings()  # a subset that is no file is told there
         if self.subset:
-            _subset(self.subset)
+            read_subset(self.subset)
 
     def extend(self, store: Store, *, restart: Callable[[str, int], None]) -> Index:
         """The index, with what is new in the metadata as another batch.
@@ -310,7 +310,7 @@ class Source(Stage):
     @contextmanager
     def open(self) -> Iterator[Work]:
         files = {name: (fs, path) for name, fs, path in self.find()}
-        subset = _subset(self.subset) if self.subset else None
+        subset = read_subset(self.subset) if self.subset else None
 
         def work(task: Task) -> Mapping[str, int]:
             parts = []
@@ -527,7 +527,7 @@ class _Hashes:
             self.store.write(self.cache, json.dumps(self.seen).encode())
 
 
-def _subset(path: str) -> np.ndarray[Any, Any]:
+def read_subset(path: str) -> np.ndarray[Any, Any]:
     """The uids of a subset.
 
     Raises:

@@ -82,19 +82,22 @@ class Towers:
         return folder
 
 
-def make(towers: Towers, px: int, folder: Path) -> torch.nn.Module:
-    """A fresh model, and its folder without weights. Seed torch before."""
+def make(config: dict[str, Any]) -> torch.nn.Module:
+    """A fresh model. Seed torch before."""
+    return open_clip.model.CLIP(**config["model_cfg"])
+
+
+def describe(towers: Towers, config: dict[str, Any], folder: Path) -> None:
+    """A model's folder, without weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = towers.config(px)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     for name in TOKENIZER:
         if (towers.folder() / name).exists():
             shutil.copyfile(towers.folder() / name, folder / name)
-    return open_clip.model.CLIP(**config["model_cfg"])
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Its weights, beside what `make` wrote."""
+    """Its weights, beside what `describe` wrote."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -126,14 +129,11 @@ def tokenizer(folder: Path) -> Callable[[list[str]], tuple[torch.Tensor, int]]:
 
 
 class _Tokenizer:
-    """Made again in each worker process."""
+    """Made in each worker process, when there is something to do."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokenize: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "tokenize": None}
 
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, int]:
         if self.tokenize is None:

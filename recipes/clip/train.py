@@ -1,6 +1,6 @@
 """Train a CLIP on a version: read from top to bottom.
 
-    python -m torch.distributed.run --nproc-per-node 8 -m recipes.clip.train ...     # one process a GPU
+    python -m torch.distributed.run --nproc-per-node 8 -m builder.cli train clip ...     # one process a GPU
 
 What a training is, is one `Training`; what it has come to is in its folder:
 
@@ -44,7 +44,6 @@ from recipes.data import Batch, Mix, Pairs, Picture, batches, drawn
 from recipes.join import ORIGINAL, join
 
 Say = Callable[[str], None]
-Features = tuple[torch.Tensor, torch.Tensor]  # (B, E) unit vectors of images and of texts
 MAX_SCALE = math.log(100)
 REPORT_S = 10.0
 
@@ -96,14 +95,6 @@ class Training:
     workers: int = 1
     save_every: int = 1000  # steps
 
-    def at(self, sample: int) -> tuple[int, int]:
-        """(phase, step in it) of the step that begins with this sample."""
-        for number, phase in enumerate(self.phases):
-            if sample < phase.steps * phase.batch:
-                return number, sample // phase.batch
-            sample -= phase.steps * phase.batch
-        return len(self.phases), 0
-
     def first(self, number: int) -> int:
         """The first sample of a phase."""
         return sum(phase.steps * phase.batch for phase in self.phases[:number])
@@ -129,10 +120,11 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         if rank == 0:
             say(f"{joined.audit}")
         sample, there = _latest(out)
-        total = training.first(len(training.phases))
-        while sample < total:
-            number, _ = training.at(sample)
-            sample, there = _phase(training, number, joined, out, sample, there, say, device, rank, ranks)
+        if rank == 0:
+            _shorten_log(out, sample)
+        for number in range(len(training.phases)):
+            if sample < training.first(number + 1):
+                sample, there = _phase(training, number, joined, out, sample, there, say, device, rank, ranks)
         assert there is not None
         return there
 
@@ -147,7 +139,11 @@ def _phase(
         raise InputError(f"a step of {phase.batch} samples on {ranks} devices", "make it a multiple of them")
     torch.manual_seed(training.seed)
     folder = out / "model"
-    model: Any = clip.make(training.towers, phase.px, folder)
+    config = training.towers.config(phase.px)
+    if rank == 0:
+        clip.describe(training.towers, config, folder)
+    _wait(ranks)
+    model: Any = clip.make(config)
     if there is not None:
         clip.load(model, there)
     model.to(device).train()
@@ -305,7 +301,6 @@ def _save(out: Path, folder: Path, model: torch.nn.Module, optimizer: torch.opti
     (part / "state.json").write_text(json.dumps({"sample": sample}))
     for file in part.iterdir():
         sync(file)
-    shutil.rmtree(there, ignore_errors=True)  # of a phase that ends where another was saved
     os.replace(part, there)
     link = out / ".latest"
     link.unlink(missing_ok=True)
@@ -315,6 +310,14 @@ def _save(out: Path, folder: Path, model: torch.nn.Module, optimizer: torch.opti
     for old in sorted(out.glob("step-*"))[:-2]:
         shutil.rmtree(old)
     return there
+
+
+def _shorten_log(out: Path, sample: int) -> None:
+    """To what was said up to the checkpoint: what came after is done, and said, again."""
+    path = out / "log.jsonl"
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_atomically(path, "".join(line for line in lines if json.loads(line)["sample"] <= sample))
 
 
 def _latest(out: Path) -> tuple[int, Path | None]:

@@ -26,6 +26,7 @@ from builder.files import read_file, read_lines
 from builder.stages.clip import Clip
 from builder.typed import from_json
 from recipes.evaluate.results import Metric, Result, metric
+from recipes.join import PICTURES
 
 BATCH = 128
 Vectors = npt.NDArray[np.float32]
@@ -83,7 +84,7 @@ def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
 
 
 def _image_of(text: Path) -> Path | None:
-    found = (text.with_suffix(kind) for kind in (".jpg", ".jpeg", ".png"))
+    found = (text.with_suffix(kind) for kind in PICTURES)
     return next((image for image in found if image.exists()), None)
 
 

@@ -19,8 +19,7 @@ from builder.files import read_lines
 from builder.stages.clip import Clip
 from recipes.evaluate.results import Metric, Result, metric
 from recipes.evaluate.retrieval import image_vectors, text_vectors
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+from recipes.join import PICTURES
 
 
 @dataclass(frozen=True)
