@@ -36,7 +36,7 @@ format: $(VENV)/.ready
 # uv comes from PATH or, where there is none, from a small environment of its own.
 $(VENV)/.ready: pyproject.toml
 	@command -v uv >/dev/null 2>&1 || test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet 'uv>=0.9'; }
-	PATH="$$PATH:$(CURDIR)/.uv/bin" uv sync --quiet --extra $(EXTRA) --extra ray --extra s3
+	PATH="$$PATH:$(CURDIR)/.uv/bin" uv sync --quiet --extra $(EXTRA) --extra ray --extra s3 --extra train
 	@touch $@
 
 clean:

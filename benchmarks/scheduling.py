@@ -87,9 +87,9 @@ def make(place: Path, tasks: int) -> Run:
     put_record(store, f"source/{RUN}", "00000", Record("batch", **about))
     run = Run(store, recipe)
     run.index = Index([table])
-    small = place / "small.parquet"
-    write_parquet(one, small)
     for block in run.index.blocks:
+        small = place / f"small-{block.name}.parquet"  # a file has only so many names
+        write_parquet(one, small)
         opened, found = BlockPlan(Plan(recipe, store, run.index), block), {}
         (store.root / "source" / block.name).mkdir(parents=True)
         for shard in opened.names(recipe.stage("source")):

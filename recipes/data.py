@@ -84,6 +84,12 @@ class Mix:
         others = (self._part(row, name, at) for name in (*self.captions, ORIGINAL))
         return next(filter(None, others), "")
 
+    def caption(self, row: Mapping[str, Any]) -> str:
+        """The whole of the first caption that there is, by the order of the weights: what a decoder is to
+        say.
+        """
+        return next(filter(None, ((row.get(name) or "").strip() for name in self.captions)), "")
+
     def _caption(self, number: float) -> str:
         ends = list(accumulate(self.captions.values()))
         names = list(self.captions)
@@ -171,7 +177,8 @@ class Picture:
 @dataclass(frozen=True)
 class Batch:
     """`images` (B, 3, px, px) uint8, `texts` (B, T) int64; `ok` (B) is False where an image cannot be
-    decoded, whose pixels are 0; `cut` counts texts that are longer than the context.
+    decoded, whose pixels are 0; `cut` counts texts that are longer than the context. `captions` (B, C) are
+    for a decoder.
     """
 
     uids: list[str]
@@ -179,10 +186,12 @@ class Batch:
     texts: torch.Tensor
     ok: torch.Tensor
     cut: int
+    captions: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         images, texts, ok = (tensor.pin_memory() for tensor in (self.images, self.texts, self.ok))
-        return replace(self, images=images, texts=texts, ok=ok)
+        captions = None if self.captions is None else self.captions.pin_memory()
+        return replace(self, images=images, texts=texts, ok=ok, captions=captions)
 
 
 Tokenize = Callable[[list[str]], tuple[torch.Tensor, int]]
@@ -193,9 +202,11 @@ class Pairs(Dataset[Batch]):
     """Batches of image and text by their first sample's number; see `batches`."""
 
     def __init__(
-        self, joined: Joined, mix: Mix, picture: Picture, tokenize: Tokenize, *, seed: int, batch: int
-    ) -> None:
+        self, joined: Joined, mix: Mix, picture: Picture, tokenize: Tokenize, *, seed: int, batch: int,
+        captions: Tokenize | None = None,
+    ) -> None:  # fmt: skip
         self.joined, self.mix, self.picture, self.tokenize = joined, mix, picture, tokenize
+        self.captions = captions
         self.seed, self.batch = seed, batch
         self.order = Order(joined.rows, seed)
         self._tables = lru_cache(2 * POOL)(joined.shard)
@@ -216,8 +227,9 @@ class Pairs(Dataset[Batch]):
             else:
                 ok.append(True)
         texts, cut = self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
+        captions = self.captions([self.mix.caption(row) for row, _ in rows])[0] if self.captions else None
         uids = [row["uid"] for row, _ in rows]
-        return Batch(uids, torch.stack(images), texts, torch.tensor(ok), cut)
+        return Batch(uids, torch.stack(images), texts, torch.tensor(ok), cut, captions)
 
 
 class _File:

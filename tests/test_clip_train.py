@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,23 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import CLIP, ROOT
+from conftest import CLIP, ROOT, fill, mounted, recap
+from hub.server import Hub as Server
+from huggingface_hub import snapshot_download
 from test_data import published_in
+from test_hub import server  # noqa: F401
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from builder.errors import InputError
+from builder.errors import InputError, VersionError
 from recipes.clip import model as clip
-from recipes.clip.model import Towers
-from recipes.clip.train import Phase, Training, contrastive, gradients, train
+from recipes.clip import trainings
+from recipes.clip.losses import Step, sigmoid, softmax
+from recipes.clip.model import Decoder, Towers, Trained
+from recipes.clip.plan import forward_flops, parameters, plan
+from recipes.clip.train import MOMENTS, Phase, Training, train
 from recipes.data import Mix
+from recipes.push import push_model
+from recipes.training import checkpoint
 
 TINY = Towers(vision="T", text="T", patch=8, context=48, tokenizer=str(CLIP))
 
@@ -48,7 +58,7 @@ def losses(out: Path) -> dict[int, float]:
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.clip.train.REPORT_S", 0.0)
+    monkeypatch.setattr("recipes.training.REPORT_S", 0.0)
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -56,58 +66,86 @@ def unit(rows: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(rows, 16, generator=generator), dim=1)
 
 
+HEADS = torch.tensor([14.3, -9.0])
+
+
 def test_the_loss_is_open_clips() -> None:
-    image, text, scale = unit(20, 0), unit(20, 1), torch.tensor(14.3)
-    ours = contrastive(image, text, scale, torch.ones(20, dtype=torch.bool))
-    torch.testing.assert_close(ours, open_clip.ClipLoss()(image, text, scale))
+    image, text, ok = unit(20, 0), unit(20, 1), torch.ones(20, dtype=torch.bool)
+    torch.testing.assert_close(softmax(image, text, HEADS, ok), open_clip.ClipLoss()(image, text, HEADS[0]))
+    theirs = open_clip.loss.SigLipLoss()(image, text, HEADS[0], HEADS[1])
+    torch.testing.assert_close(sigmoid(image, text, HEADS, ok), theirs)
 
 
 def test_a_sample_without_a_picture_is_nobodys() -> None:
-    image, text, scale = unit(20, 0), unit(20, 1), torch.tensor(14.3)
+    image, text = unit(20, 0), unit(20, 1)
     ok = torch.ones(20, dtype=torch.bool)
     ok[[3, 19]] = False
     torch.testing.assert_close(
-        contrastive(image, text, scale, ok), open_clip.ClipLoss()(image[ok], text[ok], scale)
+        softmax(image, text, HEADS, ok), open_clip.ClipLoss()(image[ok], text[ok], HEADS[0])
     )
-    assert contrastive(image, text, scale, torch.zeros(20, dtype=torch.bool)) == 0
+    theirs = open_clip.loss.SigLipLoss()(image[ok], text[ok], HEADS[0], HEADS[1])
+    torch.testing.assert_close(sigmoid(image, text, HEADS, ok), theirs)
+    assert softmax(image, text, HEADS, torch.zeros(20, dtype=torch.bool)) == 0
+
+
+def a_model(towers: Towers, px: int = 32) -> Trained:
+    torch.manual_seed(0)
+    decoder = Decoder(towers, 1024) if towers.decoder_layers else None
+    return Trained(clip.make(towers.config(px)), decoder).train()
 
 
 @pytest.mark.parametrize("size", [4, 5])
-def test_parts_of_a_step_have_the_gradient_of_the_whole(size: int) -> None:
-    torch.manual_seed(0)
-    model = clip.make(TINY.config(32))
+@pytest.mark.parametrize("loss", ["clip", "siglip", "captions"])
+def test_parts_of_a_step_have_the_gradient_of_the_whole(size: int, loss: str) -> None:
+    towers = replace(
+        TINY, sigmoid=loss == "siglip", decoder_layers=2 * (loss == "captions"), decoder_context=20
+    )
+    model = a_model(towers)
     images, texts = torch.randn(12, 3, 32, 32), torch.randint(0, 900, (12, 48))
+    captions = torch.randint(1, 900, (12, 20)).tril(14) if loss == "captions" else None
     ok = torch.ones(12, dtype=torch.bool)
     ok[7] = False
     found = []
     for parts in (12, size):
         model.zero_grad()
-        loss = gradients(model, images, texts, ok, parts, "fp32", "cpu")
-        found.append(
-            (loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        )
-    (loss, whole), (by_parts, theirs) = found
-    assert by_parts == pytest.approx(loss, rel=1e-6)
+        of = "siglip" if loss == "siglip" else "clip"
+        told = Step(model, model, loss=of, captioning=2.0, size=parts)(images, texts, ok, captions)  # type: ignore[arg-type]
+        named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((told, named))
+    (told, whole), (by_parts, theirs) = found
+    assert by_parts == pytest.approx(told, rel=1e-6)
     assert whole.keys() == theirs.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_the_loss_of_captions_is_of_the_tokens_that_are_there() -> None:
+    """The mean over them, of pictures that are ok, as by a few plain lines."""
+    towers = replace(TINY, decoder_layers=2, decoder_context=20)
+    model = a_model(towers)
+    images, texts = torch.randn(4, 3, 32, 32), torch.randint(0, 900, (4, 48))
+    captions = torch.zeros(4, 20, dtype=torch.long)
+    captions[:, :9] = torch.randint(1, 900, (4, 9))
+    captions[2, 5:] = 0
+    ok = torch.tensor([True, True, True, False])
+    without = Step(model, model)(images, texts, ok)
+    told = Step(model, model, captioning=2.0)(images, texts, ok, captions)
+    model.clip.visual.output_tokens = True
+    assert model.decoder is not None
+    with torch.no_grad():
+        _, patches = model.clip.visual(images[:3])
+        losses = [model.decoder(patches[n : n + 1], captions[n : n + 1])[0, : (8, 8, 4)[n]] for n in range(3)]
+    assert told - without == pytest.approx(2 * float(torch.cat(losses).mean()), rel=1e-5)
+
+
 def test_a_part_sees_the_patches_that_it_saw_before() -> None:
     """Half of them, drawn anew for each part, and the same in both passes."""
-    torch.manual_seed(0)
-    model = clip.make(replace(TINY, keep=0.5).config(32)).train()
+    model = a_model(replace(TINY, keep=0.5))
     seen: list[torch.Tensor] = []
-    model.visual.patch_dropout.register_forward_hook(lambda _, __, out: seen.append(out.detach().clone()))
-    gradients(
-        model,
-        torch.randn(8, 3, 32, 32),
-        torch.randint(0, 900, (8, 48)),
-        torch.ones(8).bool(),
-        4,
-        "fp32",
-        "cpu",
-    )
+    dropout = model.clip.visual.patch_dropout
+    dropout.register_forward_hook(lambda _, __, out: seen.append(out.detach().clone()))
+    step = Step(model, model, size=4)
+    step(torch.randn(8, 3, 32, 32), torch.randint(0, 900, (8, 48)), torch.ones(8).bool())
     first, second, first_again, second_again = seen
     assert torch.equal(first, first_again)
     assert torch.equal(second, second_again)
@@ -122,9 +160,9 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     """
     whole = train(a_training(demo_run), tmp_path / "whole", say=lambda _: None)
     code = (
-        "import recipes.clip.train as t; from recipes.clip.train import *; from recipes.clip.model import *; "
+        "import recipes.training as t; from recipes.clip.train import *; from recipes.clip.model import *; "
         "from pathlib import Path; t.REPORT_S = 0.0; "
-        f"t.train({a_training(demo_run)!r}, Path({str(tmp_path / 'killed')!r}))"
+        f"train({a_training(demo_run)!r}, Path({str(tmp_path / 'killed')!r}))"
     )
     for steps in (2, 5) if os.environ.get("RECAP_FULL") else (3,):
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -141,12 +179,25 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     assert len(losses(tmp_path / "whole")) == 6
 
 
+WAYS = {
+    "ddp": {},
+    "fsdp": {"sharded": True},
+    "siglip": {"loss": "siglip", "towers": replace(TINY, sigmoid=True)},
+    "captions": {"captioning": 2.0, "towers": replace(TINY, decoder_layers=2, decoder_context=40)},
+}
+
+
 @pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
-def test_two_processes_have_the_losses_of_one(demo_run: Path, tmp_path: Path, every_step: None) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_have_the_losses_of_one(
+    demo_run: Path, tmp_path: Path, every_step: None, way: str
+) -> None:
+    """In parts, too; and one goes on where two were."""
+    training = a_training(demo_run, workers=0, **WAYS[way])
     code = (
-        "import recipes.clip.train as t; from recipes.clip.train import *; from recipes.clip.model import *; "
+        "import recipes.training as t; from recipes.clip.train import *; from recipes.clip.model import *; "
         "from pathlib import Path; t.REPORT_S = 0.0; "
-        f"t.train({a_training(demo_run, workers=0)!r}, Path({str(tmp_path / 'two')!r}))"
+        f"train({replace(training, micro=8)!r}, Path({str(tmp_path / 'two')!r}))"
     )
     (tmp_path / "run.py").write_text(f"if __name__ == '__main__':\n    {code}\n")
     command = [
@@ -161,9 +212,12 @@ def test_two_processes_have_the_losses_of_one(demo_run: Path, tmp_path: Path, ev
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    train(a_training(demo_run, micro=8, workers=0), tmp_path / "one", say=lambda _: None)
+    train(training, tmp_path / "one", say=lambda _: None)
     ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert theirs == pytest.approx(ours, rel=1e-5)
+    shutil.rmtree(tmp_path / "two" / "step-000000000192")
+    train(training, tmp_path / "two", say=lambda _: None)
+    assert losses(tmp_path / "two") == pytest.approx(ours, rel=1e-5)
 
 
 def test_a_checkpoint_is_a_model_of_open_clip(demo_run: Path, tmp_path: Path) -> None:
@@ -191,9 +245,13 @@ def test_another_training_is_not_mixed_with_it(demo_run: Path, tmp_path: Path) -
 def test_a_loss_that_is_no_number_stops_and_names_the_step(
     demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.clip.train.gradients", lambda *_: float("nan"))
-    with pytest.raises(InputError, match=r"the loss is nan at sample 0, uids [0-9a-f]{32} to [0-9a-f]{32}\n"):
+    monkeypatch.setattr("recipes.clip.losses.Step.__call__", lambda *_: float("nan"))
+    with pytest.raises(
+        InputError, match=r"the loss is nan in the step of sample 0: 32 uids, in .*unhealthy\.json"
+    ):
         train(a_training(demo_run), tmp_path / "out", say=lambda _: None)
+    uids = json.loads((tmp_path / "out" / "unhealthy.json").read_text())["uids"]
+    assert len(set(uids)) == 32
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.25), (3, 1.0), (4, 1.0), (8, 0.5), (12, 0.0)])
@@ -225,3 +283,146 @@ def test_towers_have_the_papers_sizes(
     number = sum(parameter.numel() for parameter in model.parameters())
     assert number == pytest.approx(plain, rel=0.01)
     assert number / 1e6 == pytest.approx(millions, rel=0.05)
+
+
+# --- what a checkpoint is, and where it goes ----------------------------------------------------------------
+
+
+def test_a_training_of_every_option_goes_on(demo_run: Path, tmp_path: Path, every_step: None) -> None:
+    """SigLIP's loss, a decoder, patches dropped, steps in parts, TensorBoard; from another's weights."""
+    towers = replace(TINY, sigmoid=True, decoder_layers=1, decoder_context=40, keep=0.5)
+    training = a_training(
+        demo_run, towers=towers, loss="siglip", captioning=2.0, micro=16, tensorboard=True, precision="bf16",
+        mix=Mix(p_original=0.5, one_sentence=True),
+    )  # fmt: skip
+    whole = train(training, tmp_path / "whole", say=lambda _: None)
+    train(replace(training, phases=training.phases[:1]), tmp_path / "part", say=lambda _: None)
+    for path in ("training.json",):
+        shutil.copyfile(tmp_path / "whole" / path, tmp_path / "part" / path)
+    there = train(training, tmp_path / "part", say=lambda _: None)
+    assert (there / clip.WEIGHTS).read_bytes() == (whole / clip.WEIGHTS).read_bytes()
+    assert (there / MOMENTS).read_bytes() == (whole / MOMENTS).read_bytes()
+    assert list((tmp_path / "whole" / "tensorboard").iterdir())
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{there}")
+    assert float(model.logit_bias.detach()) == pytest.approx(-10, abs=0.5)
+    started = replace(training, start=str(whole), phases=training.phases[1:])
+    train(started, tmp_path / "started", say=lambda _: None)
+    assert losses(tmp_path / "started")[32] < losses(tmp_path / "whole")[32]
+
+
+def test_a_full_disk_leaves_the_checkpoint_of_before(demo_run: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", mib=60) as disk:
+        out = disk / "out"
+        training = a_training(demo_run)
+        train(replace(training, phases=training.phases[:1]), out, say=lambda _: None)
+        before = (out / "latest").resolve()
+        kept = {path.name: path.read_bytes() for path in before.iterdir()}
+        (out / "training.json").unlink()
+        fill(disk, 12_000)
+        with pytest.raises(InputError, match=r"the disk of .* is full"):
+            train(training, out, say=lambda _: None)
+        assert (out / "latest").resolve() == before
+        assert {path.name: path.read_bytes() for path in before.iterdir()} == kept
+        assert not (out / ".step").exists()
+
+
+def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "file").write_text("whole")
+
+    for sample in (10, 20, 30):
+        there = checkpoint(tmp_path, sample, write)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000000020", "step-000000000030"]
+    assert (tmp_path / "latest").resolve() == there
+
+    def fails(folder: Path) -> None:
+        write(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="is full"):
+        checkpoint(tmp_path, 40, fails)
+    assert (tmp_path / "latest").resolve() == there
+
+
+def test_a_model_is_pushed_as_a_version(
+    demo_run: Path,
+    tmp_path: Path,
+    server: Server,  # noqa: F811
+) -> None:
+    """Whole, tagged, never changed; and what is loaded from there is the model."""
+    there = train(a_training(demo_run), tmp_path / "out", say=lambda _: None)
+    for target in (str(tmp_path / "models"), "hf://me/a-clip"):
+        assert push_model(there, target, "1.0.0", dry_run=True).plan["files"] > 3
+        assert push_model(there, target, "1.0.0").new
+        assert not push_model(there, target, "1.0.0").new
+    folder = tmp_path / "models" / "v1.0.0"
+    open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert "sample 192" not in (folder / "README.md").read_text()
+    assert not (folder / MOMENTS).exists()
+    pulled = Path(snapshot_download("me/a-clip", revision="v1.0.0", cache_dir=tmp_path / "cache"))
+    assert (pulled / clip.WEIGHTS).read_bytes() == (there / clip.WEIGHTS).read_bytes()
+    (there / "README.md").write_text("another card")
+    with pytest.raises(VersionError, match="with other bytes"):
+        push_model(there, "hf://me/a-clip", "1.0.0")
+    with pytest.raises(InputError, match="is no version"):
+        push_model(there, str(tmp_path / "models"), "one")
+    with pytest.raises(InputError, match=r"is no target"):
+        push_model(there, "s3://bucket", "1.0.0")
+
+
+# --- what it would take -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", [0, 2])
+def test_operations_are_those_that_torch_counts(decoder: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    towers = replace(TINY, decoder_layers=decoder, decoder_context=40)
+    model = a_model(towers, 64)
+    captions = torch.randint(1, 900, (2, 40)) if decoder else None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sum(
+            part.sum() for part in model(torch.randn(2, 3, 64, 64), torch.ones(2, 48).long(), captions)
+        ).backward()
+    assert counter.get_total_flops() / 2 == pytest.approx(3 * forward_flops(towers, 64), rel=0.05)
+    assert parameters(towers, 64) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_plan_of_the_papers_training() -> None:
+    """ViT-L/16: by hand, 12 width^2 a token and block, twice, three times for both ways."""
+    training = trainings.recap_clip(version="v", images="i", tokenizer=str(CLIP), vision="L", text="L")
+    told = plan(training, tflops=1000, utilisation=0.5, price=2.0)
+    image, text = 24 * 24 * 1024**2, 12 * 24 * 768**2
+    by_hand = 3 * 2.56e9 * ((49 + 1) * image + 128 * text)
+    assert told.lines[0].flops == pytest.approx(by_hand, rel=0.1)
+    assert told.lines[0].steps == 78_125
+    assert told.gpu_hours == pytest.approx(sum(line.flops for line in told.lines) / 0.5e15 / 3600)
+    assert told.cost == pytest.approx(2 * told.gpu_hours)
+    said = recap("plan", "clip:recap_clip", "version=v", "images=i", f"tokenizer={CLIP}", "vision=L").stdout
+    assert "78,125 steps" in said
+    with pytest.raises(InputError, match="is no share"):
+        plan(training, tflops=1000, utilisation=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"phases": (Phase(px=16, samples=64, warmup=0, batch=31, lr=1e-4),), "captioning": 2.0},
+            "go together",
+        ),
+        ({"min_found": 2.0}, "has not the images"),
+        ({"version": "/nowhere"}, "has no version"),
+        ({"images": "/nowhere"}, "is no folder"),
+        ({"start": str(CLIP)}, "of another shape"),
+    ],
+)
+def test_what_cannot_be_is_told(demo_run: Path, tmp_path: Path, wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        train(a_training(demo_run, **wrong), tmp_path / "out", say=lambda _: None)
+
+
+def test_a_phase_has_a_step() -> None:
+    with pytest.raises(InputError, match="a phase of 10 samples has no step of 32"):
+        Phase(px=16, samples=10, warmup=0, batch=32, lr=1e-4)

@@ -28,7 +28,7 @@ def test_every_command_has_help_and_stands_in_the_readme(name: str) -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    named = set(re.findall(r"\brecap ([a-z]+)", README))
+    named = set(re.findall(r"\brecap ([a-z]+(?:-[a-z]+)*)", README))
     assert named - set(main.commands) == set()
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import tarfile
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import CLIP
-from PIL import Image
+import torch
+from conftest import CLIP, recap
 
 from builder.errors import InputError
-from builder.stages.clip import Clip
-from recipes.evaluate import results
+from recipes.evaluate import choices, datacomp, results
+from recipes.evaluate import zeroshot as by_names
+from recipes.evaluate.model import Model, Picture
 from recipes.evaluate.results import Result, compare, metric
 from recipes.evaluate.retrieval import Pairs, karpathy, one_caption, recalls, retrieval, table
-from recipes.evaluate.zeroshot import accuracies, image_folder, zeroshot
+from recipes.evaluate.zeroshot import Classes, accuracies, image_folder, zeroshot
 
 
 def unit(rows: int, seed: int) -> np.ndarray:
@@ -73,8 +82,8 @@ def test_two_models_are_compared_on_the_same_draws(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def clip() -> Clip:
-    return Clip(str(CLIP))
+def model() -> Model:
+    return Model(str(CLIP))
 
 
 @pytest.fixture
@@ -91,7 +100,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_layout_gives_the_same_pairs(pictures: Path, tmp_path: Path, clip: Clip) -> None:
+def test_every_layout_gives_the_same_pairs(pictures: Path, tmp_path: Path, model: Model) -> None:
     names = [f"{n}.png" for n in range(8)]
     texts = [(pictures / f"{n}.txt").read_text().partition("\n")[0] for n in range(8)]
     images = [
@@ -111,39 +120,73 @@ def test_every_layout_gives_the_same_pairs(pictures: Path, tmp_path: Path, clip:
         table(tmp_path / "captions.json", pictures, tmp_path / "test.txt"),
         table(tmp_path / "captions.txt", pictures),
     ]
-    assert {(pairs.images, pairs.captions, pairs.of) for pairs in found} == {
-        (tuple(pictures / n for n in names), tuple(texts), tuple(range(8)))
-    }
-    result = retrieval(clip, "demo", "world", found[0])
+    expected = [(Picture(str(pictures / n)), [t]) for n, t in zip(names, texts, strict=True)]
+    assert [list(pairs.pictures()) for pairs in found] == [expected] * 4
+    result = retrieval(model, "world", found[0])
     assert result.samples == {"images": 8, "captions": 8}
-    assert result.metrics[0].value > 50  # by chance 12.5
+    assert result.value("I2T R@1") > 50  # by chance 12.5
+    assert result.in_training is None
     with pytest.raises(InputError, match=r"1 of 9 images are missing, the first is .*/x\n"):
         table(tmp_path / "captions.json", pictures)
     with pytest.raises(InputError, match="nothing to retrieve"):
         karpathy(tmp_path / "dataset.json", pictures, "val")
 
 
-def test_real_photos_are_retrieved_as_by_plain_lines(shared: Path, clip: Clip) -> None:
-    """Some of Flickr8k's test split of 1,000 images and 5,000 captions."""
-    import torch
-
+def flickr8k(shared: Path, images: int = 1000) -> Pairs:
+    """Of the test split: 1,000 images, five captions each."""
     place = shared / "data" / "flickr8k"
-    pairs = table(place / "captions.json", place / "images", place / "splits" / "Flickr_8k.testImages.txt")
-    assert (len(pairs.images), len(pairs.captions)) == (1000, 5000)
-    few = Pairs(pairs.protocol, pairs.images[:40], pairs.captions[:200], pairs.of[:200])
-    found = {m.name: m.value for m in retrieval(clip, "demo", "flickr8k", few).metrics}
-    images = torch.cat(
-        [clip.images([clip.preprocess(Image.open(path).convert("RGB"))]) for path in few.images]
+    whole = table(place / "captions.json", place / "images", place / "splits" / "Flickr_8k.testImages.txt")
+    return Pairs(whole.protocol, lambda: islice(whole.pictures(), images))
+
+
+def test_recall_on_real_photos_is_clip_benchmarks(shared: Path, model: Model) -> None:
+    """Flickr8k's test split, all of it, by clip_benchmark's own evaluation of the same model."""
+    from clip_benchmark.datasets.builder import image_captions_collate_fn
+    from clip_benchmark.metrics.zeroshot_retrieval import evaluate
+
+    pairs = flickr8k(shared)
+    rows = [(model.clip.preprocess(p.of(p.read())), texts) for p, texts in pairs.pictures()]
+    loader = torch.utils.data.DataLoader(rows, batch_size=128, collate_fn=image_captions_collate_fn)
+    theirs = evaluate(
+        model.clip.model, loader, model.clip.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
     )
-    texts = torch.cat([clip.texts([text])[0] for text in few.captions])
-    nearest = (images @ texts.T).argmax(1).tolist()
-    right = sum(few.of[text] == image for image, text in enumerate(nearest))
-    assert found["I2T R@1"] == pytest.approx(
-        100 * right / 40, abs=2.51
-    )  # a batch is not a row: one may change
+    ours = retrieval(model, "Flickr8k", pairs)
+    assert ours.samples == {"images": 1000, "captions": 5000}
+    for k in (1, 5, 10):
+        assert ours.value(f"T2I R@{k}") / 100 == pytest.approx(
+            theirs[f"image_retrieval_recall@{k}"], abs=1e-6
+        )
+        assert ours.value(f"I2T R@{k}") / 100 == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-6)
+    mean = (theirs["image_retrieval_recall@1"] + theirs["text_retrieval_recall@1"]) / 2
+    assert ours.value() / 100 == pytest.approx(mean, abs=1e-6)
 
 
-def test_classes_are_named_by_folder_or_by_order(pictures: Path, tmp_path: Path, clip: Clip) -> None:
+def test_zero_shot_on_real_photos_is_clip_benchmarks(shared: Path, model: Model) -> None:
+    """Over Caltech-101's names; what is right is drawn, for nobody knows."""
+    from clip_benchmark.metrics.zeroshot_classification import evaluate
+
+    place = shared / "data" / "classnames"
+    names = json.loads((place / "clip-benchmark" / "en_classnames.json").read_text())["caltech101"]
+    templates = ["a photo of a {c}.", "a blurry photo of the {c}."]
+    pictures = [picture for picture, _ in flickr8k(shared, 300).pictures()]
+    labels = np.random.default_rng(0).integers(0, len(names), len(pictures)).tolist()
+    rows = [(model.clip.preprocess(p.of(p.read())), n) for p, n in zip(pictures, labels, strict=True)]
+    loader = torch.utils.data.DataLoader(Labelled(rows, names), batch_size=128)
+    theirs = evaluate(model.clip.model, loader, model.clip.tokenizer, names, templates, "cpu", amp=False)
+    classes = Classes("zero-shot", tuple(names), tuple(templates), lambda: zip(pictures, labels, strict=True))
+    ours = zeroshot(model, "photos", classes)
+    assert ours.value("top-1") / 100 == pytest.approx(theirs["acc1"], abs=1e-6)
+    assert ours.value("top-5") / 100 == pytest.approx(theirs["acc5"], abs=1e-6)
+    assert ours.value("mean per class") / 100 == pytest.approx(theirs["mean_per_class_recall"], abs=1e-6)
+
+
+class Labelled(list):  # type: ignore[type-arg]
+    def __init__(self, rows: list[Any], classes: list[str]) -> None:
+        super().__init__(rows)
+        self.classes = classes
+
+
+def test_classes_are_named_by_folder_or_by_order(pictures: Path, tmp_path: Path, model: Model) -> None:
     folders = sorted(path.name for path in pictures.iterdir() if path.is_dir())
     for number in range(8):
         (pictures / f"{number}.png").unlink()
@@ -151,8 +194,8 @@ def test_classes_are_named_by_folder_or_by_order(pictures: Path, tmp_path: Path,
     (tmp_path / "templates.txt").write_text("{}\na picture of {}\n")
     classes = image_folder(pictures, tmp_path / "names.txt", tmp_path / "templates.txt")
     assert classes.names == tuple(f"a {f}" for f in folders)
-    assert [folders[n] for n in classes.of] == [path.parent.name for path in classes.images]
-    result = zeroshot(clip, "demo", "shapes", classes)
+    assert all(folders[n] == Path(picture.name).parent.name for picture, n in classes.pictures())
+    result = zeroshot(model, "shapes", classes)
     assert result.samples == {"images": 8, "classes": len(folders), "templates": 2}
     (tmp_path / "names.txt").write_text("\n".join(folders))
     assert image_folder(pictures, tmp_path / "names.txt").names == tuple(folders)
@@ -169,6 +212,248 @@ def test_classes_are_named_by_folder_or_by_order(pictures: Path, tmp_path: Path,
 
 
 def test_the_mean_over_classes_is_one_of_classes() -> None:
-    top, mean = accuracies(np.array([0, 0, 0, 1, 0, 2]), np.array([0, 0, 0, 0, 1, 1]), 3)
+    said, labels = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 0, 0, 1, 1])
+    top, mean = accuracies(np.eye(3, dtype=np.float32)[said], labels, 3)
     assert top.value == pytest.approx(100 * 4 / 6)
     assert mean.value == pytest.approx(100 * (3 / 4 + 1 / 2) / 2)
+
+
+def test_the_lowest_group_and_macro_f1_are_scikit_learns() -> None:
+    from sklearn.metrics import f1_score
+
+    chance = np.random.default_rng(0)
+    true, said, group = chance.integers(0, 7, 400), chance.integers(0, 9, 400), chance.integers(2, 5, 400)
+    f1 = metric("F1", said, groups=true, statistic="f1")
+    assert f1.value / 100 == pytest.approx(f1_score(true, said, average="macro", labels=np.unique(true)))
+    worst = metric("worst", said == true, groups=group, statistic="worst")
+    assert worst.value == pytest.approx(100 * min((said == true)[group == g].mean() for g in (2, 3, 4)))
+    assert worst.low <= worst.value <= worst.high
+    assert f1.low <= f1.value <= f1.high
+
+
+# --- webdatasets, as clip_benchmark writes them -------------------------------------------------------------
+
+
+def jpeg(number: int) -> bytes:
+    from recipes.demo import world
+
+    return world.jpeg(world.draw(world.scene(world.HELD_OUT + number), 96), 90)
+
+
+def written(folder: Path, samples: Iterable[dict[str, bytes]], **texts: str) -> Path:
+    (folder / "test").mkdir(parents=True)
+    rows = list(samples)
+    for number, part in enumerate((rows[::2], rows[1::2])):
+        with tarfile.open(folder / "test" / f"{number}.tar", "w") as tar:
+            for at, row in enumerate(part):
+                for kind, data in row.items():
+                    member = tarfile.TarInfo(f"{number}{at:05d}.{kind}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    (folder / "test" / "nshards.txt").write_text("2\n")
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def npy(*numbers: int) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(numbers))
+    return file.getvalue()
+
+
+SHAPES = "circle\nsquare\ntriangle\nstar\ncross\nring\n"
+
+
+def classification(folder: Path, number: int = 40, groups: int = 3) -> Path:
+    rows = [
+        {"jpg": jpeg(n), "cls": str(n % 6).encode(), "npy": npy(n % groups, n % 2, 0)} for n in range(number)
+    ]
+    return written(folder, rows, classnames=SHAPES, zeroshot_classification_templates="a {c}\nthe {c}.\n")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_webdataset_is_asked_as_by_clip_benchmark(model: Model, tmp_path: Path) -> None:
+    from clip_benchmark.datasets.builder import build_dataset
+    from clip_benchmark.metrics.zeroshot_classification import evaluate
+
+    folder = classification(tmp_path / "wds_cifar10_test")
+    data = build_dataset("wds/cifar10", root=str(folder), transform=model.clip.preprocess, download=False)
+    loader = torch.utils.data.DataLoader(data.batched(64), batch_size=None)
+    loader.dataset.classes = data.classes
+    theirs = evaluate(
+        model.clip.model, loader, model.clip.tokenizer, data.classes, data.templates, "cpu", amp=False
+    )
+    ours = zeroshot(model, "CIFAR-10", by_names.webdataset(folder))
+    assert ours.samples == {"images": 40, "classes": 6, "templates": 2}
+    assert ours.value("top-1") / 100 == pytest.approx(theirs["acc1"], abs=1e-6)
+    assert ours.value("mean per class") / 100 == pytest.approx(theirs["mean_per_class_recall"], abs=1e-6)
+    (folder / "test" / "1.tar").unlink()
+    with pytest.raises(InputError, match=r"1\.tar is missing"):
+        zeroshot(model, "CIFAR-10", by_names.webdataset(folder))
+
+
+def test_labels_that_are_several_give_mean_average_precision(model: Model, tmp_path: Path) -> None:
+    from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
+
+    scores = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    labels = (np.random.default_rng(1).random((50, 4)) < 0.3).astype(np.int64)
+    theirs = average_precision_per_class(torch.from_numpy(scores), torch.from_numpy(labels)).mean()
+    assert by_names.average_precision(scores, labels).value / 100 == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_datacomps_tasks_that_are_there_are_asked(model: Model, tmp_path: Path) -> None:
+    """Each with its metric: groups, macro F1, the Jaccard index, retrieval, faces."""
+    from sklearn.metrics import f1_score, jaccard_score
+
+    classification(tmp_path / "wds_vtab-pets_test")
+    classification(tmp_path / "wds_wilds-iwildcam_test")
+    classification(tmp_path / "wds_wilds-fmow_test")
+    classification(tmp_path / "wds_dollar_street_test")
+    captions = [{"jpg": jpeg(n), "txt": f"a picture\nscene {n}".encode()} for n in range(12)]
+    written(tmp_path / "wds_flickr30k_test", captions, dataset_type="retrieval\n")
+    faces = [{"jpg": jpeg(n), "npy": npy(n % 2, n % 2, n % 3, n % 3 == 1)} for n in range(12)]
+    toxic = "".join(f"toxic:a kind {n}\n" for n in range(20))
+    written(
+        tmp_path / "wds_fairface_test", faces,
+        classnames="race:red\nrace:blue\nrace:green\ngender:ring\ngender:star\nage:1\nage:2\n" + toxic,
+        zeroshot_classification_templates="race:a {c}\ngender:the {c}\nage:a {c} one\ntoxic:{c}\n",
+    )  # fmt: skip
+    cues = [{"cue": "star", "candidates": [f"{n}" for n in range(10)], "associations": ["1", "2", "7"],
+             "candidate_images": [{"bytes": jpeg(n), "path": ""} for n in range(10)]}]  # fmt: skip
+    (tmp_path / "winogavil").mkdir()
+    pq.write_table(pa.Table.from_pylist(cues), tmp_path / "winogavil" / "0.parquet")
+
+    found = {result.benchmark: result for result in datacomp.datacomp(model, tmp_path)}
+    names = ["Oxford-IIIT Pet", "Flickr", "WinoGAViL", "iWildCam", "FMoW", "Dollar Street", "FairFace"]
+    assert list(found) == names
+    assert found["Oxford-IIIT Pet"].main == "mean per class"
+    classes = by_names.classified(model, by_names.webdataset(tmp_path / "wds_wilds-iwildcam_test"))
+    said, true = classes.scores_NC.argmax(1), classes.labels_N
+    expected = f1_score(true, said, average="macro", labels=np.unique(true))
+    assert found["iWildCam"].value() / 100 == pytest.approx(expected)
+    group = np.array([n % 3 for n in [*range(0, 40, 2), *range(1, 40, 2)]])
+    worst = min((said == true)[group == g].mean() for g in range(3))
+    assert found["FMoW"].value() / 100 == pytest.approx(worst)
+    assert found["Dollar Street"].value() >= found["FMoW"].value()  # within five of six
+    image_NE, _ = model.images(Picture(str(n), jpeg(n)) for n in range(10))
+    near = np.argsort(image_NE @ model.texts(["A star"])[0])[-3:]
+    index = jaccard_score(np.isin(range(10), [1, 2, 7]), np.isin(range(10), near))
+    assert found["WinoGAViL"].value() / 100 == pytest.approx(index)
+    assert found["Flickr"].samples == {"images": 12, "captions": 24}
+    assert found["FairFace"].main is None
+    assert found["FairFace"].value("gender, worst race and gender") <= found["FairFace"].value("gender")
+    assert datacomp.average(list(found.values())) == pytest.approx(
+        np.mean([found[name].value() for name in names[:-1]])
+    )
+    with pytest.raises(InputError, match=r"wds_mnist_test is missing, of MNIST"):
+        list(datacomp.datacomp(model, tmp_path, ["MNIST"]))
+    with pytest.raises(InputError, match="DataComp has no task 'MNIS'"):
+        list(datacomp.datacomp(model, tmp_path, ["MNIS"]))
+    with pytest.raises(InputError, match="has none of DataComp's tasks"):
+        list(datacomp.datacomp(model, tmp_path / "winogavil"))
+
+
+def test_datacomp_has_38_tasks_with_a_main_metric() -> None:
+    assert len(datacomp.TASKS) == 40
+    assert sum(bool(task.main) for task in datacomp.TASKS) == 38
+
+
+# --- choices ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_as_near_to_the_wrong_caption_is_no_hit(model: Model, pictures: Path, tmp_path: Path) -> None:
+    texts = [(pictures / f"{n}.txt").read_text().partition("\n")[0] for n in range(8)]
+    right = {
+        str(n): {"filename": f"{n}.png", "caption": texts[n], "negative_caption": "IMG_1.JPG"}
+        for n in range(8)
+    }
+    same = {"7": {"filename": "0.png", "caption": texts[0], "negative_caption": texts[0]}}
+    (tmp_path / "crepe").mkdir()
+    (tmp_path / "crepe" / "add_att.json").write_text(json.dumps(right))
+    (tmp_path / "crepe" / "swap_obj.json").write_text(json.dumps(same))
+    found = choices.chosen(
+        model, "SugarCrepe", "sugarcrepe", choices.sugarcrepe(tmp_path / "crepe", pictures)
+    )
+    assert found.value("swap_obj") == 0
+    assert found.value("add_att") == 100
+    assert found.value() == 50
+    right["0"]["filename"] = "gone.png"
+    (tmp_path / "crepe" / "add_att.json").write_text(json.dumps(right))
+    with pytest.raises(InputError, match=r"1 of 9 images are missing, the first is .*/gone\.png"):
+        choices.sugarcrepe(tmp_path / "crepe", pictures)
+
+
+def test_attributes_are_asked_of_the_box(model: Model, tmp_path: Path) -> None:
+    """Two scenes side by side in one image: the box decides. Pairs with few cases are dropped."""
+    from PIL import Image
+
+    from recipes.demo import world
+
+    scenes = [world.scene(world.HELD_OUT + n) for n in range(2)]
+    both = Image.new("RGB", (192, 96))
+    for n, scene in enumerate(scenes):
+        both.paste(world.draw(scene, 96), (96 * n, 0))
+    both.save(tmp_path / "both.png")
+    items = [
+        {"image_path": "both.png", "bbox_x": 96 * n, "bbox_y": 0, "bbox_w": 96, "bbox_h": 96,
+         "true_caption": world.terse(scenes[n]), "false_caption": world.terse(scenes[1 - n]),
+         "attributes": ["a", "b"]}
+        for n in range(2)
+    ]  # fmt: skip
+    items.append({**items[0], "attributes": ["rare", "pair"], "true_caption": "IMG_1.JPG"})
+    (tmp_path / "vga.json").write_text(json.dumps(items))
+    found = choices.chosen(
+        model, "VG-Attribution", "vg-attribution", choices.vg_attribution(tmp_path / "vga.json", tmp_path), 2
+    )
+    assert found.samples == {"choices": 2, "kinds": 1}
+    assert found.value() == 100
+    (tmp_path / "vga.json").write_text("[]")
+    with pytest.raises(InputError, match="has no choices"):
+        choices.vg_attribution(tmp_path / "vga.json", tmp_path)
+
+
+def test_of_a_pair_both_statements_have_to_pick_their_image(model: Model, tmp_path: Path) -> None:
+    from recipes.demo import world
+
+    rows = [("Question ID", "Type", "Statement")]
+    for n in range(1, 5):
+        scene = world.scene(world.HELD_OUT + n)
+        kind = "Color" if n < 3 else "Count"
+        (tmp_path / "MLLM_VLM Images" / kind).mkdir(parents=True, exist_ok=True)
+        world.draw(scene, 96).save(tmp_path / "MLLM_VLM Images" / kind / f"{n}.jpg")
+        rows.append((str(n), kind, world.terse(scene) if n < 3 else "the same"))
+    with open(tmp_path / "Questions.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    found = choices.both(model, "MMVP-VLM", choices.mmvp(tmp_path))
+    assert found.samples == {"pairs": 2, "kinds": 2}
+    assert [found.value(name) for name in ("both right", "Color", "Count")] == [50, 100, 0]
+
+
+# --- what was trained on, and the command -------------------------------------------------------------------
+
+
+def test_images_that_were_trained_on_are_counted(pictures: Path, tmp_path: Path) -> None:
+    from builder.files import sha256_file
+
+    hashes = [sha256_file(pictures / f"{n}.png") for n in (2, 3, 3)]
+    pq.write_table(pa.table({"sha256": [*hashes, "0" * 64]}), tmp_path / "seen.parquet")
+    model = Model(str(CLIP), tmp_path / "seen.parquet")
+    assert retrieval(model, "world", one_caption(pictures)).in_training == 2
+    with pytest.raises(InputError, match="does not say what was trained on"):
+        Model(str(CLIP), tmp_path)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(model: Model, pictures: Path) -> None:
+    (pictures / "3.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"3\.png cannot be decoded"):
+        retrieval(model, "world", one_caption(pictures))
+
+
+def test_several_benchmarks_in_one_command(pictures: Path, tmp_path: Path) -> None:
+    words = ["long_captions", f"folder={pictures}", "retrieval", f"folder={pictures}"]
+    said = recap("eval", CLIP, *words, "--out", tmp_path / "a.json", check=2).stderr
+    assert "nshards.txt is missing" in said  # of the second; what the first said is kept
+    rows = json.loads(recap("eval", tmp_path / "a.json", tmp_path / "a.json", "--compare", "--json").stdout)
+    assert {row["difference"] for row in rows} == {0}
+    assert "is a setting of no benchmark" in recap("eval", CLIP, "folder=x", check=2).stderr

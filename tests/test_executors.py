@@ -295,6 +295,7 @@ def test_memory_is_shared_out_too(metadata: Path, tmp_path: Path, monkeypatch: p
     assert found["do second"] == 12
 
 
+@SLOW
 def test_a_worker_for_which_nothing_more_comes_leaves(
     metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +349,7 @@ def test_the_next_task_is_begun_before_one_is_done(metadata: Path, tmp_path: Pat
     ]
 
 
+@SLOW
 def test_a_task_that_was_begun_ahead_is_not_charged_for_the_one_before(
     metadata: Path, tmp_path: Path
 ) -> None:
@@ -360,6 +362,7 @@ def test_a_task_that_was_begun_ahead_is_not_charged_for_the_one_before(
     }  # fmt: skip
 
 
+@SLOW
 def test_a_worker_that_raised_does_not_begin_what_it_was_given_ahead(
     metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_feeder_that_is_killed_is_replaced_and_costs_nothing(engine: Engine, f
     assert engine.replies(SETTINGS, requests(8)) == before
 
 
+@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 def test_an_image_of_which_feeders_die_fails_alone(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is at it dies."""
     (picture, *_) = requests(1)
@@ -117,6 +118,7 @@ def test_an_image_of_which_feeders_die_fails_alone(feeder: Feeder, monkeypatch: 
         os.kill(child, signal.SIGCONT)
 
 
+@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 def test_feeders_end_with_the_process_that_has_them(feeder: Feeder) -> None:
     """Also where it is killed: then the kernel closes its sockets, as here."""
     those = [feeder.template.pid, *children(feeder.template.pid)]

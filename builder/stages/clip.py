@@ -28,7 +28,7 @@ def pictures(
     """The images of these rows as the model takes them, in row order."""
     keys = {row["key"]: row["uid"] for row in read_rows(task.input("download"), ["key", "uid"])}
     jpgs = (jpg for key, jpg in images(task.input("download", ".tar")) if keys[key] in uids)
-    return _ahead(pool, clip.decode, jpgs, ahead)
+    return map_ahead(pool, clip.decode, jpgs, ahead)
 
 
 def check_clip(model: str) -> None:
@@ -48,7 +48,7 @@ def check_clip(model: str) -> None:
     check_files(folder)
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Any, items: Iterator[Any], number: int) -> Iterator[Any]:
+def map_ahead(pool: ThreadPoolExecutor, function: Any, items: Iterator[Any], number: int) -> Iterator[Any]:
     """`map` over threads that stays at most `number` results ahead."""
     waiting = [pool.submit(function, item) for item in itertools.islice(items, number)]
     while waiting:

@@ -51,7 +51,7 @@ class Folder:
         """Raises:
         VersionError: the version exists with other bytes, or what was staged is not as the manifest says.
         """
-        final, rows = self.path / staged.tag, staged.manifest["rows"]["train"]
+        final, rows = self.path / staged.tag, staged.rows
         self.path.mkdir(parents=True, exist_ok=True)
         busy = f"another publish is at work in {self.path}"
         with lock(self.path / ".lock", busy, "wait for it, then type the same command again"):

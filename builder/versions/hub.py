@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx2
 from fsspec import AbstractFileSystem
@@ -40,7 +40,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from builder.errors import DamagedError, InputError, VersionError
-from builder.versions.version import HUB, MANIFEST, OURS, VERSION, Published, Staged, by_number, next_version
+from builder.versions.version import MANIFEST, OURS, VERSION, Published, Staged, by_number, next_version
 
 T = TypeVar("T")
 FILES_PER_COMMIT = 100  # what the Hub recommends
@@ -53,14 +53,20 @@ log = logging.getLogger(__name__)
 
 
 class Hub:
-    """`hf://datasets/user/name`. `wait_s` is the first wait of a retry where the server names none."""
+    """`hf://datasets/user/name`, or `hf://user/name` of a model. `wait_s` is the first wait of a retry where
+    the server names none.
+    """
 
-    def __init__(self, repo: str, *, wait_s: float = 1.0) -> None:
+    def __init__(
+        self, repo: str, *, wait_s: float = 1.0, kind: Literal["dataset", "model"] = "dataset"
+    ) -> None:
+        self.folder = "datasets/" if kind == "dataset" else ""  # of addresses
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
-            raise InputError(f"{HUB}{repo} is no repository", f"it has a user and a name: {HUB}user/name")
-        self.repo, self.wait_s = repo, wait_s
+            reason = f"hf://{self.folder}{repo} is no repository"
+            raise InputError(reason, f"it has a user and a name: hf://{self.folder}user/name")
+        self.repo, self.wait_s, self.kind = repo, wait_s, kind
         self.api = HfApi()  # endpoint and token from the client's own places
-        self.here: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset"}
+        self.here: dict[str, Any] = {"repo_id": repo, "repo_type": kind}
 
     # --- what is there --------------------------------------------------------------------------------------
 
@@ -76,13 +82,13 @@ class Hub:
 
     def files(self, version: str) -> tuple[AbstractFileSystem, str]:
         fs = HfFileSystem(endpoint=self.api.endpoint, skip_instance_cache=True)
-        return fs, f"datasets/{self.repo}@v{version}"
+        return fs, f"{self.folder}{self.repo}@v{version}"
 
     def how_to_delete(self, version: str) -> str:
         return (
-            f"hf repos tag delete {self.repo} v{version} --repo-type dataset  "
+            f"hf repos tag delete {self.repo} v{version} --repo-type {self.kind}  "
             "# then squash main's history and delete its files under Settings, List LFS files: "
-            f"{self.api.endpoint}/datasets/{self.repo}/settings"
+            f"{self.api.endpoint}/{self.folder}{self.repo}/settings"
         )
 
     # --- publishing -----------------------------------------------------------------------------------------
@@ -95,7 +101,7 @@ class Hub:
         """
         if not get_token():
             raise InputError("there is no token for the Hub", "log in: hf auth login")
-        rows, place = staged.manifest["rows"]["train"], f"{HUB}{self.repo}@{staged.tag}"
+        rows, place = staged.rows, f"hf://{self.folder}{self.repo}@{staged.tag}"
         _within_limits(list(staged.files))
         try:
             if staged.version in (there := self.versions()) and (tagged := self._tag(staged.tag)):
@@ -168,7 +174,7 @@ class Hub:
             if first and first.title != title:
                 there = first.status == "merged"
                 where = "there" if there else "on its way"
-                close = f"hf discussions close {self.repo} {first.num} --type dataset"
+                close = f"hf discussions close {self.repo} {first.num} --type {self.kind}"
                 raise VersionError(
                     f"{staged.tag} of {self.repo} with other bytes is {where}: pull request {first.num}",
                     "choose another version" if there else f"wait for it, or give it up: {close}",
@@ -262,7 +268,7 @@ class Hub:
             raise VersionError(
                 f"main of {self.repo} was moved by somebody else: "
                 f"it is at {head[:8]}, the upload stands on {base[:8]}",
-                f"look at {self.api.endpoint}/datasets/{self.repo}/commits/main, "
+                f"look at {self.api.endpoint}/{self.folder}{self.repo}/commits/main, "
                 "then type the same command with --rebase to publish on top of it",
             )
 

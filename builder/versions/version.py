@@ -89,6 +89,11 @@ class Staged:
         return f"v{self.version}"
 
     @property
+    def rows(self) -> int:
+        """Of a data set; a model has none."""
+        return int(self.manifest.get("rows", {}).get("train", 0))
+
+    @property
     def files(self) -> dict[str, dict[str, Any]]:
         """Path -> sha256 and bytes of every file of the version but the manifest itself."""
         files: dict[str, dict[str, Any]] = self.manifest["files"]

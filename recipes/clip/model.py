@@ -11,8 +11,10 @@ neither causal nor padding mask, and the last position is its vector.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +27,37 @@ from builder.errors import InputError
 from builder.model import model_folder
 from builder.stages.clip import cutter
 
-Size = Literal["T", "S", "B", "L", "H"]
-# layers, width, heads: table 4's small, base, large and huge; T is the demo's.
-VISION = {"T": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "H": (32, 1280, 16)}
-TEXT = {"T": (3, 128, 4), "S": (12, 384, 6), "B": (12, 512, 8), "L": (12, 768, 12), "H": (24, 1024, 16)}
-EMBED = {"T": 128, "S": 384, "B": 512, "L": 768, "H": 1024}  # of both towers, by the vision tower's size
+Size = Literal["P", "N", "T", "S", "B", "L", "H"]
+# layers, width, heads: table 4's small, base, large and huge; pico, nano and tiny are the demo's.
+VISION = {
+    "P": (2, 64, 2),
+    "N": (3, 96, 3),
+    "T": (4, 128, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "H": (32, 1280, 16),
+}
+TEXT = {
+    "P": (1, 64, 2),
+    "N": (2, 96, 3),
+    "T": (3, 128, 4),
+    "S": (12, 384, 6),
+    "B": (12, 512, 8),
+    "L": (12, 768, 12),
+    "H": (24, 1024, 16),
+}
+EMBED = {
+    "P": 64,
+    "N": 96,
+    "T": 128,
+    "S": 384,
+    "B": 512,
+    "L": 768,
+    "H": 1024,
+}  # of both towers, by the vision tower's size
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+MAX_SCALE = math.log(100)
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
@@ -38,7 +65,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 @dataclass(frozen=True, kw_only=True)
 class Towers:
     """`tokenizer` is a folder with a tokenizer.json: the paper's is bert-base-uncased. `keep` is the share of
-    an image's patches that a training step sees (FLIP, CLIPA).
+    an image's patches that a training step sees (FLIP, CLIPA). `sigmoid` begins with SigLIP's temperature and
+    bias. A decoder of captions is trained beside them, and is no part of the model that comes out.
     """
 
     vision: Size = "B"
@@ -47,6 +75,9 @@ class Towers:
     context: int = 128
     tokenizer: str
     keep: float = 1.0
+    sigmoid: bool = False
+    decoder_layers: int = 0
+    decoder_context: int = 128
 
     def config(self, px: int) -> dict[str, Any]:
         """open_clip's, for images of this size."""
@@ -70,6 +101,7 @@ class Towers:
                     "hf_tokenizer_name": self.tokenizer,
                     "tokenizer_kwargs": {"strip_sep_token": tokenizer.sep_token is not None},
                 },
+                **({"init_logit_scale": math.log(10), "init_logit_bias": -10} if self.sigmoid else {}),
             },
             "preprocess_cfg": IMAGENET | {"interpolation": "bilinear", "resize_mode": "squash"},
         }  # fmt: skip
@@ -87,6 +119,81 @@ def make(config: dict[str, Any]) -> torch.nn.Module:
     return open_clip.model.CLIP(**config["model_cfg"])
 
 
+class Decoder(torch.nn.Module):
+    """Writes a caption from an image's patches, as CLIPS's and CoCa's decoders do (arXiv 2411.16828)."""
+
+    def __init__(self, towers: Towers, vocabulary: int) -> None:
+        super().__init__()
+        _, width, heads = TEXT[towers.text]
+        self.tokens = torch.nn.Embedding(vocabulary, width)
+        self.places = torch.nn.Parameter(torch.randn(towers.decoder_context, width) * 0.01)
+        self.patches = torch.nn.Linear(VISION[towers.vision][1], width)
+        layer = torch.nn.TransformerDecoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        norm = torch.nn.LayerNorm(width)
+        self.blocks = torch.nn.TransformerDecoder(layer, towers.decoder_layers, norm)
+        torch.nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, patches_BPW: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T - 1) of each token but the first the loss."""
+        length = tokens_BT.shape[1] - 1
+        seen = self.tokens(tokens_BT[:, :-1]) + self.places[:length]
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(length, tokens_BT.device, seen.dtype)
+        said = self.blocks(seen, self.patches(patches_BPW), tgt_mask=mask, tgt_is_causal=True)
+        logits = said @ self.tokens.weight.T.to(said.dtype)
+        return torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), tokens_BT[:, 1:], reduction="none"
+        )
+
+
+class Trained(torch.nn.Module):
+    """What is trained: a CLIP, and the decoder beside it, if any. `padding` is the token that is none."""
+
+    def __init__(self, clip: Any, decoder: Decoder | None = None, padding: int = 0) -> None:
+        super().__init__()
+        self.clip, self.decoder, self.padding = clip, decoder, padding
+
+    def forward(
+        self, images: torch.Tensor, texts: torch.Tensor, captions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, E) unit vectors of images and of texts; temperature and bias; (B) the losses of captions."""
+        clip = self.clip
+        clip.visual.output_tokens = captions is not None
+        found = clip.visual(images)
+        image = torch.nn.functional.normalize(found if captions is None else found[0], dim=-1)
+        text = clip.encode_text(texts, normalize=True)
+        scale = clip.logit_scale.exp()
+        heads = torch.stack([scale, torch.zeros_like(scale) if clip.logit_bias is None else clip.logit_bias])
+        if captions is None:
+            return image, text, heads, torch.zeros(len(images), device=image.device)
+        assert self.decoder is not None
+        losses = self.decoder(found[1], captions) * self.counted(captions)
+        return image, text, heads, losses.sum(1)
+
+    def counted(self, captions: torch.Tensor) -> torch.Tensor:
+        """(B, T - 1) which tokens are to be said."""
+        return captions[:, 1:] != self.padding
+
+    def alone(self, module: torch.nn.Module) -> AbstractContextManager[Any]:
+        """Gradients stay on their rank for a while. `module` is this one as it is trained."""
+        if hasattr(module, "no_sync"):
+            return module.no_sync()  # type: ignore[operator]
+        return _unsynchronized(module) if hasattr(module, "set_requires_gradient_sync") else nullcontext()
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """The temperature is at most 100, as CLIP's."""
+        self.clip.logit_scale.clamp_(0, MAX_SCALE)
+
+
+@contextmanager
+def _unsynchronized(module: Any) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    yield
+    module.set_requires_gradient_sync(True)
+
+
 def describe(towers: Towers, config: dict[str, Any], folder: Path) -> None:
     """A model's folder, without weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,15 +203,19 @@ def describe(towers: Towers, config: dict[str, Any], folder: Path) -> None:
             shutil.copyfile(towers.folder() / name, folder / name)
 
 
-def save(model: torch.nn.Module, folder: Path) -> None:
-    """Its weights, beside what `describe` wrote."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+def read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return config
 
 
-def load(model: torch.nn.Module, folder: Path) -> None:
-    """Weights of a model of the same towers, perhaps for images of another size: their positions are a
-    function of the size, and stay.
+def save(state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Weights, beside what `describe` wrote."""
+    save_file(dict(state), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def weights(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Those in a model's folder, for a model of the same towers, perhaps for images of another size: their
+    positions are a function of the size, and are the model's.
 
     Raises:
         InputError: they are of other towers.
@@ -112,7 +223,7 @@ def load(model: torch.nn.Module, folder: Path) -> None:
     state = load_file(folder / WEIGHTS)
     position = "visual.positional_embedding"
     ours: Mapping[str, torch.Tensor] = model.state_dict()
-    if state[position].shape != ours[position].shape:
+    if position in state and state[position].shape != ours[position].shape:
         state[position] = ours[position]
     differ = [name for name in ours if name not in state or state[name].shape != ours[name].shape]
     if differ or len(state) != len(ours):
@@ -120,25 +231,26 @@ def load(model: torch.nn.Module, folder: Path) -> None:
         there, here = (tuple(t[name].shape) if name in t else "missing" for t in (state, ours))
         hint = "train into another folder, or with the settings of before"
         raise InputError(f"{folder} holds a model of another shape: {name} is {there}, not {here}", hint)
-    model.load_state_dict(state)
+    return state
 
 
-def tokenizer(folder: Path) -> Callable[[list[str]], tuple[torch.Tensor, int]]:
-    """Texts -> (B, context) tokens, and how many of the texts are longer than that."""
-    return _Tokenizer(folder)
+class Tokenizer:
+    """Texts -> (B, context) tokens, and how many of the texts are longer than that. The context is the
+    model's unless given. Made in each worker process, when there is something to do.
+    """
 
-
-class _Tokenizer:
-    """Made in each worker process, when there is something to do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, context: int | None = None) -> None:
+        self.folder, self.given = folder, context
         self.tokenize: Any = None
+
+    def padding(self) -> int:
+        """The token that follows a text."""
+        return int(self([""])[0][0, -1])
 
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, int]:
         if self.tokenize is None:
             self.tokenize = open_clip.get_tokenizer(f"local-dir:{self.folder}")
-            self.context = int(self.tokenize.context_length)
+            self.context = self.given or int(self.tokenize.context_length)
             self.is_cut = cutter(self.tokenize, self.context)
         tokens = self.tokenize(texts, context_length=self.context + 1)
         cut = int(self.is_cut(tokens).sum())

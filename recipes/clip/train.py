@@ -1,15 +1,9 @@
 """Train a CLIP on a version: read from top to bottom.
 
-    python -m torch.distributed.run --nproc-per-node 8 -m builder.cli train clip ...     # one process a GPU
+    torchrun --nproc-per-node 8 -m builder.cli train clip ...     # one process a GPU
 
-What a training is, is one `Training`; what it has come to is in its folder:
-
-    OUT/training.json                      the settings
-    OUT/joined/                            which row's image lies where (recipes/join.py)
-    OUT/latest                             the newest checkpoint
-    OUT/step-000000001200/                 a checkpoint: a model folder of open_clip, and what else goes on:
-        training.safetensors, state.json   the optimizer, and the number of the next sample
-    OUT/log.jsonl                          loss, rate and temperature, a line a report
+What a training is, is one `Training`; what it has come to is in its folder (recipes/training.py), beside
+joined/, which row's image lies where (recipes/join.py). A checkpoint is a model folder of open_clip.
 
 A step is a pure function of the weights, the optimizer and the number of its first sample: samples, texts and
 crops are (recipes/data.py), and so is what is drawn in the model. On a CPU a training that was killed goes on
@@ -18,34 +12,42 @@ to the same losses, bit by bit.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.nn.functional import all_gather
-from torch.nn import functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from builder.errors import InputError
-from builder.files import sync, write_atomically
+from builder.errors import InputError, telling_of_a_full_disk
+from recipes.clip import card
 from recipes.clip import model as clip
-from recipes.clip.model import Towers
+from recipes.clip.losses import Loss, Step
+from recipes.clip.model import Decoder, Tokenizer, Towers, Trained
 from recipes.data import Batch, Mix, Pairs, Picture, batches, drawn
-from recipes.join import ORIGINAL, join
+from recipes.join import ORIGINAL, Joined, join
+from recipes.training import (
+    Precision,
+    Ranks,
+    Report,
+    Say,
+    checkpoint,
+    latest,
+    load_moments,
+    processes,
+    settle,
+    shorten_log,
+    state_of,
+    unhealthy,
+)
 
-Say = Callable[[str], None]
-MAX_SCALE = math.log(100)
-REPORT_S = 10.0
+FREE = ("workers", "save_every", "micro", "tensorboard", "compile", "sharded", "min_found")
+MOMENTS = "training.tensors"  # of a checkpoint: the optimizer's, and the decoder; as safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,11 @@ class Phase:
     batch: int
     lr: float
 
+    def __post_init__(self) -> None:
+        if not 0 < self.batch <= self.samples:
+            reason = f"a phase of {self.samples:,} samples has no step of {self.batch:,}"
+            raise InputError(reason, "give more samples, or a smaller batch")
+
     @property
     def steps(self) -> int:
         return self.samples // self.batch
@@ -73,8 +80,10 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The paper's pre-training and fine-tuning are two phases; `micro` is how many samples of a step a device
-    computes at a time (GradCache, arXiv 2101.06983), all of them unless given.
+    """The paper's pre-training and fine-tuning are two phases. `micro` is how many samples of a step a device
+    computes at a time (GradCache), all of them unless given; `start` a model folder of the same towers to
+    begin with; `captioning` the weight of the loss of captions (CLIPS: 2). `sharded` spreads weights and
+    optimizer over the devices (FSDP2).
     """
 
     name: str
@@ -85,15 +94,21 @@ class Training:
     mix: Mix = field(default_factory=Mix)
     subset: str | None = None
     min_found: float = 0.99
+    start: str | None = None
     area: float = 0.4
+    loss: Loss = "clip"
+    captioning: float = 0.0
     weight_decay: float = 0.2
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-6
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     micro: int | None = None
     seed: int = 0
     workers: int = 1
     save_every: int = 1000  # steps
+    tensorboard: bool = False
+    compile: bool = False
+    sharded: bool = False
 
     def first(self, number: int) -> int:
         """The first sample of a phase."""
@@ -104,313 +119,190 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
     """Train, or go on where it stopped; gives the last checkpoint, a model folder.
 
     Raises:
-        InputError: something is not as it should be, or the loss is no number.
+        InputError: something is not as it should be, the loss is no number, or the disk is full.
     """
-    with _processes() as (rank, ranks, device):
-        _settle(training, out, rank)
-        names = tuple(name for name in training.mix.captions if name != ORIGINAL)
-        subset = Path(training.subset) if training.subset else None
-        for number in range(ranks):  # the first one joins, the others find it done
-            if number == rank:
-                joined = join(
-                    training.version, training.images, out / "joined",
-                    captions=names, subset=subset, min_found=training.min_found,
-                )  # fmt: skip
-            _wait(ranks)
-        if rank == 0:
+    with processes() as ranks, telling_of_a_full_disk(out):
+        settle(training, out, FREE, ranks)
+        for _ in ranks.one_by_one():  # the first one joins, the others find it done
+            joined = _joined(training, out)
+        if ranks.is_first:
             say(f"{joined.audit}")
-        sample, there = _latest(out)
-        if rank == 0:
-            _shorten_log(out, sample)
+        sample, there = latest(out)
+        if ranks.is_first:
+            shorten_log(out, sample)
         for number in range(len(training.phases)):
             if sample < training.first(number + 1):
-                sample, there = _phase(training, number, joined, out, sample, there, say, device, rank, ranks)
+                sample, there = _phase(training, number, joined, out, sample, there, say, ranks)
         assert there is not None
         return there
 
 
+def _joined(training: Training, out: Path) -> Joined:
+    names = tuple(name for name in training.mix.captions if name != ORIGINAL)
+    subset = Path(training.subset) if training.subset else None
+    return join(
+        training.version, training.images, out / "joined",
+        captions=names, subset=subset, min_found=training.min_found,
+    )  # fmt: skip
+
+
 def _phase(
-    training: Training, number: int, joined: Any, out: Path, sample: int, there: Path | None, say: Say,
-    device: str, rank: int, ranks: int,
+    training: Training, number: int, joined: Joined, out: Path, sample: int, there: Path | None, say: Say,
+    ranks: Ranks,
 ) -> tuple[int, Path]:  # fmt: skip
     """Go on with a phase from `sample` to its end; gives the next one's first sample, and the checkpoint."""
     phase, first = training.phases[number], training.first(number)
-    if phase.batch % ranks:
-        raise InputError(f"a step of {phase.batch} samples on {ranks} devices", "make it a multiple of them")
-    torch.manual_seed(training.seed)
-    folder = out / "model"
-    config = training.towers.config(phase.px)
-    if rank == 0:
+    if phase.batch % ranks.ranks:
+        raise InputError(f"a step of {phase.batch} samples on {ranks.ranks} devices", "make it a multiple")
+    config, folder = training.towers.config(phase.px), out / "model"
+    if ranks.is_first:
         clip.describe(training.towers, config, folder)
-    _wait(ranks)
-    model: Any = clip.make(config)
-    if there is not None:
-        clip.load(model, there)
-    model.to(device).train()
+    ranks.wait()
+    torch.manual_seed(training.seed)
+    model = _model(training, config, folder, there).to(ranks.device).train()
+    module = _spread(training, model, ranks)
+    if training.compile:
+        module.compile()
     optimizer = _optimizer(training, model)
     if there is not None and sample > first:
-        _load_optimizer(optimizer, model, there)
-    module = DistributedDataParallel(model) if ranks > 1 else model
-    pairs = Pairs(
-        joined, training.mix, Picture(phase.px, training.area), clip.tokenizer(folder),
-        seed=training.seed, batch=phase.batch // ranks,
+        moments = load_file(there / MOMENTS)
+        load_moments(model, optimizer, {n: t for n, t in moments.items() if not n.startswith("decoder:")})
+    step = Step(
+        module, model, loss=training.loss, captioning=training.captioning, size=training.micro,
+        precision=training.precision, device=ranks.device, rank=ranks.rank, ranks=ranks.ranks,
     )  # fmt: skip
-    pixels = [torch.tensor(clip.IMAGENET[name], device=device).view(3, 1, 1) for name in ("mean", "std")]
+    pairs = Pairs(
+        joined, training.mix, Picture(phase.px, training.area), Tokenizer(folder), seed=training.seed,
+        batch=phase.batch // ranks.ranks,
+        captions=Tokenizer(folder, training.towers.decoder_context) if model.decoder else None,
+    )  # fmt: skip
+    pixels = [torch.tensor(clip.IMAGENET[n], device=ranks.device).view(3, 1, 1) for n in ("mean", "std")]
     last = first + phase.steps * phase.batch
-    report = _Report(out, say if rank == 0 else _nothing, sample, training.first(len(training.phases)))
-    for batch in batches(pairs, start=sample, samples=last, workers=training.workers, rank=rank, ranks=ranks):
-        step = (sample - first) // phase.batch
+    total = training.first(len(training.phases))
+    report = Report(out, say, sample, total, tensorboard=training.tensorboard) if ranks.is_first else None
+    seen = _Seen()
+    for batch in batches(
+        pairs, start=sample, samples=last, workers=training.workers, rank=ranks.rank, ranks=ranks.ranks
+    ):
+        at = (sample - first) // phase.batch
+        lr = phase.rate(at)
         for group in optimizer.param_groups:
-            group["lr"] = phase.rate(step)
-        torch.manual_seed(int(drawn(training.seed, sample, rank) * 2**53))
-        images = (batch.images.to(device).float() / 255 - pixels[0]) / pixels[1]
-        texts, ok = batch.texts.to(device), batch.ok.to(device)
-        size = training.micro or len(images)
-        loss = gradients(module, images, texts, ok, size, training.precision, device, rank, ranks)
+            group["lr"] = lr
+        torch.manual_seed(int(drawn(training.seed, sample, ranks.rank) * 2**53))
+        images = (batch.images.to(ranks.device).float() / 255 - pixels[0]) / pixels[1]
+        captions = None if batch.captions is None else batch.captions.to(ranks.device)
+        loss = step(images, batch.texts.to(ranks.device), batch.ok.to(ranks.device), captions)
         if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} at sample {sample}, uids {batch.uids[0]} to {batch.uids[-1]}",
-                f"lower the learning rate; the last checkpoint is {there or 'none'}",
-            )
+            raise unhealthy(out, loss, sample, batch.uids, there)
+        if training.sharded:
+            _mean_of_heads(model, ranks)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MAX_SCALE)
+        model.bound()
         sample += phase.batch
-        report.step(sample, batch, loss, phase.rate(step), float(model.logit_scale.detach().exp()))
-        if step + 1 == phase.steps or (step + 1) % training.save_every == 0:
-            if rank == 0:
-                there = _save(out, folder, model, optimizer, sample)
-            _wait(ranks)
-            there = out / f"step-{sample:012d}"
+        seen.add(batch)
+        if report:
+            report.step(sample, lambda: seen.about(loss, lr, model))  # noqa: B023 - asked at once
+        if at + 1 == phase.steps or (at + 1) % training.save_every == 0:
+            there = _save(training, joined, out, model, optimizer, sample, ranks)
     assert there is not None
     return sample, there
 
 
-# --- a step -------------------------------------------------------------------------------------------------
+@dataclass
+class _Seen:
+    """Of samples since the training began or went on."""
+
+    texts: int = 0
+    cut: int = 0
+    failed: int = 0
+
+    def add(self, batch: Batch) -> None:
+        self.texts += len(batch.uids)
+        self.cut += batch.cut
+        self.failed += int((~batch.ok).sum())
+
+    def about(self, loss: float, lr: float, model: Trained) -> dict[str, float]:
+        scale = float(model.clip.logit_scale.detach().exp())
+        return {
+            "loss": round(loss, 6), "lr": lr, "scale": round(scale, 3), "undecodable": self.failed,
+            "cut_percent": round(100 * self.cut / self.texts, 2),
+        }  # fmt: skip
 
 
-def gradients(
-    module: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, ok: torch.Tensor, size: int,
-    precision: str, device: str, rank: int = 0, ranks: int = 1,
-) -> float:  # fmt: skip
-    """The loss of a step, whose gradient is in the parameters then. With parts of `size` samples the vectors
-    of all parts are computed first, then the gradient at them, then each part again with the random numbers
-    that it had (GradCache).
-    """
-    parts = [slice(start, start + size) for start in range(0, len(images), size)]
-    if len(parts) == 1:
-        image, text, scale = _vectors(module, images, texts, precision, device)
-        loss = contrastive(image, text, scale, ok, rank, ranks)
-        loss.backward()
-        return _mean(loss, ranks)
-    states, found = [], []
-    for part in parts:
-        states.append(_random(device))
-        with torch.no_grad():
-            found.append(_vectors(module, images[part], texts[part], precision, device))
-    image, text = (torch.cat([vectors[n] for vectors in found]).requires_grad_() for n in range(2))
-    scale = found[0][2].clone().requires_grad_()
-    loss = contrastive(image, text, scale, ok, rank, ranks)
-    loss.backward()
-    for number, (part, state) in enumerate(zip(parts, states, strict=True)):
-        _restore(state, device)
-        is_last = number == len(parts) - 1
-        waits = nullcontext() if is_last or ranks == 1 else module.no_sync()  # type: ignore[operator]
-        with waits:
-            again, words, its_scale = _vectors(module, images[part], texts[part], precision, device)
-            whole = (again * image.grad[part]).sum() + (words * text.grad[part]).sum()  # type: ignore[index]
-            assert scale.grad is not None
-            (whole + its_scale * scale.grad * is_last).backward()  # the temperature counts once
-    return _mean(loss, ranks)
+# --- the model, on one device or many -----------------------------------------------------------------------
 
 
-def _mean(loss: torch.Tensor, ranks: int) -> float:
-    """Over the ranks."""
-    loss = loss.detach().clone()
-    if ranks > 1:
-        dist.all_reduce(loss)
-    return float(loss) / ranks
+def _model(training: Training, config: dict[str, Any], folder: Path, there: Path | None) -> Trained:
+    """Fresh, as `start` is, or as it was in the checkpoint `there`."""
+    if bool(training.captioning) != bool(training.towers.decoder_layers):
+        raise InputError(
+            "a decoder and the weight of its loss go together", "give decoder_layers and captioning"
+        )
+    made: Any = clip.make(config)
+    decoder = None
+    if training.towers.decoder_layers:
+        decoder = Decoder(training.towers, config["model_cfg"]["text_cfg"]["vocab_size"])
+    begun = there or (Path(training.start) if training.start else None)
+    if begun:
+        made.load_state_dict(clip.weights(begun, made))
+    if there and decoder:
+        moments = load_file(there / MOMENTS)
+        own = {n.partition(":")[2]: t for n, t in moments.items() if n.startswith("decoder:")}
+        decoder.load_state_dict(own)
+    return Trained(made, decoder, Tokenizer(folder).padding() if decoder else 0)
 
 
-def _vectors(
-    module: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, precision: str, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=precision == "bf16"):
-        image, text, scale = module(images, texts)[:3]
-    return image.float(), text.float(), scale.float()
+def _spread(training: Training, model: Trained, ranks: Ranks) -> torch.nn.Module:
+    if ranks.ranks == 1:
+        return model
+    if not training.sharded:
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh(ranks.device.partition(":")[0], (ranks.ranks,))
+    blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
+    for block in [*blocks, *(model.decoder.blocks.layers if model.decoder else [])]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=set(_heads(model)))  # numbers cannot be sharded
+    return model
 
 
-def contrastive(
-    image_BE: torch.Tensor, text_BE: torch.Tensor, scale: torch.Tensor, ok_B: torch.Tensor,
-    rank: int = 0, ranks: int = 1,
-) -> torch.Tensor:  # fmt: skip
-    """CLIP's loss: of this rank's images among all texts, and of its texts among all images, as open_clip's
-    with local loss and gathered features. Samples that are not ok are nobody's.
-    """
-    images_NE, texts_NE, ok_N = image_BE, text_BE, ok_B
-    if ranks > 1:
-        images_NE, texts_NE = torch.cat(all_gather(image_BE)), torch.cat(all_gather(text_BE))
-        every = [torch.empty_like(ok_B) for _ in range(ranks)]
-        dist.all_gather(every, ok_B)
-        ok_N = torch.cat(every)
-    labels_B = torch.arange(len(ok_B), device=ok_B.device) + len(ok_B) * rank
-    labels_B = labels_B.masked_fill(~ok_B, -100)
-    no = torch.zeros(len(ok_N), device=ok_N.device).masked_fill(~ok_N, -torch.inf)
-    losses = (
-        F.cross_entropy(scale * image_BE @ texts_NE.T + no, labels_B, reduction="sum", ignore_index=-100)
-        + F.cross_entropy(scale * text_BE @ images_NE.T + no, labels_B, reduction="sum", ignore_index=-100)
-    ) / 2
-    return losses / ok_N.sum().clamp(min=1) * ranks
+def _heads(model: Trained) -> list[torch.nn.Parameter]:
+    return [head for head in (model.clip.logit_scale, model.clip.logit_bias) if head is not None]
 
 
-def _random(device: str) -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.startswith("cuda") else [])]
+def _mean_of_heads(model: Trained, ranks: Ranks) -> None:
+    for head in _heads(model) if ranks.ranks > 1 else []:
+        assert head.grad is not None
+        dist.all_reduce(head.grad)
+        head.grad /= ranks.ranks
 
 
-def _restore(state: list[torch.Tensor], device: str) -> None:
-    torch.set_rng_state(state[0])
-    if device.startswith("cuda"):
-        torch.cuda.set_rng_state(state[1], device)
-
-
-def _optimizer(training: Training, model: torch.nn.Module) -> torch.optim.AdamW:
+def _optimizer(training: Training, model: Trained) -> torch.optim.AdamW:
     """Without decay of what has one dimension: norms, biases, the temperature."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps)
+    return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, fused=True)
 
 
-# --- what it has come to ------------------------------------------------------------------------------------
+def _save(
+    training: Training, joined: Joined, out: Path, model: Trained, optimizer: torch.optim.AdamW, sample: int,
+    ranks: Ranks,
+) -> Path:  # fmt: skip
+    weights, moments = state_of(model, optimizer)
 
+    def write(folder: Path) -> None:
+        clip.describe(training.towers, clip.read_config(out / "model"), folder)
+        clip.save({n.removeprefix("clip."): t for n, t in weights.items() if n.startswith("clip.")}, folder)
+        own = {
+            f"decoder:{n.removeprefix('decoder.')}": t for n, t in weights.items() if n.startswith("decoder.")
+        }
+        save_file(moments | own, folder / MOMENTS)
+        (folder / "README.md").write_text(card.of(training, joined, sample))
 
-def _save(out: Path, folder: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW, sample: int) -> Path:
-    """A checkpoint, whole or not at all; those before the last two go."""
-    there, part = out / f"step-{sample:012d}", out / ".step"
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(folder, part)
-    clip.save(model, part)
-    state = {}
-    for name, parameter in model.named_parameters():
-        for kind, tensor in optimizer.state.get(parameter, {}).items():
-            state[f"{kind}/{name}"] = tensor.detach().cpu().contiguous()
-    save_file(state, part / "training.safetensors")
-    (part / "state.json").write_text(json.dumps({"sample": sample}))
-    for file in part.iterdir():
-        sync(file)
-    os.replace(part, there)
-    link = out / ".latest"
-    link.unlink(missing_ok=True)
-    link.symlink_to(there.name)
-    os.replace(link, out / "latest")
-    sync(out)
-    for old in sorted(out.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
-    return there
-
-
-def _shorten_log(out: Path, sample: int) -> None:
-    """To what was said up to the checkpoint: what came after is done, and said, again."""
-    path = out / "log.jsonl"
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_atomically(path, "".join(line for line in lines if json.loads(line)["sample"] <= sample))
-
-
-def _latest(out: Path) -> tuple[int, Path | None]:
-    """The next sample, and the last checkpoint."""
-    found = sorted(out.glob("step-*"))
-    if not found:
-        return 0, None
-    return int(json.loads((found[-1] / "state.json").read_text())["sample"]), found[-1]
-
-
-def _load_optimizer(optimizer: torch.optim.AdamW, model: torch.nn.Module, folder: Path) -> None:
-    state = load_file(folder / "training.safetensors")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kinds = ("step", "exp_avg", "exp_avg_sq")
-            found = {kind: state[f"{kind}/{name}"] for kind in kinds}
-            optimizer.state[parameter] = {
-                kind: tensor if kind == "step" else tensor.to(parameter.device)
-                for kind, tensor in found.items()
-            }
-
-
-def _settle(training: Training, out: Path, rank: int) -> None:
-    """Raises:
-    InputError: another training's folder.
-    """
-    about = json.dumps(asdict(training), indent=2) + "\n"
-    path = out / "training.json"
-    if rank == 0 and not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, about)
-    elif path.exists():
-        before, now = json.loads(path.read_text()), json.loads(about)
-        free = ("workers", "save_every", "micro")  # change nothing, or little that matters
-        differ = [name for name in now if name not in free and before.get(name) != now[name]]
-        if differ:
-            reason = f"{out} holds another training: {differ[0]} was {before.get(differ[0])}"
-            raise InputError(reason, "train into another folder: --out")
-
-
-class _Report:
-    """A line now and then, for whoever watches and for the log."""
-
-    def __init__(self, out: Path, say: Say, sample: int, total: int) -> None:
-        self.path, self.say, self.total = out / "log.jsonl", say, total
-        self.begun, self.first, self.said = time.monotonic(), sample, 0.0
-        self.failed = self.cut = self.texts = 0
-
-    def step(self, sample: int, batch: Batch, loss: float, lr: float, scale: float) -> None:
-        self.failed += int((~batch.ok).sum())
-        self.cut, self.texts = self.cut + batch.cut, self.texts + len(batch.uids)
-        seconds = time.monotonic() - self.begun
-        if seconds - self.said < REPORT_S and sample < self.total:
-            return
-        self.said = seconds
-        rate = (sample - self.first) / seconds
-        line: Mapping[str, Any] = {
-            "sample": sample, "loss": round(loss, 6), "lr": lr, "scale": round(scale, 3),
-            "samples_per_s": round(rate, 1), "undecodable": self.failed,
-            "cut_percent": round(100 * self.cut / self.texts, 2),
-        }  # fmt: skip
-        if self.say is not _nothing:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        left = (self.total - sample) / rate
-        bad = f", {self.failed:,} images cannot be decoded" if self.failed else ""
-        self.say(
-            f"{sample:,} of {self.total:,} samples, loss {loss:.3f}, lr {lr:.2e}, scale {scale:.1f}, "
-            f"{rate:,.0f}/s, {left / 60:.1f} min left{bad}"
-        )
-
-
-def _nothing(_: str) -> None:
-    """Said by another rank."""
-
-
-@contextmanager
-def _processes() -> Iterator[tuple[int, int, str]]:
-    """(rank, ranks, device), as torchrun tells them."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
-        torch.cuda.set_device(device)
-    if ranks == 1:
-        yield rank, ranks, device
-        return
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    try:
-        yield rank, ranks, device
-    finally:
-        dist.destroy_process_group()
-
-
-def _wait(ranks: int) -> None:
-    if ranks > 1:
-        dist.barrier()
+    if ranks.is_first:
+        checkpoint(out, sample, write)
+    ranks.wait()
+    return out / f"step-{sample:012d}"

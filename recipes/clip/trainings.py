@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from builder.errors import RecipeError
-from recipes.clip.model import Size, Towers
+from recipes.clip.losses import Loss
+from recipes.clip.model import TEXT, Size, Towers
 from recipes.clip.train import Phase, Training
 from recipes.data import Mix
+from recipes.training import Precision
 
 
 def demo(
@@ -16,17 +18,24 @@ def demo(
     images: str = "runs/demo",
     p_original: float = 0.5,
     concat: bool = False,
+    text: Size = "T",
     samples: int = 30_000,
     batch: int = 128,
     lr: float = 1e-3,
+    loss: Loss = "clip",
+    workers: int = 1,
+    tensorboard: bool = False,
     seed: int = 0,
 ) -> Training:
-    """The demo's, of 1.6M parameters, from nothing, on two cores."""
+    """The demo's, of 1.6M parameters, from nothing, on two cores. `lr` is the peak."""
     return Training(
-        name="demo", version=version, images=images, seed=seed,
-        towers=Towers(vision="T", text="T", patch=8, context=80, tokenizer="recipes/demo/weights/clip"),
+        name="demo", version=version, images=images, seed=seed, loss=loss, workers=workers, min_found=0.9,
+        towers=Towers(
+            vision="T", text=text, patch=8, context=80, tokenizer="recipes/demo/weights/clip",
+            sigmoid=loss == "siglip",
+        ),
         phases=(Phase(px=64, samples=samples, warmup=samples // 10, batch=batch, lr=lr * 256 / batch),),
-        mix=Mix(p_original=p_original, concat=concat), area=0.9, save_every=50,
+        mix=Mix(p_original=p_original, concat=concat), area=0.9, save_every=50, tensorboard=tensorboard,
     )  # fmt: skip
 
 
@@ -41,24 +50,66 @@ def recap_clip(
     concat: bool = False,
     one_sentence: bool = False,
     captions: tuple[str, ...] = ("re_caption",),
+    subset: str | None = None,
+    context: int = 128,
     keep: float = 1.0,
+    loss: Loss = "clip",
+    captioning: float = 0.0,
     samples: int = 2_560_000_000,
     batch: int = 32_768,
     micro: int | None = None,
+    precision: Precision = "bf16",
+    start: str | None = None,
+    compile: bool = False,
+    sharded: bool = False,
+    tensorboard: bool = False,
     workers: int = 8,
+    save_every: int = 1000,
     seed: int = 0,
 ) -> Training:
     """Recap-CLIP (arXiv 2406.08478): CLIPA's two phases, at 112 px and, with a twentieth of the samples, at
     224. Rates are those of the authors' next code (UCSC-VLAA/OpenVision, src/configs/openvision.py).
-    `tokenizer` is a folder, for the paper's numbers with bert-base-uncased. With fewer `samples` all else
-    shrinks alike.
+    `tokenizer` is a folder, for the paper's numbers with bert-base-uncased. H is of patches of 14, the others
+    of 16. With fewer `samples` all else shrinks alike.
     """
     first = Phase(px=112, samples=samples, warmup=samples // 50, batch=batch, lr=8e-6)
     second = Phase(px=224, samples=samples // 20, warmup=samples // 100, batch=max(1, batch // 2), lr=4e-7)
     return Training(
-        name="recap_clip", version=version, images=images, seed=seed, micro=micro, workers=workers,
-        towers=Towers(vision=vision, text=text, tokenizer=tokenizer, keep=keep), phases=(first, second),
+        name="recap_clip", version=version, images=images, subset=subset, seed=seed, micro=micro, loss=loss,
+        workers=workers, save_every=save_every, captioning=captioning, precision=precision, start=start,
+        compile=compile, sharded=sharded, tensorboard=tensorboard, phases=(first, second),
+        towers=Towers(
+            vision=vision, text=text, patch=14 if vision == "H" else 16, tokenizer=tokenizer, keep=keep,
+            context=context, sigmoid=loss == "siglip", decoder_layers=TEXT[text][0] if captioning else 0,
+        ),
         mix=Mix(dict.fromkeys(captions, 1.0), p_original, concat, one_sentence),
+    )  # fmt: skip
+
+
+def clips(
+    *,
+    version: str,
+    images: str,
+    tokenizer: str,
+    vision: Size = "L",
+    text: Size = "L",
+    p_original: float = 0.5,
+    samples: int = 2_560_000_000,
+    batch: int = 32_768,
+    micro: int | None = None,
+    compile: bool = False,
+    sharded: bool = False,
+    workers: int = 8,
+    seed: int = 0,
+) -> Training:
+    """CLIPS (arXiv 2411.16828): one sentence of the caption, 80 tokens, and a decoder of the whole caption
+    with twice the weight. CLIPS shows both texts to the text tower in every step; here a sample has one of
+    them, the original with p_original.
+    """
+    return recap_clip(
+        version=version, images=images, tokenizer=tokenizer, vision=vision, text=text, p_original=p_original,
+        one_sentence=True, context=80, captioning=2.0, samples=samples, batch=batch, micro=micro,
+        compile=compile, sharded=sharded, workers=workers, seed=seed,
     )  # fmt: skip
 
 
@@ -71,6 +122,7 @@ def datacomp(
     p_original: float = 0.0,
     subset: str | None = None,
     micro: int | None = None,
+    compile: bool = False,
     workers: int = 8,
     seed: int = 0,
 ) -> Training:
@@ -87,6 +139,6 @@ def datacomp(
     phase = Phase(px=224, samples=int(samples), warmup=500 * batch, batch=batch, lr=5e-4 * 256 / batch)
     return Training(
         name=f"datacomp_{scale}", version=version, images=images, subset=subset, seed=seed, micro=micro,
-        towers=Towers(vision="B", text="B", patch=patch, context=77, tokenizer=tokenizer), phases=(phase,),
-        mix=Mix(p_original=p_original), area=0.9, betas=(0.9, 0.98), workers=workers,
+        compile=compile, workers=workers, phases=(phase,), mix=Mix(p_original=p_original), area=0.9,
+        towers=Towers(vision="B", text="B", patch=patch, context=77, tokenizer=tokenizer), betas=(0.9, 0.98),
     )  # fmt: skip

@@ -4,72 +4,121 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.errors import InputError
 from builder.files import read_file
-from builder.stages.clip import Clip
+from recipes.evaluate import choices
+from recipes.evaluate import retrieval as by_captions
+from recipes.evaluate import zeroshot as by_names
+from recipes.evaluate.datacomp import datacomp as tasks_of
+from recipes.evaluate.model import Model
 from recipes.evaluate.results import Result
-from recipes.evaluate.retrieval import Pairs, karpathy, one_caption, table
-from recipes.evaluate.retrieval import retrieval as retrieve
-from recipes.evaluate.zeroshot import image_folder
-from recipes.evaluate.zeroshot import zeroshot as classify
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`run(clip, the model's name)`."""
-
-    run: Callable[[Clip, str], list[Result]]
+    run: Callable[[Model], Iterable[Result]]
 
 
 def retrieval(
-    *, captions: str, images: str, split: str = "test", only: str | None = None, name: str = "retrieval"
+    *,
+    captions: str | None = None,
+    images: str | None = None,
+    folder: str | None = None,
+    split: str = "test",
+    only: str | None = None,
+    name: str = "retrieval",
 ) -> Benchmark:
-    """`captions` is Karpathy's dataset.json, of which `split` is asked, or a table of (image, caption), of
-    which `only` lists the images that are.
+    """Retrieval both ways. `captions` is Karpathy's dataset.json, of which `split` is asked, or a table of
+    (image, caption), of which `only` lists the images that are, and `images` their folder; `folder` is a
+    webdataset of clip_benchmark's.
     """
-    path = Path(captions)
-    is_karpathys = path.suffix == ".json" and b'"sentences"' in read_file(path)
-    pairs = (
-        karpathy(path, Path(images), split)
-        if is_karpathys
-        else table(path, Path(images), Path(only) if only else None)
-    )
-    return Benchmark(lambda clip, model: [retrieve(clip, model, name, pairs)])
+    if folder:
+        pairs = by_captions.webdataset(Path(folder))
+    elif captions and images:
+        path = Path(captions)
+        is_karpathys = path.suffix == ".json" and b'"sentences"' in read_file(path)
+        pairs = (
+            by_captions.karpathy(path, Path(images), split)
+            if is_karpathys
+            else by_captions.table(path, Path(images), Path(only) if only else None)
+        )
+    else:
+        raise InputError("retrieval of what?", "give captions=FILE images=FOLDER, or folder=WEBDATASET")
+    return Benchmark(lambda model: [by_captions.retrieval(model, name, pairs)])
 
 
 def long_captions(*, folder: str, name: str = "long captions") -> Benchmark:
     """Urban1K's and DOCCI's layout."""
-    pairs = one_caption(Path(folder))
-    return Benchmark(lambda clip, model: [retrieve(clip, model, name, pairs)])
+    pairs = by_captions.one_caption(Path(folder))
+    return Benchmark(lambda model: [by_captions.retrieval(model, name, pairs)])
 
 
-def zeroshot(*, images: str, names: str, templates: str | None = None, name: str = "zero-shot") -> Benchmark:
-    """A folder a class; see recipes/evaluate/zeroshot.py."""
-    classes = image_folder(Path(images), Path(names), Path(templates) if templates else None)
-    return Benchmark(lambda clip, model: [classify(clip, model, name, classes)])
+def zeroshot(
+    *,
+    images: str | None = None,
+    folder: str | None = None,
+    names: str | None = None,
+    templates: str | None = None,
+    name: str = "zero-shot",
+) -> Benchmark:
+    """Zero-shot classification. `images` is a folder of folders, a class each, with `names`; `folder` a
+    webdataset of clip_benchmark's, which has its own.
+    """
+    own_names, own_templates = (Path(text) if text else None for text in (names, templates))
+    if folder:
+        classes = by_names.webdataset(Path(folder), own_names, own_templates)
+    elif images and own_names:
+        classes = by_names.image_folder(Path(images), own_names, own_templates)
+    else:
+        raise InputError("classify what?", "give images=FOLDER names=FILE, or folder=WEBDATASET")
+    return Benchmark(lambda model: [by_names.zeroshot(model, name, classes)])
+
+
+def sugarcrepe(*, folder: str, images: str) -> Benchmark:
+    """`images` is COCO's val2017."""
+    items = choices.sugarcrepe(Path(folder), Path(images))
+    return Benchmark(lambda model: [choices.chosen(model, "SugarCrepe", "sugarcrepe", items)])
+
+
+def vg_attribution(*, annotations: str, images: str, fewest: int = choices.FEWEST_CASES) -> Benchmark:
+    """ARO's visual_genome_attribution.json."""
+    items = choices.vg_attribution(Path(annotations), Path(images))
+    return Benchmark(lambda model: [choices.chosen(model, "VG-Attribution", "vg-attribution", items, fewest)])
+
+
+def mmvp(*, folder: str) -> Benchmark:
+    """MMVP-VLM."""
+    pairs = choices.mmvp(Path(folder))
+    return Benchmark(lambda model: [choices.both(model, "MMVP-VLM", pairs)])
+
+
+def datacomp(*, folder: str, tasks: tuple[str, ...] = ()) -> Benchmark:
+    """DataComp's tasks: all that lie in the folder, unless named."""
+    return Benchmark(lambda model: tasks_of(model, Path(folder), tasks))
 
 
 def demo(*, folder: str = "runs/demo-benchmark", scenes: int = 1000) -> Benchmark:
     """Scenes of the demo's world that nothing was trained on: retrieval by descriptions and by alt text, and
     scenes of one thing by its colour and shape.
     """
-    place = Path(folder)
+    place = Path(folder, str(scenes))
     if not (place / "names.txt").exists():
         _draw(place, scenes)
-    described, alt = (table(place / f"{kind}.csv", place / "scenes") for kind in ("described", "alt"))
-    classes = image_folder(place / "one", place / "names.txt")
-
-    def run(clip: Clip, model: str) -> list[Result]:
-        by: list[tuple[str, Pairs]] = [("world, by descriptions", described), ("world, by alt text", alt)]
-        return [
-            *(retrieve(clip, model, name, pairs) for name, pairs in by),
-            classify(clip, model, "world, colour and shape", classes),
+    described, alt = (
+        by_captions.table(place / f"{kind}.csv", place / "scenes") for kind in ("described", "alt")
+    )
+    classes = by_names.image_folder(place / "one", place / "names.txt")
+    return Benchmark(
+        lambda model: [
+            by_captions.retrieval(model, "world, by descriptions", described),
+            by_captions.retrieval(model, "world, by alt text", alt),
+            by_names.zeroshot(model, "world, colour and shape", classes),
         ]
-
-    return Benchmark(run)
+    )
 
 
 def _draw(place: Path, scenes: int) -> None:

@@ -7,26 +7,29 @@ An interval is the 2.5th and 97.5th percentile over 1,000 draws of the benchmark
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from builder.errors import InputError
-from builder.files import read_file
+from builder.files import read_file, write_atomically
 from builder.typed import from_json
 
 DRAWS = 1000
-Hits = npt.NDArray[Any]
+Numbers = npt.NDArray[Any]
+Statistic = Literal["mean", "macro", "worst", "f1"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over units, in percent. `hits` is each unit's sum and `of` how many it is of: five captions of
-    an image are one unit.
+    """A number in percent, and what it is of: of each unit its `hits` and how many they are `of` (five
+    captions of an image are one unit), and its group. The mean is over all; "macro" is the mean over groups
+    of their means, "worst" the lowest of them, "f1" the mean over groups of F1, where a hit is the group that
+    was said.
     """
 
     name: str
@@ -35,12 +38,15 @@ class Metric:
     high: float
     hits: list[float]
     of: list[float]
+    groups: list[int] | None = None
+    statistic: Statistic = "mean"
 
 
 @dataclass(frozen=True)
 class Result:
     """Of a model on a benchmark. `protocol` names how it was asked; `samples` what was asked; `in_training`
-    how many of the images are in the training set by sha256, where that is known.
+    how many of the images are in the training set by sha256, where that is known; `main` the metric that
+    stands for all, where there is one.
     """
 
     benchmark: str
@@ -49,29 +55,80 @@ class Result:
     samples: Mapping[str, int]
     metrics: tuple[Metric, ...]
     in_training: int | None = None
+    main: str | None = None
 
     def __str__(self) -> str:
         shown = ", ".join(f"{m.name} {m.value:.1f} [{m.low:.1f}, {m.high:.1f}]" for m in self.metrics)
-        return f"{self.benchmark} ({self.protocol}): {shown}"
+        seen = f"; {self.in_training:,} of the images were trained on" if self.in_training else ""
+        return f"{self.benchmark} ({self.protocol}): {shown}{seen}"
+
+    def value(self, name: str | None = None) -> float:
+        """Of a metric, the main one unless named."""
+        return next(m.value for m in self.metrics if m.name == (name or self.main))
 
 
-def metric(name: str, hits: Sequence[float] | Hits, of: Sequence[float] | Hits | None = None) -> Metric:
-    """The mean of `hits`, a unit each, in percent, with its interval."""
+def metric(
+    name: str,
+    hits: Sequence[float] | Numbers,
+    of: Sequence[float] | Numbers | None = None,
+    *,
+    groups: Sequence[int] | Numbers | None = None,
+    statistic: Statistic = "mean",
+) -> Metric:
+    """A statistic of units, in percent, with its interval; units that are of nothing are left out."""
     hits = np.asarray(hits, np.float64)
     of = np.ones_like(hits) if of is None else np.asarray(of, np.float64)
-    drawn = _draws(hits, of)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    value = 100 * hits.sum() / of.sum()
-    return Metric(name, float(value), float(low), float(high), hits.tolist(), of.tolist())
+    there = of > 0
+    hits, of, group = hits[there], of[there], None if groups is None else np.asarray(groups, np.int64)[there]
+    every = np.arange(len(hits))
+    value = _STATISTICS[statistic](hits, of, group, every)
+    listed = None if group is None else group.tolist()
+    made = Metric(name, value, np.nan, np.nan, hits.tolist(), of.tolist(), listed, statistic)
+    low, high = np.percentile(_draws(made), [2.5, 97.5])
+    return Metric(name, value, float(low), float(high), made.hits, made.of, listed, statistic)
 
 
-def _draws(hits: Hits, of: Hits) -> Hits:
+def _draws(metric: Metric) -> Numbers:
+    """(DRAWS) of the statistic; equal numbers of units are drawn alike."""
+    hits, of = np.array(metric.hits), np.array(metric.of)
+    groups = None if metric.groups is None else np.array(metric.groups)
     chance = np.random.Generator(np.random.PCG64(len(hits)))
-    means = np.empty(DRAWS)
+    found = np.empty(DRAWS)
     for number in range(DRAWS):  # one at a time: a benchmark may have many units
         units = chance.integers(0, len(hits), len(hits))
-        means[number] = 100 * hits[units].sum() / of[units].sum()
-    return means
+        found[number] = _STATISTICS[metric.statistic](hits, of, groups, units)
+    return found
+
+
+def _mean(hits: Numbers, of: Numbers, _: Numbers | None, units: Numbers) -> float:
+    return float(100 * hits[units].sum() / of[units].sum())
+
+
+def _by_group(hits: Numbers, of: Numbers, groups: Numbers | None, units: Numbers) -> Numbers:
+    """Of the groups that are among these units, their means."""
+    assert groups is not None
+    of_each = np.bincount(groups[units], of[units])
+    hits_of_each = np.bincount(groups[units], hits[units])
+    return 100 * hits_of_each[of_each > 0] / of_each[of_each > 0]
+
+
+def _f1(hits: Numbers, _: Numbers, groups: Numbers | None, units: Numbers) -> float:
+    """scikit-learn's macro F1 over the groups that are there, as WILDS has it."""
+    assert groups is not None
+    said, true = hits[units].astype(np.int64), groups[units]
+    size = max(said.max(initial=0), true.max(initial=0)) + 1
+    right = np.bincount(true[said == true], minlength=size)
+    of_said, of_true = np.bincount(said, minlength=size), np.bincount(true, minlength=size)
+    there = of_true > 0
+    return float(100 * (2 * right[there] / (of_said + of_true)[there]).mean())
+
+
+_STATISTICS: dict[Statistic, Callable[[Numbers, Numbers, Numbers | None, Numbers], float]] = {
+    "mean": _mean,
+    "macro": lambda *data: float(_by_group(*data).mean()),
+    "worst": lambda *data: float(_by_group(*data).min()),
+    "f1": _f1,
+}
 
 
 def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
@@ -88,13 +145,10 @@ def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
     known = {metric.name: metric for metric in theirs.metrics}
     for one in ours.metrics:
         other = known[one.name]
-        differ = _draws(np.array(one.hits), np.array(one.of)) - _draws(
-            np.array(other.hits), np.array(other.of)
-        )
-        low, high = np.percentile(differ, [2.5, 97.5])
+        low, high = np.percentile(_draws(one) - _draws(other), [2.5, 97.5])
         rows.append(
             {
-                "metric": one.name, ours.model: round(one.value, 2), theirs.model: round(other.value, 2),
+                "metric": one.name, "a": round(one.value, 2), "b": round(other.value, 2),
                 "difference": round(one.value - other.value, 2), "low": round(float(low), 2),
                 "high": round(float(high), 2),
             }
@@ -103,7 +157,8 @@ def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
 
 
 def write(results: Sequence[Result], path: Path) -> None:
-    path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps([asdict(result) for result in results], indent=1) + "\n")
 
 
 def read(path: Path) -> list[Result]:

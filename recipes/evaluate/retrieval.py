@@ -5,6 +5,7 @@ Layouts, each with its protocol:
     karpathy      dataset.json of Karpathy's splits (images[].filename, .sentences[].raw, .split)
     one caption   `<name>.jpg` and `<name>.txt`, of which the first line is the caption: Urban1K, DOCCI
     table         csv or parquet of `image,caption`, as Flickr8k's captions.txt, or JSON {image: [captions]}
+    webdataset    clip_benchmark's: test/nshards.txt, test/0.tar, ... of images with a .txt, a caption a line
 
 A query is a hit at k if at least one that is right is among the first k, as clip_benchmark has it; what is as
 near as one that is right comes after it.
@@ -12,9 +13,8 @@ near as one that is right comes after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,20 @@ import numpy.typing as npt
 
 from builder.errors import InputError
 from builder.files import read_file, read_lines
-from builder.stages.clip import Clip
 from builder.typed import from_json
+from recipes.evaluate.choices import missing
+from recipes.evaluate.model import Model, Picture, Vectors
 from recipes.evaluate.results import Metric, Result, metric
+from recipes.evaluate.webdatasets import samples
 from recipes.join import PICTURES
-
-BATCH = 128
-Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images, and captions with the number of their image."""
+    """Images, each with its captions."""
 
     protocol: str
-    images: tuple[Path, ...]
-    captions: tuple[str, ...]
-    of: tuple[int, ...]
+    pictures: Callable[[], Iterator[tuple[Picture, Sequence[str]]]]
 
 
 def karpathy(dataset: Path, images: Path, split: str = "test") -> Pairs:
@@ -47,16 +44,16 @@ def karpathy(dataset: Path, images: Path, split: str = "test") -> Pairs:
     read = from_json(dict[str, Any], read_file(dataset), what=str(dataset))
     chosen = [image for image in read["images"] if image["split"] == split]
     where = [images / image.get("filepath", "") / image["filename"] for image in chosen]
-    pairs = [(n, s["raw"]) for n, image in enumerate(chosen) for s in image["sentences"]]
-    return _pairs(f"karpathy-{split}", where, [text for _, text in pairs], [n for n, _ in pairs])
+    captions = [[sentence["raw"] for sentence in image["sentences"]] for image in chosen]
+    return _pairs(f"karpathy-{split}", where, captions)
 
 
 def one_caption(folder: Path) -> Pairs:
     """Urban1K's and DOCCI's: the first line of `<name>.txt` is the caption of `<name>.jpg`."""
     texts = sorted(folder.rglob("*.txt"))
     found = [(image, text) for text in texts if (image := _image_of(text))]
-    captions = [text.read_text(encoding="utf-8").partition("\n")[0].strip() for _, text in found]
-    return _pairs("one-caption", [image for image, _ in found], captions, list(range(len(found))))
+    captions = [[text.read_text(encoding="utf-8").partition("\n")[0].strip()] for _, text in found]
+    return _pairs("one-caption", [image for image, _ in found], captions)
 
 
 def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
@@ -75,12 +72,16 @@ def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
             raise InputError(reason, "name them so in its first line")
         rows = list(zip(table["image"], table["caption"], strict=True))
     chosen = {line.strip() for line in read_lines(only)} if only else {image for image, _ in rows}
-    rows = [(image, caption) for image, caption in rows if image in chosen]
-    names = list(dict.fromkeys(image for image, _ in rows))
-    number = {name: n for n, name in enumerate(names)}
+    captions: dict[str, list[str]] = {}
+    for image, caption in rows:
+        if image in chosen:
+            captions.setdefault(image, []).append(caption)
     protocol = f"table-{only.stem}" if only else "table"
-    of = [number[image] for image, _ in rows]
-    return _pairs(protocol, [images / name for name in names], [caption for _, caption in rows], of)
+    return _pairs(protocol, [images / name for name in captions], list(captions.values()))
+
+
+def webdataset(folder: Path) -> Pairs:
+    return Pairs("webdataset", lambda: ((one.picture, one.texts) for one in samples(folder)))
 
 
 def _image_of(text: Path) -> Path | None:
@@ -88,23 +89,34 @@ def _image_of(text: Path) -> Path | None:
     return next((image for image in found if image.exists()), None)
 
 
-def _pairs(protocol: str, images: Sequence[Path], captions: Sequence[str], of: Sequence[int]) -> Pairs:
+def _pairs(protocol: str, images: Sequence[Path], captions: Sequence[Sequence[str]]) -> Pairs:
     if not images:
-        raise InputError(
-            f"there is nothing to retrieve ({protocol})", "see that the split and folder are right"
-        )
-    if missing := [path for path in images if not path.is_file()]:
-        reason = f"{len(missing):,} of {len(images):,} images are missing, the first is {missing[0]}"
-        raise InputError(reason, "give the folder that they are in")
-    return Pairs(protocol, tuple(images), tuple(captions), tuple(of))
+        reason = f"there is nothing to retrieve ({protocol})"
+        raise InputError(reason, "see that the split and folder are right")
+    pictures = [Picture(str(path)) for path in images]
+    missing(pictures)
+    return Pairs(protocol, lambda: zip(pictures, captions, strict=True))
 
 
-def retrieval(clip: Clip, model: str, benchmark: str, pairs: Pairs) -> Result:
-    """Recall at 1, 5 and 10, both ways."""
-    image_NE = np.concatenate(list(image_vectors(clip, pairs.images)))
-    text_ME = np.concatenate(list(text_vectors(clip, pairs.captions)))
-    samples = {"images": len(image_NE), "captions": len(text_ME)}
-    return Result(benchmark, pairs.protocol, model, samples, recalls(image_NE, text_ME, np.array(pairs.of)))
+def retrieval(model: Model, benchmark: str, pairs: Pairs) -> Result:
+    """Recall at 1, 5 and 10, both ways, and the mean of both at 1."""
+    captions: list[str] = []
+    of: list[int] = []
+
+    def noted() -> Iterator[Picture]:
+        for number, (picture, texts) in enumerate(pairs.pictures()):
+            captions.extend(texts)
+            of.extend([number] * len(texts))
+            yield picture
+
+    image_NE, hashes = model.images(noted())
+    if not captions:
+        raise InputError(f"no image has a caption ({pairs.protocol})", "see that the folder is right")
+    text_ME = model.texts(captions)
+    counts = {"images": len(image_NE), "captions": len(text_ME)}
+    found = recalls(image_NE, text_ME, np.array(of))
+    seen = model.in_training(hashes)
+    return Result(benchmark, pairs.protocol, model.name, counts, found, seen, "mean R@1")
 
 
 def recalls(
@@ -118,29 +130,19 @@ def recalls(
         right = scores[np.arange(len(scores)), of_M[part]]
         text_ranks[part] = (scores > right[:, None]).sum(1)
     image_ranks = np.empty(len(image_NE), np.int64)
-    order = np.argsort(of_M, kind="stable")
-    starts = np.searchsorted(of_M[order], np.arange(len(image_NE)))
     for start in range(0, len(image_NE), 1024):
         part = slice(start, start + 1024)
         scores = image_NE[part] @ text_ME.T
         numbers = np.arange(len(image_NE))[part]
         best = np.array([scores[n - start][of_M == n].max(initial=-np.inf) for n in numbers])
         image_ranks[part] = (scores > best[:, None]).sum(1)
-    has = np.diff(np.append(starts, len(of_M)))
-    found = [metric(f"I2T R@{k}", (image_ranks < k) * (has > 0), (has > 0).astype(float)) for k in ks]
+    captions = np.bincount(of_M, minlength=len(image_NE)).astype(float)
+    has = (captions > 0).astype(float)
+    found = [metric(f"I2T R@{k}", (image_ranks < k) * has, has) for k in ks]
     for k in ks:
         hits = np.bincount(of_M, text_ranks < k, minlength=len(image_NE))
-        found.append(metric(f"T2I R@{k}", hits, has.astype(float)))
-    return tuple(found)
-
-
-def image_vectors(clip: Clip, paths: Sequence[Path]) -> Iterator[Vectors]:
-    decoded = (clip.decode(path.read_bytes()) for path in paths)
-    while batch := list(islice(decoded, BATCH)):
-        yield clip.images(batch).cpu().numpy()
-
-
-def text_vectors(clip: Clip, texts: Sequence[str]) -> Iterator[Vectors]:
-    for start in range(0, len(texts), BATCH):
-        vectors, _ = clip.texts(list(texts[start : start + BATCH]))
-        yield vectors.cpu().numpy()
+        found.append(metric(f"T2I R@{k}", hits, captions))
+    # An image counts as much as so many captions that both ways count half.
+    hits = np.bincount(of_M, text_ranks < 1, minlength=len(image_NE))
+    hits = hits + (image_ranks < 1) * has * captions.sum() / has.sum()
+    return (*found, metric("mean R@1", hits / 2, captions))

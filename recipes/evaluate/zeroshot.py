@@ -1,12 +1,16 @@
 """Zero-shot classification: which class name, in templates, is nearest to an image.
 
 The weight of a class is the mean of its templates' unit vectors, scaled to one again, as OpenAI and open_clip
-have it. Images lie in a folder a class (ImageFolder); names and templates are given, a line each.
+have it. Layouts:
+
+    image-folder    a folder a class, with names and templates given, a line each
+    webdataset      clip_benchmark's: test/nshards.txt, test/0.tar, ... of images with a .cls, classnames.txt
+                    and zeroshot_classification_templates.txt
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +20,23 @@ import numpy.typing as npt
 
 from builder.errors import InputError
 from builder.files import read_lines
-from builder.stages.clip import Clip
+from recipes.evaluate.model import Model, Picture, Vectors
 from recipes.evaluate.results import Metric, Result, metric
-from recipes.evaluate.retrieval import image_vectors, text_vectors
+from recipes.evaluate.webdatasets import samples
 from recipes.join import PICTURES
+
+Labelled = tuple[Picture, Any]
+"""A picture and its class's number; of several labels a classes' row of 0 and 1."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """`names`: a class each, in the order of the folders; `templates` have one {}."""
+    """`names`: a class each, in the order of their numbers; `templates` have one {} or {c}."""
 
+    protocol: str
     names: tuple[str, ...]
     templates: tuple[str, ...]
-    images: tuple[Path, ...]
-    of: tuple[int, ...]
+    pictures: Callable[[], Iterator[Labelled]]
 
 
 def image_folder(folder: Path, names: Path, templates: Path | None = None) -> Classes:
@@ -40,7 +47,7 @@ def image_folder(folder: Path, names: Path, templates: Path | None = None) -> Cl
         InputError: names and folders are not each other's, or a template has no {}.
     """
     folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    lines = [line for line in read_lines(names) if line.strip()]
+    lines = _lines(names)
     if all("\t" in line for line in lines):
         named = dict(line.split("\t", 1) for line in lines)
         if missing := [name for name in folders if name not in named]:
@@ -51,53 +58,118 @@ def image_folder(folder: Path, names: Path, templates: Path | None = None) -> Cl
     else:
         reason = f"{names} has {len(lines)} names, {folder} {len(folders)} folders"
         raise InputError(reason, "give a line a folder: folder<TAB>name")
-    given = [line for line in read_lines(templates) if line.strip()] if templates else ["a photo of a {}."]
-    if wrong := [line for line in given if "{}" not in line]:
-        raise InputError(f"{templates}: '{wrong[0]}' has no {{}}", "that is where the class's name goes")
     found = [
-        (path, number)
+        (Picture(str(path)), number)
         for number, name in enumerate(folders)
         for path in sorted((folder / name).rglob("*"))
         if path.suffix.lower() in PICTURES
     ]
     if not found:
         raise InputError(f"{folder} has no images in folders", f"they end in {', '.join(PICTURES)}")
-    images, of = zip(*found, strict=True)
-    return Classes(tuple(chosen), tuple(given), images, of)
+    given = _templates(templates) if templates else ("a photo of a {}.",)
+    return Classes("zero-shot image-folder", tuple(chosen), given, lambda: iter(found))
 
 
-def zeroshot(clip: Clip, model: str, benchmark: str, classes: Classes) -> Result:
-    """Top-1, top-5 and the mean over classes of top-1."""
-    class_CE = np.stack([_weight(clip, name, classes.templates) for name in classes.names])
-    of_N = np.array(classes.of)
-    ranks_N = np.empty(len(of_N), np.int64)
-    start = 0
-    for image_BE in image_vectors(clip, classes.images):
-        part = slice(start, start := start + len(image_BE))
-        ranks_N[part] = _ranks(image_BE @ class_CE.T, of_N[part])
-    samples = {"images": len(ranks_N), "classes": len(classes.names), "templates": len(classes.templates)}
-    found = accuracies(ranks_N, of_N, len(classes.names))
-    return Result(benchmark, "zero-shot", model, samples, found)
+def webdataset(folder: Path, names: Path | None = None, templates: Path | None = None) -> Classes:
+    """Classes are those of the data set's own classnames.txt, unless given."""
+
+    def pictures() -> Iterator[Labelled]:
+        for sample in samples(folder):
+            if sample.label is None:
+                raise InputError(
+                    f"{folder}: {sample.picture.name} has no .cls", "see clip_benchmark's layout"
+                )
+            yield sample.picture, sample.label
+
+    chosen = tuple(_lines(names or folder / "classnames.txt"))
+    given = _templates(templates or folder / "zeroshot_classification_templates.txt")
+    return Classes("zero-shot webdataset", chosen, given, pictures)
 
 
-def accuracies(ranks_N: npt.NDArray[Any], of_N: npt.NDArray[Any], classes: int) -> tuple[Metric, ...]:
-    """`ranks_N`: how many classes are nearer to an image than its own."""
+def _lines(path: Path) -> list[str]:
+    return [line.strip("\r\n") for line in read_lines(path) if line.strip()]
+
+
+def _templates(path: Path) -> tuple[str, ...]:
+    lines = _lines(path)
+    if wrong := [line for line in lines if "{}" not in line and "{c}" not in line]:
+        raise InputError(f"{path}: '{wrong[0]}' has no {{}}", "that is where the class's name goes")
+    if not lines:
+        raise InputError(f"{path} has no templates", "give a line each, with {} for the class's name")
+    return tuple(lines)
+
+
+def zeroshot(model: Model, benchmark: str, classes: Classes, main: str = "top-1") -> Result:
+    """Top-1, top-5 and the mean over classes of top-1; of several labels an image, mean average precision."""
+    found = classified(model, classes)
+    number = len(classes.names)
+    metrics: tuple[Metric, ...]
+    if found.labels_N.ndim == 2:
+        metrics, main = (average_precision(found.scores_NC, found.labels_N),), "mean average precision"
+    else:
+        metrics = accuracies(found.scores_NC, found.labels_N, number)
+    samples = {"images": len(found.hashes), "classes": number, "templates": len(classes.templates)}
+    seen = model.in_training(found.hashes)
+    return Result(benchmark, classes.protocol, model.name, samples, metrics, seen, main)
+
+
+@dataclass(frozen=True)
+class Classified:
+    """`scores_NC`: cosines; `labels_N`: the class's number, or (N, C) where images have several."""
+
+    scores_NC: Vectors
+    labels_N: npt.NDArray[Any]
+    hashes: list[str]
+
+
+def classified(model: Model, classes: Classes) -> Classified:
+    """Raises:
+    InputError: a label is no class.
+    """
+    class_CE = weights(model, classes.names, classes.templates)
+    labels: list[Any] = []
+
+    def noted() -> Iterator[Picture]:
+        for picture, label in classes.pictures():
+            labels.append(label)
+            yield picture
+
+    scores, hashes = [], []
+    for image_BE, names in model.image_batches(noted()):
+        scores.append(image_BE @ class_CE.T)
+        hashes += names
+    if not scores:
+        raise InputError(f"there are no images ({classes.protocol})", "see that the folder is right")
+    labels_N = np.array(labels)
+    if labels_N.ndim == 1 and not 0 <= labels_N.min() <= labels_N.max() < len(classes.names):
+        reason = f"labels are {labels_N.min()} to {labels_N.max()}, of {len(classes.names)} classes"
+        raise InputError(reason, "give a name for each class")
+    return Classified(np.concatenate(scores), labels_N, hashes)
+
+
+def weights(model: Model, names: Sequence[str], templates: Sequence[str]) -> Vectors:
+    """(C, E), a unit vector a class."""
+    found = []
+    for name in names:
+        texts = [template.replace("{c}", name).replace("{}", name) for template in templates]
+        mean = model.texts(texts).mean(0)
+        found.append(mean / np.linalg.norm(mean))
+    return np.stack(found)
+
+
+def accuracies(scores_NC: Vectors, labels_N: npt.NDArray[Any], classes: int) -> tuple[Metric, ...]:
+    """An image is a hit at k if fewer than k classes are nearer to it than its own."""
+    right_N = scores_NC[np.arange(len(labels_N)), labels_N]
+    ranks_N = (scores_NC > right_N[:, None]).sum(1)
     found = [metric("top-1", ranks_N < 1)]
     if classes > 5:
         found.append(metric("top-5", ranks_N < 5))
-    sizes = np.bincount(of_N, minlength=classes)
-    means = np.bincount(of_N, ranks_N < 1, minlength=classes)[sizes > 0] / sizes[sizes > 0]
-    return (*found, metric("mean per class", means))
+    return (*found, metric("mean per class", ranks_N < 1, groups=labels_N, statistic="macro"))
 
 
-def _weight(clip: Clip, name: str, templates: Sequence[str]) -> npt.NDArray[np.float32]:
-    """(E) of a class."""
-    texts = [template.replace("{}", name) for template in templates]
-    mean: npt.NDArray[np.float32] = np.concatenate(list(text_vectors(clip, texts))).mean(0)
-    return mean / np.linalg.norm(mean)
-
-
-def _ranks(scores_BC: npt.NDArray[Any], of_B: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    right = scores_BC[np.arange(len(of_B)), of_B]
-    ranks: npt.NDArray[Any] = (scores_BC > right[:, None]).sum(1)
-    return ranks
+def average_precision(scores_NC: Vectors, labels_NC: npt.NDArray[Any]) -> Metric:
+    """The mean over classes of average precision, as clip_benchmark has it. A unit is a class."""
+    order = np.argsort(-scores_NC, 0, kind="stable")
+    truth = np.take_along_axis(labels_NC > 0, order, 0).astype(np.float64)
+    precision = truth.cumsum(0) / np.arange(1, len(truth) + 1)[:, None]
+    return metric("mean average precision", (precision * truth).sum(0) / np.maximum(truth.sum(0), 1))

@@ -1,0 +1,1 @@
+"""Commands of the command line: every one is one library call."""

@@ -1,0 +1,157 @@
+"""Train, evaluate and publish models."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from builder.commands.options import (
+    as_json_option,
+    dry_run_option,
+    path_type,
+    rebase_option,
+    settings_argument,
+    version_option,
+)
+from builder.errors import UserError, command
+from builder.resolve import resolve_benchmark, resolve_training
+from builder.shown import columns, echo, print_
+
+
+@click.group()
+def train() -> None:
+    """Train a model on a published version."""
+
+
+@train.command()
+@click.argument("training")
+@settings_argument
+@click.option("--out", type=path_type, help="Folder of the training; runs/clip-TRAINING unless given.")
+@as_json_option
+def clip(training: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """A CLIP: TRAINING is a function of recipes/clip/trainings.py, or my_file.py:function. The same command
+    again goes on where it stopped.
+    """
+    from recipes.clip.train import Training, train
+
+    chosen = resolve_training("clip", training, settings, Training)
+    out = out or Path("runs", f"clip-{chosen.name}")
+    there = train(chosen, out, say=functools.partial(echo, err=True))
+    print_({"model": str(there)}, as_json, f"{there}")
+
+
+def plan_training(
+    training: str,
+    settings: tuple[str, ...],
+    tflops: float,
+    utilisation: float,
+    price: float | None,
+    as_json: bool,
+) -> None:
+    """Of `recap plan clip:TRAINING`."""
+    from recipes.clip.plan import plan
+    from recipes.clip.train import Training
+
+    chosen = resolve_training("clip", training, settings, Training)
+    told = plan(chosen, tflops=tflops, utilisation=utilisation, price=price)
+    lines = [
+        f"{line.samples:>15,} samples at {line.px} px: {line.steps:,} steps, {line.flops:.3g} operations, "
+        f"{line.gpu_hours:,.1f} GPU hours"
+        for line in told.lines
+    ]
+    cost = "" if told.cost is None else f", {told.cost:,.0f} in all"
+    lines += [
+        f"{told.gpu_hours:,.1f} GPU hours{cost}: {told.assumed}",
+        f"{told.parameters:,} parameters; checkpoints take {told.checkpoint_gib:.1f} GiB of disk",
+    ]
+    print_(asdict(told), as_json, "\n".join(lines))
+
+
+@click.command("eval")
+@click.argument("model")
+@click.argument("benchmark", nargs=-1, required=True, metavar="BENCHMARK [KEY=VALUE]...")
+@click.option("--compare", is_flag=True, help="MODEL and BENCHMARK are two results.json.")
+@click.option("--out", type=path_type, help="Write results.json there.")
+@click.option(
+    "--training",
+    type=path_type,
+    help="Folder of a training, whose images are looked for; the model's own if it has one.",
+)
+@as_json_option
+def evaluate(
+    model: str,
+    benchmark: tuple[str, ...],
+    compare: bool,
+    out: Path | None,
+    training: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate MODEL, a folder that open_clip loads or a Hub id@revision, on each BENCHMARK: a function of
+    recipes/evaluate/benchmarks.py, or my_file.py:function, with its settings behind it.
+    """
+    from recipes.evaluate import results
+
+    if compare:
+        if len(benchmark) != 1:
+            raise UserError(
+                "two results are compared", command("recap", "eval", "--compare", "a.json", "b.json")
+            )
+        ours, theirs = ({r.benchmark: r for r in results.read(Path(name))} for name in (model, benchmark[0]))
+        rows = [
+            {"benchmark": name, **row}
+            for name in ours
+            if name in theirs
+            for row in results.compare(ours[name], theirs[name])
+        ]
+        if not rows:
+            raise UserError("they have no benchmark in common", f"{model} has: {', '.join(ours)}")
+        print_(rows, as_json, columns(rows))
+        return
+    asked: list[tuple[str, list[str]]] = []
+    for word in benchmark:
+        if "=" not in word:
+            asked.append((word, []))
+        elif not asked:
+            raise UserError(f"{word} is a setting of no benchmark", "name the benchmark first")
+        else:
+            asked[-1][1].append(word)
+    from recipes.evaluate.benchmarks import Benchmark
+    from recipes.evaluate.model import Model
+
+    chosen = [resolve_benchmark(name, settings, Benchmark) for name, settings in asked]
+    evaluated = Model(model, training)
+    found = []
+    for one in chosen:
+        for result in one.run(evaluated):
+            found.append(result)
+            echo(str(result), err=True)
+            if out:
+                results.write(found, out)
+    print_([asdict(result) for result in found], as_json, f"{out}" if out else "")
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("target")
+@version_option
+@click.option("--results", type=path_type, help="What `recap eval` wrote: for the card.")
+@dry_run_option
+@rebase_option
+@as_json_option
+def push_model(
+    model: Path, target: str, version: str, results: Path | None, dry_run: bool, rebase: bool, as_json: bool
+) -> None:
+    """Publish a model folder as a version in TARGET, a folder or hf://user/name: whole, verified, tagged."""
+    from recipes.evaluate.results import read
+    from recipes.push import push_model as push
+
+    found = push(
+        model, target, version, results=read(results) if results else (), dry_run=dry_run, rebase=rebase
+    )
+    said = "published" if found.new else "is there already, byte for byte; nothing to do"
+    said = "would be published" if found.plan else said
+    lines = [f"{found.place}: {said}", *(f"  {name:<16} {value}" for name, value in found.plan.items())]
+    print_(vars(found), as_json, "\n".join(lines))

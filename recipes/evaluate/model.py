@@ -1,0 +1,109 @@
+"""The model that is evaluated: unit vectors of images and texts, and what of it was trained on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from builder import sql
+from builder.errors import InputError
+from builder.machine import Machine
+from builder.stages.clip import Clip, map_ahead
+
+BATCH = 128
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a benchmark: its file, or what is in it, and the part (left, top, right, bottom) that is
+    asked about.
+    """
+
+    name: str
+    content: bytes | None = None
+    box: tuple[int, int, int, int] | None = None
+
+    def read(self) -> bytes:
+        return Path(self.name).read_bytes() if self.content is None else self.content
+
+    def of(self, data: bytes) -> Image.Image:
+        """Raises:
+        InputError: it cannot be decoded.
+        """
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            reason = f"{self.name} cannot be decoded: {str(error).partition(' <_io.')[0]}"
+            raise InputError(reason, "get it again: a benchmark is asked whole or not at all") from error
+        return image.crop(self.box) if self.box else image
+
+
+class Model:
+    """An open_clip model. `training` is a training's folder or a file of its images' sha256; where it is not
+    given that of the training which the model lies in.
+    """
+
+    def __init__(self, name: str, training: Path | None = None) -> None:
+        self.name = name
+        self.clip = Clip(name)
+        beside = Path(name).resolve().parent / "joined"
+        joined = (training / "joined" if training.is_dir() else training) if training else beside
+        self.trained_on = (
+            sorted(map(str, joined.glob("[0-9]*.parquet"))) if joined.is_dir() else [str(joined)]
+        )
+        if not training and not beside.is_dir():
+            self.trained_on = []
+        if training and not (joined.exists() and self.trained_on):
+            reason = f"{training} does not say what was trained on"
+            raise InputError(reason, "name a training's folder, or a parquet file with a column sha256")
+
+    def images(self, pictures: Iterable[Picture]) -> tuple[Vectors, list[str]]:
+        """(N, E), and each image's sha256."""
+        vectors, hashes = [np.empty((0, self.clip.width), np.float32)], []
+        for part, names in self.image_batches(pictures):
+            vectors.append(part)
+            hashes += names
+        return np.concatenate(vectors), hashes
+
+    def image_batches(self, pictures: Iterable[Picture]) -> Iterator[tuple[Vectors, list[str]]]:
+        """As `images`, a batch at a time; decoded ahead."""
+
+        def made(picture: Picture) -> tuple[Any, str]:
+            data = picture.read()
+            return self.clip.preprocess(picture.of(data)), sha256(data).hexdigest()
+
+        with ThreadPoolExecutor(round(Machine.here().cpus)) as pool:
+            ahead = map_ahead(pool, made, iter(pictures), 2 * BATCH)
+            while some := list(islice(ahead, BATCH)):
+                decoded, hashes = zip(*some, strict=True)
+                yield self.clip.images(list(decoded)).cpu().numpy(), list(hashes)
+
+    def texts(self, texts: Sequence[str]) -> Vectors:
+        """(M, E)."""
+        vectors = [np.empty((0, self.clip.width), np.float32)]
+        for start in range(0, len(texts), BATCH):
+            vectors.append(self.clip.texts(list(texts[start : start + BATCH]))[0].cpu().numpy())
+        return np.concatenate(vectors)
+
+    def in_training(self, hashes: Iterable[str]) -> int | None:
+        """How many of these images it was trained on; None where that is not known."""
+        if not self.trained_on:
+            return None
+        with sql.connect() as con:
+            con.register("asked", pa.table({"sha256": pa.array(sorted(set(hashes)), pa.string())}))
+            read = f"select distinct sha256 from {sql.table(self.trained_on)}"
+            return int(
+                con.sql(f"select count(*) from asked semi join ({read}) using (sha256)").fetchall()[0][0]
+            )

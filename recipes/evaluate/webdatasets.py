@@ -1,0 +1,62 @@
+"""Benchmarks as clip_benchmark writes them: tars of images, each with its .cls, .txt or .npy."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builder.errors import InputError
+from recipes.evaluate.model import Picture
+from recipes.join import PICTURES
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`label`: a class's number; `about`: what .npy holds, several labels or groups; `texts`: lines."""
+
+    picture: Picture
+    label: int | None
+    texts: tuple[str, ...]
+    about: Any
+
+
+def samples(folder: Path, split: str = "test") -> Iterator[Sample]:
+    """In the order of the tars.
+
+    Raises:
+        InputError: it is not laid out so.
+    """
+    count = folder / split / "nshards.txt"
+    if not count.is_file():
+        raise InputError(f"{count} is missing", "see clip_benchmark's layout of webdatasets")
+    tars = [folder / split / f"{number}.tar" for number in range(int(count.read_text()))]
+    if gone := [tar for tar in tars if not tar.is_file()]:
+        raise InputError(f"{gone[0]} is missing", f"{count} says that there are {len(tars)}")
+    for name, sample in (found for tar in tars for found in _samples(tar)):
+        image = next((sample[kind[1:]] for kind in PICTURES if kind[1:] in sample), None)
+        if image is None:
+            raise InputError(f"{name} has no image", "see clip_benchmark's layout")
+        about = np.load(io.BytesIO(sample["npy"]), allow_pickle=False) if "npy" in sample else None
+        label = int(sample["cls"]) if "cls" in sample else None
+        texts = tuple(sample["txt"].decode().splitlines()) if "txt" in sample else ()
+        yield Sample(Picture(name, image), label, texts, about)
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(name, kind -> content): of one name up to its first dot, one behind the other."""
+    with tarfile.open(path) as tar:
+        members = (member for member in tar if member.isfile())
+        for key, group in groupby(members, lambda member: member.name.partition(".")[0]):
+            sample = {}
+            for member in group:
+                content = tar.extractfile(member)
+                assert content is not None
+                sample[member.name.partition(".")[2].lower()] = content.read()
+            yield f"{path}:{key}", sample

@@ -1,0 +1,79 @@
+"""Models as versions, in the way of data sets: whole, verified, tagged, never changed.
+
+A target is hf://user/name, where a version is a tag, or a folder: my/models/v1.0.0.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from builder.errors import InputError
+from builder.files import sha256_file
+from builder.stages.clip import Clip
+from builder.versions.folder import Folder, link
+from builder.versions.version import MANIFEST, VERSION, Published, Staged, Target
+from recipes.clip.model import CONFIG, TOKENIZER, WEIGHTS
+from recipes.evaluate.results import Result
+
+HUB = "hf://"
+KEPT = (CONFIG, WEIGHTS, *TOKENIZER)
+
+
+def push_model(
+    model: Path, target: str, version: str, *, results: Sequence[Result] = (), dry_run: bool = False,
+    rebase: bool = False,
+) -> Published:  # fmt: skip
+    """Publish a model folder; its card gets what `results` say.
+
+    Raises:
+        InputError: it is no model, its vectors are not finite, or the target or the version is none.
+    """
+    if not VERSION.fullmatch(version):
+        raise InputError(f"{version} is no version", "for example: --version 1.0.0")
+    Clip(str(model))  # it loads, and its vectors are finite
+    card = (
+        (model / "README.md").read_text() if (model / "README.md").exists() else f"# {model.resolve().name}\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in KEPT:
+            if (model / name).exists():
+                link((model / name).resolve(), Path(folder, name))
+        Path(folder, "README.md").write_text(card + _table(results))
+        files = {
+            path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            for path in sorted(Path(folder).iterdir())
+        }
+        manifest = {"kind": "model", "name": model.resolve().name, "version": version, "files": files}
+        Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        staged = Staged(Path(folder), version, manifest)
+        return target_of(target).publish(staged, dry_run=dry_run, rebase=rebase)
+
+
+def target_of(text: str) -> Target:
+    if text.startswith(HUB):
+        from builder.versions.hub import Hub
+
+        return Hub(text.removeprefix(HUB), kind="model")
+    if not text.strip() or "://" in text:
+        raise InputError(f"'{text}' is no target", f"name a folder, or {HUB}user/name")
+    return Folder(Path(text))
+
+
+def _table(results: Sequence[Result]) -> str:
+    if not results:
+        return ""
+    rows = [
+        f"| {result.benchmark} | {result.protocol} | {metric.name} | {metric.value:.1f} | "
+        f"{metric.low:.1f} to {metric.high:.1f} | {_seen(result)} |"
+        for result in results
+        for metric in result.metrics
+    ]
+    head = "| benchmark | protocol | metric | % | 95 % interval | images trained on |"
+    return "\n".join(["", "## Evaluation", "", head, "|" + " --- |" * 6, *rows, ""])
+
+
+def _seen(result: Result) -> str:
+    return "not known" if result.in_training is None else f"{result.in_training:,}"

@@ -1,0 +1,199 @@
+"""Comparisons over trainings: one setting changed, several seeds of each, the same benchmarks.
+
+    FOLDER/<arm>/<seed>/          a training (recipes/training.py)
+    FOLDER/<arm>/<seed>/results.json
+
+What is done is not done again. A value is the mean over seeds; its interval, and that of a difference, is
+over draws of seeds and of the benchmark's units with replacement: of arms beside each other the same draws.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from builder.errors import InputError
+from builder.machine import Machine
+from builder.shown import echo
+from recipes.clip.train import Training, train
+from recipes.evaluate import results
+from recipes.evaluate.benchmarks import Benchmark
+from recipes.evaluate.benchmarks import demo as demo_benchmark
+from recipes.evaluate.model import Model
+from recipes.evaluate.results import DRAWS, Metric, Numbers, Result
+
+Arms = Mapping[str, Sequence[Training]]
+"""Of each arm a training a seed."""
+
+
+def run(arms: Arms, benchmark: Callable[[], Benchmark], folder: Path, say: Callable[[str], None]) -> None:
+    """Train and evaluate whatever is not there: on a GPU one after the other, else a core each."""
+    jobs = [
+        (folder / arm / str(training.seed), training)
+        for number in range(max(map(len, arms.values())))
+        for arm, trainings in arms.items()
+        for training in trainings[number : number + 1]
+    ]  # seed by seed: what is interrupted has something of each arm
+    left = [job for job in jobs if not (job[0] / "results.json").exists()]
+    begun = time.monotonic()
+    benchmark()  # it is drawn once
+    at_once = 1 if torch.cuda.is_available() else max(1, round(Machine.here().cpus))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        at_once, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        doing = [pool.submit(_one, *job, benchmark) for job in left]
+        try:
+            for number, done in enumerate(as_completed(doing), 1):
+                minutes = (time.monotonic() - begun) / 60
+                say(f"{done.result()} ({number} of {len(left)}, {minutes:.1f} min)")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one(out: Path, training: Training, benchmark: Callable[[], Benchmark]) -> str:
+    there = train(training, out, say=lambda _: None)
+    found = list(benchmark().run(Model(str(there))))
+    results.write(found, out / "results.json")
+    return f"{out.parent.name}, seed {training.seed}: " + ", ".join(
+        f"{r.main} {r.value():.1f}" for r in found
+    )
+
+
+@dataclass(frozen=True)
+class Value:
+    """In percent."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+class Found:
+    """What a study has found, by arm, benchmark and metric."""
+
+    def __init__(self, folder: Path, arms: Sequence[str]) -> None:
+        self.of: dict[str, list[dict[str, Result]]] = {}
+        for arm in arms:
+            read = [results.read(path) for path in sorted((folder / arm).glob("*/results.json"))]
+            if not read:
+                raise InputError(f"{folder}/{arm} has no results", "run the study first")
+            self.of[arm] = [{result.benchmark: result for result in found} for found in read]
+
+    def value(self, arm: str, benchmark: str, metric: str) -> Value:
+        return _value(_draws(self._metrics(arm, benchmark, metric)))
+
+    def difference(self, arm: str, other: str, benchmark: str, metric: str) -> Value:
+        """`arm` less `other`."""
+        ours, theirs = (self._metrics(name, benchmark, metric) for name in (arm, other))
+        return _value([a - b for a, b in zip(_draws(ours), _draws(theirs), strict=True)])
+
+    def seeds(self, arm: str, benchmark: str, metric: str) -> list[float]:
+        return [round(metric.value, 2) for metric in self._metrics(arm, benchmark, metric)]
+
+    def _metrics(self, arm: str, benchmark: str, metric: str) -> list[Metric]:
+        return [next(m for m in one[benchmark].metrics if m.name == metric) for one in self.of[arm]]
+
+
+def _draws(metrics: Sequence[Metric]) -> list[float]:
+    """The value, and those of the draws."""
+    hits_SU, of_SU = (np.array([getattr(metric, name) for metric in metrics]) for name in ("hits", "of"))
+    chance = np.random.Generator(np.random.PCG64(hits_SU.shape[1]))
+    found = [_mean(hits_SU, of_SU)]
+    for _ in range(DRAWS):
+        seeds = chance.integers(0, len(hits_SU), len(hits_SU))
+        units = chance.integers(0, hits_SU.shape[1], hits_SU.shape[1])
+        found.append(_mean(hits_SU[seeds][:, units], of_SU[seeds][:, units]))
+    return found
+
+
+def _mean(hits: Numbers, of: Numbers) -> float:
+    return float(100 * hits.sum() / of.sum())
+
+
+def _value(draws: Sequence[float]) -> Value:
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    return Value(draws[0], float(low), float(high))
+
+
+def demo_version(folder: Path, rows: int, port: int, say: Callable[[str], None]) -> tuple[Path, Path]:
+    """(version, run) of a demo of so many rows: its web, the whole line, published."""
+    from builder import run as runs
+    from builder.executors.local import local
+    from builder.versions.publish import publish
+    from recipes import datasets
+    from recipes.demo import web
+
+    place, site, target = (
+        folder / f"demo-{rows}",
+        folder / f"web-{rows}-{port}",
+        folder / f"demo-{rows}-published",
+    )
+    if (target / "latest").exists():
+        return target / "latest", place
+    begun = time.monotonic()
+    if not (site / "truth.json").exists():
+        web.make(site, rows=rows, port=port)
+    with web.serve(site, port):
+        built = runs.build(datasets.demo(web=str(site)), place, executor=local)
+    if built.failed:
+        raise InputError(f"{len(built.failed)} shards of {place} failed: {next(iter(built.failed.values()))}")
+    publish(place, str(target), "0.1.0")
+    say(f"{rows} rows were built and published in {(time.monotonic() - begun) / 60:.1f} min")
+    return target / "latest", place
+
+
+def options(out: str) -> Callable[[Any], Any]:
+    """Of a study's command."""
+    place = click.Path(path_type=Path)
+    given = (
+        click.option("--seeds", default=3, show_default=True),
+        click.option("--rows", default=12_000, show_default=True, help="Of the demo's web."),
+        click.option("--samples", default=60_000, show_default=True, help="Of each training."),
+        click.option("--scenes", default=1000, show_default=True, help="Of the benchmark."),
+        click.option("--version", type=place, help="Published, instead of a demo that is built."),
+        click.option("--images", type=place, help="The run of that version."),
+        click.option("--port", default=8655, show_default=True),
+        click.option("--out", default=out, show_default=True, type=place),
+        click.option("--docs", default="docs", show_default=True, type=place),
+    )
+
+    def with_options(command: Any) -> Any:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return with_options
+
+
+def studied(
+    training: Callable[[str, int, Path, Path, int], Training], arms: Sequence[str], seeds: int, rows: int,
+    samples: int, scenes: int, version: Path | None, images: Path | None, port: int, out: Path,
+) -> tuple[float, Found]:  # fmt: skip
+    """Build what is needed, train, evaluate; gives when it began."""
+    begun, say = time.monotonic(), partial(echo, err=True)
+    if version is None or images is None:
+        version, images = demo_version(out, rows, port, say)
+    chosen = {arm: [training(arm, seed, version, images, samples) for seed in range(seeds)] for arm in arms}
+    run(chosen, partial(demo_benchmark, folder=str(out / "benchmark"), scenes=scenes), out, say)
+    return begun, Found(out, arms)
+
+
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """A table; the first row is its head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

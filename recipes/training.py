@@ -1,0 +1,225 @@
+"""What every training has: settings that stay, checkpoints that are whole, a log, processes.
+
+OUT/training.json                      the settings
+OUT/latest                             the newest checkpoint
+OUT/step-000000001200/                 a checkpoint after so many samples: the model, and what else goes on
+OUT/log.jsonl                          a line a report
+OUT/tensorboard/                       where it is asked for
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from builder.errors import InputError, telling_of_a_full_disk
+from builder.files import sync, write_atomically
+
+Say = Callable[[str], None]
+Tensors = dict[str, torch.Tensor]
+Precision = Literal["fp32", "bf16"]
+REPORT_S = 10.0
+KEPT = 2  # checkpoints
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is, and its device; as torchrun tells them."""
+
+    rank: int
+    ranks: int
+    device: str
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.ranks > 1:
+            dist.barrier()
+
+    def one_by_one(self) -> Iterator[None]:
+        """The body of the loop is run by the first process, then by the second, ..."""
+        for number in range(self.ranks):
+            if number == self.rank:
+                yield
+            self.wait()
+
+
+@contextmanager
+def processes() -> Iterator[Ranks]:
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if ranks == 1:
+        yield Ranks(rank, ranks, device)
+        return
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    try:
+        yield Ranks(rank, ranks, device)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> None:
+    """A folder is one training's; settings that are `free` change nothing, or little that matters.
+
+    Raises:
+        InputError: another training's folder.
+    """
+    about = json.dumps(asdict(training), indent=2) + "\n"
+    path = out / "training.json"
+    if path.exists():
+        before, now = json.loads(path.read_text()), json.loads(about)
+        differ = [name for name in now if name not in free and before.get(name) != now[name]]
+        if differ:
+            reason = f"{out} holds another training: {differ[0]} was {before.get(differ[0])}"
+            raise InputError(reason, "train into another folder: --out")
+    ranks.wait()
+    if ranks.is_first and not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, about)
+    ranks.wait()
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def latest(out: Path) -> tuple[int, Path | None]:
+    """The next sample, and the last checkpoint."""
+    found = sorted(out.glob("step-*"))
+    return (int(found[-1].name.partition("-")[2]), found[-1]) if found else (0, None)
+
+
+def checkpoint(out: Path, sample: int, write: Callable[[Path], None]) -> Path:
+    """A checkpoint, whole or not at all; those before the last two go.
+
+    Raises:
+        InputError: the disk is full. The checkpoints of before stay.
+    """
+    there, part = out / f"step-{sample:012d}", out / ".step"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with telling_of_a_full_disk(out):
+            write(part)
+            for file in part.iterdir():
+                sync(file)
+            os.replace(part, there)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    link = out / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(there.name)
+    os.replace(link, out / "latest")
+    sync(out)
+    for old in sorted(out.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old)
+    return there
+
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
+    """The weights, and the optimizer's state as `parameter/kind`, on the first process; called on all."""
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})
+    flat = {f"{name}/{kind}": tensor for name, found in moments.items() for kind, tensor in found.items()}
+    weights = get_model_state_dict(model, options=_WHOLE)
+    return _contiguous(weights), _contiguous(flat)
+
+
+def _contiguous(tensors: Mapping[str, Any]) -> Tensors:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, flat: Tensors) -> None:
+    """What `state_of` told of the optimizer."""
+    state: Any = get_optimizer_state_dict(model, optimizer)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in flat.items():
+        parameter, _, kind = name.rpartition("/")
+        found.setdefault(parameter, {})[kind] = tensor
+    whole: Any = {"state": found, "param_groups": state["param_groups"]}
+    set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
+
+
+# --- what is said -------------------------------------------------------------------------------------------
+
+
+def shorten_log(out: Path, sample: int) -> None:
+    """To what was said up to the checkpoint: what came after is done, and said, again."""
+    path = out / "log.jsonl"
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_atomically(path, "".join(line for line in lines if json.loads(line)["sample"] <= sample))
+
+
+class Report:
+    """A line now and then, for whoever watches and for the log. Of the first process alone."""
+
+    def __init__(self, out: Path, say: Say, sample: int, total: int, *, tensorboard: bool = False) -> None:
+        self.path, self.say, self.total = out / "log.jsonl", say, total
+        self.begun, self.first, self.said = time.monotonic(), sample, 0.0
+        self.board = _board(out) if tensorboard else None
+
+    def step(self, sample: int, about: Callable[[], Mapping[str, float]]) -> None:
+        """`about`: what is told beside the rate; asked where something is told."""
+        seconds = time.monotonic() - self.begun
+        if seconds - self.said < REPORT_S and sample < self.total:
+            return
+        self.said = seconds
+        rate = (sample - self.first) / seconds
+        line = {"sample": sample, **about(), "samples_per_s": round(rate, 1)}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, sample)
+        told = ", ".join(
+            f"{name} {_short(value)}" for name, value in line.items() if name != "sample" and value
+        )
+        left = (self.total - sample) / rate / 60
+        self.say(f"{sample:,} of {self.total:,} samples, {told}, {left:.1f} min left")
+
+
+def _short(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _board(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise InputError("TensorBoard is not installed", "pip install 'recapkit[train]'") from error
+    return SummaryWriter(str(out / "tensorboard"))
+
+
+def unhealthy(out: Path, loss: float, sample: int, uids: list[str], there: Path | None) -> InputError:
+    """Of a loss that is no number: which samples it was of."""
+    path = out / "unhealthy.json"
+    write_atomically(path, json.dumps({"sample": sample, "loss": str(loss), "uids": uids}, indent=1) + "\n")
+    return InputError(
+        f"the loss is {loss} in the step of sample {sample:,}: {len(uids)} uids, in {path}",
+        f"lower the learning rate; the last checkpoint is {there or 'none'}",
+    )
