@@ -18,7 +18,8 @@ def demo(
     images: str = "runs/demo",
     p_original: float = 0.5,
     concat: bool = False,
-    text: Size = "T",
+    vision: Size = "N",
+    text: Size = "N",
     samples: int = 30_000,
     batch: int = 128,
     lr: float = 1e-3,
@@ -27,11 +28,11 @@ def demo(
     tensorboard: bool = False,
     seed: int = 0,
 ) -> Training:
-    """The demo's, of 1.6M parameters, from nothing, on two cores. `lr` is the peak."""
+    """The demo's, of 0.8M parameters, from nothing, on two cores. `lr` is the peak."""
     return Training(
         name="demo", version=version, images=images, seed=seed, loss=loss, workers=workers, min_found=0.9,
         towers=Towers(
-            vision="T", text=text, patch=8, context=80, tokenizer="recipes/demo/weights/clip",
+            vision=vision, text=text, patch=8, context=80, tokenizer="recipes/demo/weights/clip",
             sigmoid=loss == "siglip",
         ),
         phases=(Phase(px=64, samples=samples, warmup=samples // 10, batch=batch, lr=lr * 256 / batch),),
