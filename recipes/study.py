@@ -163,7 +163,7 @@ def options(out: str) -> Callable[[Any], Any]:
     given = (
         click.option("--seeds", default=3, show_default=True),
         click.option("--rows", default=12_000, show_default=True, help="Of the demo's web."),
-        click.option("--samples", default=60_000, show_default=True, help="Of each training."),
+        click.option("--samples", default=45_000, show_default=True, help="Of each training."),
         click.option("--scenes", default=1000, show_default=True, help="Of the benchmark."),
         click.option("--version", type=place, help="Published, instead of a demo that is built."),
         click.option("--images", type=place, help="The run of that version."),

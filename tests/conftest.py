@@ -117,7 +117,7 @@ def demo_run() -> Path:
     run = SESSION / "demo" / "demo"
     with FileLock(SESSION / "demo.lock"):
         if not (run.parent / "stdout.txt").exists():
-            done = recap("demo", "--rows", 240, "--port", 8651, "--run", run)
+            done = recap("demo", "--rows", 240, "--port", 8651, "--no-train", "--run", run)
             (run.parent / "stdout.txt").write_text(done.stdout)
     return run
 

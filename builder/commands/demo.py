@@ -25,14 +25,17 @@ from builder.shown import shown_progress
 @click.option(
     "--every", is_flag=True, help="Captions of every kind: five more columns, and a judge's ratings."
 )
+@click.option("--train/--no-train", default=True, help="Train two small CLIPs on it at the end: a minute.")
 @run_option
 @on_option
-def demo(rows: int, port: int, every: bool, run: Path | str | None, on: str) -> None:
+def demo(rows: int, port: int, every: bool, train: bool, run: Path | str | None, on: str) -> None:
     """The whole line on the embedded default: serve, build, measure, publish, load back."""
     from recipes.demo.demo import demo as run_demo
 
     name = "demo-every" if every else "demo"
     run = run or Path("runs", name if (rows, port) == (2000, 8642) else f"{name}-{rows}-{port}")
     with shown_progress() as progress:
-        code = run_demo(run, rows=rows, port=port, every=every, progress=progress, executor=executor_of(on))
+        code = run_demo(
+            run, rows=rows, port=port, every=every, train=train, progress=progress, executor=executor_of(on)
+        )
     sys.exit(code)

@@ -28,7 +28,7 @@ def demo(
     tensorboard: bool = False,
     seed: int = 0,
 ) -> Training:
-    """The demo's, of 0.8M parameters, from nothing, on two cores. `lr` is the peak."""
+    """The demo's, of 0.7M parameters, from nothing, on two cores. `lr` is the peak."""
     return Training(
         name="demo", version=version, images=images, seed=seed, loss=loss, workers=workers, min_found=0.9,
         towers=Towers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +18,9 @@ from builder.versions.publish import publish
 from recipes import datasets as recipes
 from recipes.demo import web
 
+SAMPLES = 7_500  # of each of the two trainings at the end
+DESCRIBED = "world, by descriptions"
+
 
 def demo(
     run: Path | str,
@@ -25,9 +29,11 @@ def demo(
     port: int,
     progress: runs.Progress,
     every: bool = False,
+    train: bool = True,
     executor: runs.Executor = local,
 ) -> int:
-    """Serve a small web, build, publish 0.1.0 next to the run, load it back. Returns the exit status.
+    """Serve a small web, build, publish 0.1.0 next to the run, load it back, train on it. Returns the exit
+    status.
 
     `every` is the recipe's: captions of every kind.
     """
@@ -53,10 +59,11 @@ def demo(
         raise VersionError(
             error.message, f"an older demo lies there; to begin afresh: rm -r {target}"
         ) from error
-    train = datasets.load_dataset(str(folder), split="train")
+    rows_there = datasets.load_dataset(str(folder), split="train")
     statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
 
-    row = next((r for r in train if r["org_length"] and r["re_clip_score"] > r["org_clip_score"]), train[0])
+    better = (r for r in rows_there if r["org_length"] and r["re_clip_score"] > r["org_clip_score"])
+    row = next(better, rows_there[0])
     click.echo("\nOne row that came out:\n")
     captions = [name for name in caption_names(statistics) if name not in ("org_caption", "re_caption")]
     ratings = [line["judge"] for line in report.rows(statistics, "ratings")]
@@ -65,7 +72,7 @@ def demo(
     for name in shown:
         value = row[name]
         click.echo(f"  {name:<{width}} {format(value, '.3f') if isinstance(value, float) else value}")
-    click.echo(f"\nAll {len(train)} of them, original against recaption:\n")
+    click.echo(f"\nAll {len(rows_there)} of them, original against recaption:\n")
     head, lines = report.table(statistics)
     widths = [max(9, len(name)) for name in head[1:]]
     for label, *values in [head, *lines]:
@@ -81,6 +88,8 @@ def demo(
     click.echo("\nWhat became of every URL:\n")
     for r in statistics["rows_by_status"]["rows"]:
         click.echo(f"  {r['status']:<16} {r['rows']:>6} {r['percent']:>6} %")
+    if train:
+        _train(folder, run, near)
     models = "captioner=FOLDER_OR_HUB_ID@REVISION clip=FOLDER_OR_HUB_ID@REVISION"
     click.echo(
         f"""
@@ -92,9 +101,41 @@ Done in {time.monotonic() - start:.0f} s. Where it lies:
 
 What to type next:
 
+  recap train clip demo version={folder} images={run} p_original=0.5
   recap sql {folder} "select org_caption, re_caption from published limit 5"
   python -c "import datasets; print(datasets.load_dataset('{folder}', split='train')[0])"
   recap build recap_datacomp_1b metadata='your/*.parquet' {models} --limit 1000
 """
     )
     return 0
+
+
+def _train(version: Path, run: Path | str, near: Path) -> None:
+    """Two small CLIPs on what was published: of originals alone, and of originals and recaptions."""
+    from recipes.clip import trainings
+    from recipes.evaluate.benchmarks import demo as benchmark
+    from recipes.study import Found
+    from recipes.study import run as study
+
+    begun = time.monotonic()
+    place = near.with_name(f"{near.name}-clip")
+    arms = {
+        name: [
+            trainings.demo(
+                version=str(version), images=str(run), samples=SAMPLES, workers=0, p_original=p_original
+            )
+        ]
+        for name, p_original in (("originals only", 1.0), ("mixed", 0.5))
+    }
+    scenes = partial(benchmark, folder=str(near.with_name("demo-benchmark")), scenes=300)
+    click.echo("\nTwo small CLIPs, trained on original captions only and on both:\n")
+    study(arms, scenes, place, lambda _: None)
+    found = Found(place, list(arms))
+    for metric in ("T2I R@1", "T2I R@5", "I2T R@5"):
+        told = ", ".join(f"{name} {found.value(name, DESCRIBED, metric).value:.1f} %" for name in arms)
+        more = found.difference("mixed", "originals only", DESCRIBED, metric)
+        click.echo(f"  {metric} by descriptions: {told}; {more} more")
+    samples = f"{SAMPLES:,} samples each, 300 scenes that nothing was trained on"
+    click.echo(
+        f"\n  {samples}, {time.monotonic() - begun:.0f} s; with every p: python -m recipes.clip.table3"
+    )
