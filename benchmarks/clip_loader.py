@@ -128,7 +128,7 @@ def rate(folder: Path, arguments: argparse.Namespace) -> None:
                     seed=turn,
                     batch=64,
                 )
-                loader = batches(pairs, start=0, samples=40_000, workers=arguments.workers)
+                loader = batches(pairs, start=0, samples=10**9, workers=arguments.workers)
                 for _ in range(2 * arguments.workers + 2):
                     next(loader)  # what workers begin with
                 begun, number = time.monotonic(), 0

@@ -119,6 +119,7 @@ def theirs(folder: Path, about: dict[str, Any], config: dict[str, Any], turn: in
         "--log-every-n-steps", "1", "--precision", "fp32" if about["precision"] == "fp32" else "amp_bf16",
         "--logs", str(folder / f"logs-{turn}"),
         "--name", "run", "--save-frequency", "0", "--local-loss", "--gather-with-grad",
+        "--image-interpolation", "bilinear",
     ]  # fmt: skip
     if about["compile"]:
         command.append("--torchcompile")

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from builder.errors import InputError
+from builder.errors import InputError, UserError
+from builder.stages.imagetar import NO_PICTURE
 from recipes.join import ORIGINAL, Joined
 
 POOL = 8  # shards whose samples are shuffled together
@@ -198,7 +199,7 @@ Tokenize = Callable[[list[str]], tuple[torch.Tensor, int]]
 """Texts -> their tokens (B, T), and how many texts were cut."""
 
 
-class Pairs(Dataset[Batch]):
+class Pairs(Dataset[Batch | UserError]):
     """Batches of image and text by their first sample's number; see `batches`."""
 
     def __init__(
@@ -212,7 +213,14 @@ class Pairs(Dataset[Batch]):
         self._tables = lru_cache(2 * POOL)(joined.shard)
         self._file = lru_cache(4 * POOL)(_File)
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch | UserError:
+        """A user's error comes as it is: raised in a worker it would come as text, hint and all lost."""
+        try:
+            return self.at(number)
+        except UserError as error:
+            return error
+
+    def at(self, number: int) -> Batch:
         rows, images, ok = [], [], []
         for sample in range(number, number + self.batch):
             epoch, shard, place = self.order.at(sample)
@@ -221,7 +229,7 @@ class Pairs(Dataset[Batch]):
             image = self._file(row["file"]).read(row["start"], row["bytes"])
             try:
                 images.append(self.picture.of(image, (self.seed, epoch, row["uid"])))
-            except (OSError, ValueError, Image.DecompressionBombError):  # counted by whoever trains
+            except NO_PICTURE:  # counted by whoever trains
                 images.append(torch.zeros((3, self.picture.px, self.picture.px), dtype=torch.uint8))
                 ok.append(False)
             else:
@@ -270,4 +278,7 @@ def batches(
         pairs, batch_size=None, sampler=firsts, num_workers=workers,
         prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -9,10 +9,12 @@ It is made once, before the first step, out of core: what is held of a data set 
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from hashlib import sha256
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,10 @@ def join(
     """
     opened = open_version(version)
     columns = (ORIGINAL, *(name for name in captions if name != ORIGINAL))
-    given = {"version": opened.manifest, "images": sql.absolute(images), "captions": columns}
+    given = {
+        "version": opened.manifest, "images": sql.absolute(images), "files": _files(images),
+        "captions": columns,
+    }  # fmt: skip
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)
@@ -111,12 +116,37 @@ def join(
             old.unlink(missing_ok=True)
         rows, audit = _join(opened, images, folder, columns, subset)
         there = Joined(folder, rows, columns, audit, made_of)
+        _check(there, images, version, min_found)
         written = {"rows": rows, "captions": columns, "audit": asdict(audit), "of": made_of}
         write_atomically(folder / "join.json", json.dumps(written))
-    if there.audit.found < min_found * there.audit.rows or not there.audit.found:
-        hint = f"give the images that the version was made of, or a lower min_found than {min_found:g}"
-        raise InputError(f"{images} has not the images of {version}: {there.audit}", hint)
+    _check(there, images, version, min_found)
     return there
+
+
+def _check(joined: Joined, images: str, version: str, min_found: float) -> None:
+    if joined.audit.found < min_found * joined.audit.rows or not joined.audit.found:
+        hint = f"give the images that the version was made of, or a lower min_found than {min_found:g}"
+        raise InputError(f"{images} has not the images of {version}: {joined.audit}", hint)
+
+
+def _files(images: str) -> str:
+    """Names what lies in a folder of images now; of a run its records say that."""
+    found = sha256()
+    if "://" not in images and not (Path(images) / RECIPE).exists():
+        for path in _walk(Path(images)):
+            about = path.stat()
+            found.update(f"{path}/{about.st_size}/{about.st_mtime_ns}".encode())
+    else:
+        for record in Run.open(images).done("download"):
+            found.update(f"{record.output('.tar')}".encode())
+    return found.hexdigest()
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files, in the order of their names."""
+    for root, folders, files in os.walk(folder):
+        folders.sort()
+        yield from (Path(root, name) for name in sorted(files))
 
 
 def _there(folder: Path) -> Joined | None:
@@ -184,10 +214,14 @@ def _create_rows(
     listed = ", ".join(map(sql.identifier, captions))
     chosen, of = "null::text", ""
     if subset and subset.suffix == ".npy":
-        con.register("uids", _uids(subset))
+        con.execute("create table uids(uid text)")
+        for part in _uids(subset):
+            con.register("part", part)
+            con.execute("insert into uids from part")
         of = "semi join uids using (uid)"
     elif subset:
         chosen, of = "subset.caption", f"join {sql.table(subset)} subset using (uid)"
+        _check_subset(con, subset, captions)
     con.execute(
         f"create table rows as select uid, sha256, {chosen} as caption, {listed} from {sql.table(files)} {of}"
     )
@@ -198,9 +232,27 @@ def _create_rows(
             raise InputError(f"the captions '{name}' are empty in every row", "train on another column")
 
 
-def _uids(subset: Path) -> pa.Table:
+def _check_subset(con: duckdb.DuckDBPyConnection, subset: Path, captions: tuple[str, ...]) -> None:
+    """Raises:
+    InputError: it is no subset, or wants captions that the training does not read.
+    """
+    hint = "give subset.npy or subset.parquet of `recap select`"
+    if subset.suffix != ".parquet" or not subset.is_file():
+        raise InputError(f"{subset} is no subset", hint)
+    if not {"uid", "caption"} <= set(con.sql(f"from {sql.table(subset)} limit 0").columns):
+        raise InputError(f"{subset} has not the columns uid and caption", hint)
+    split = f"select distinct unnest(string_split(caption, '+')) from {sql.table(subset)}"
+    wanted = {name for (name,) in con.sql(split).fetchall() if name}
+    if absent := sorted(wanted - set(captions)):
+        reason = f"{subset} wants the captions '{absent[0]}', which the training does not read"
+        raise InputError(reason, f"name them among its captions, which are: {', '.join(captions)}")
+
+
+def _uids(subset: Path) -> Iterator[pa.Table]:
     pairs = read_subset(str(subset))
-    return pa.table({"uid": [f"{int(high):016x}{int(low):016x}" for high, low in pairs]})
+    for start in range(0, len(pairs), 100_000):
+        part = pairs[start : start + 100_000]
+        yield pa.table({"uid": [f"{int(high):016x}{int(low):016x}" for high, low in part]})
 
 
 def _write(con: duckdb.DuckDBPyConnection, folder: Path, captions: tuple[str, ...]) -> Iterator[int]:
@@ -237,13 +289,14 @@ def images_of(place: str) -> Iterator[tuple[str | None, str, int, str, int, int]
         raise InputError(f"{place} is no folder", "name a run, img2dataset's output, or a folder of pictures")
     if tars := sorted(path.glob("*.tar")):
         return _of_tars(tars)
-    pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
-    if not pictures:
+    pictures = (file for file in _walk(path) if file.suffix.lower() in PICTURES)
+    first = next(pictures, None)
+    if first is None:
         hint = f"name a run, img2dataset's output, or a folder of {', '.join(PICTURES)}"
         raise InputError(f"{place} has neither tars nor pictures", hint)
     return (
         (None, sha256_file(file), number // FILES_A_SHARD, str(file), 0, file.stat().st_size)
-        for number, file in enumerate(pictures)
+        for number, file in enumerate(chain([first], pictures))
     )
 
 

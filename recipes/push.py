@@ -6,6 +6,7 @@ A target is hf://user/name, where a version is a tag, or a folder: my/models/v1.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,16 @@ from pathlib import Path
 from builder.errors import InputError
 from builder.files import sha256_file
 from builder.stages.clip import Clip
-from builder.versions.folder import Folder, link
+from builder.versions.folder import Folder
 from builder.versions.version import MANIFEST, VERSION, Published, Staged, Target
 from recipes.clip.model import CONFIG, TOKENIZER, WEIGHTS
 from recipes.evaluate.results import Result
 
 HUB = "hf://"
-KEPT = (CONFIG, WEIGHTS, *TOKENIZER)
+FILES = (
+    CONFIG, WEIGHTS, *TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+    "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 def push_model(
@@ -33,30 +37,40 @@ def push_model(
     """
     if not VERSION.fullmatch(version):
         raise InputError(f"{version} is no version", "for example: --version 1.0.0")
-    Clip(str(model))  # it loads, and its vectors are finite
+    if not (model / WEIGHTS).exists():
+        raise InputError(f"{model} has no {WEIGHTS}", "name a checkpoint, such as runs/clip-demo/latest")
+    where = target_of(target)
+    name = target.rstrip("/").rpartition("/")[2]
     card = (
         (model / "README.md").read_text() if (model / "README.md").exists() else f"# {model.resolve().name}\n"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for name in KEPT:
-            if (model / name).exists():
-                link((model / name).resolve(), Path(folder, name))
+        for file in FILES:
+            if (model / file).exists():
+                shutil.copyfile(model / file, Path(folder, file))  # a link would be a version that can change
+        config = json.loads((model / CONFIG).read_text())
+        if "hf_tokenizer_name" in config["model_cfg"]["text_cfg"]:  # a place on this machine, until now
+            config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = (
+                target.removeprefix(HUB) if target.startswith(HUB) else name
+            )
+        Path(folder, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        Clip(folder)  # it loads, and its vectors are finite
         Path(folder, "README.md").write_text(card + _table(results))
         files = {
             path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
             for path in sorted(Path(folder).iterdir())
         }
-        manifest = {"kind": "model", "name": model.resolve().name, "version": version, "files": files}
+        manifest = {"kind": "model", "name": name, "version": version, "files": files}
         Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         staged = Staged(Path(folder), version, manifest)
-        return target_of(target).publish(staged, dry_run=dry_run, rebase=rebase)
+        return where.publish(staged, dry_run=dry_run, rebase=rebase)
 
 
 def target_of(text: str) -> Target:
     if text.startswith(HUB):
         from builder.versions.hub import Hub
 
-        return Hub(text.removeprefix(HUB), kind="model")
+        return Hub(text.removeprefix(HUB), kind="model", ours=FILES)
     if not text.strip() or "://" in text:
         raise InputError(f"'{text}' is no target", f"name a folder, or {HUB}user/name")
     return Folder(Path(text))

@@ -1,19 +1,21 @@
 """Comparisons over trainings: one setting changed, several seeds of each, the same benchmarks.
 
     FOLDER/<arm>/<seed>/          a training (recipes/training.py)
-    FOLDER/<arm>/<seed>/results.json
+    FOLDER/<arm>/<seed>/results-<benchmark>.json
 
-What is done is not done again. A value is the mean over seeds; its interval, and that of a difference, is
-over draws of seeds and of the benchmark's units with replacement: of arms beside each other the same draws.
+What is done is not done again; another training's folder is refused. A value is the mean over seeds; its
+interval, and that of a difference, is over draws of seeds and of the benchmark's units with replacement: of
+arms beside each other the same draws.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,15 +38,20 @@ Arms = Mapping[str, Sequence[Training]]
 """Of each arm a training a seed."""
 
 
-def run(arms: Arms, benchmark: Callable[[], Benchmark], folder: Path, say: Callable[[str], None]) -> None:
-    """Train and evaluate whatever is not there: on a GPU one after the other, else a core each."""
+def run(
+    arms: Arms, benchmark: Callable[[], Benchmark], name: str, folder: Path, say: Callable[[str], None]
+) -> Found:
+    """Train and evaluate whatever is not there: on a GPU one after the other, else a core each. `name` is the
+    benchmark's, and says all about it.
+    """
     jobs = [
         (folder / arm / str(training.seed), training)
         for number in range(max(map(len, arms.values())))
         for arm, trainings in arms.items()
         for training in trainings[number : number + 1]
     ]  # seed by seed: what is interrupted has something of each arm
-    left = [job for job in jobs if not (job[0] / "results.json").exists()]
+    file = f"results-{name}.json"
+    left = [job for job in jobs if not ((job[0] / file).exists() and _is(job[0], job[1]))]
     begun = time.monotonic()
     benchmark()  # it is drawn once
     at_once = 1 if torch.cuda.is_available() else max(1, round(Machine.here().cpus))
@@ -52,7 +59,7 @@ def run(arms: Arms, benchmark: Callable[[], Benchmark], folder: Path, say: Calla
     with ProcessPoolExecutor(
         at_once, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        doing = [pool.submit(_one, *job, benchmark) for job in left]
+        doing = [pool.submit(_one, *job, benchmark, file) for job in left]
         try:
             for number, done in enumerate(as_completed(doing), 1):
                 minutes = (time.monotonic() - begun) / 60
@@ -60,12 +67,19 @@ def run(arms: Arms, benchmark: Callable[[], Benchmark], folder: Path, say: Calla
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return Found({arm: [folder / arm / str(one.seed) / file for one in of] for arm, of in arms.items()})
 
 
-def _one(out: Path, training: Training, benchmark: Callable[[], Benchmark]) -> str:
+def _is(out: Path, training: Training) -> bool:
+    """Is it this training's folder?"""
+    path = out / "training.json"
+    return path.exists() and json.loads(path.read_text()) == json.loads(json.dumps(asdict(training)))
+
+
+def _one(out: Path, training: Training, benchmark: Callable[[], Benchmark], file: str) -> str:
     there = train(training, out, say=lambda _: None)
     found = list(benchmark().run(Model(str(there))))
-    results.write(found, out / "results.json")
+    results.write(found, out / file)
     return f"{out.parent.name}, seed {training.seed}: " + ", ".join(
         f"{r.main} {r.value():.1f}" for r in found
     )
@@ -86,13 +100,11 @@ class Value:
 class Found:
     """What a study has found, by arm, benchmark and metric."""
 
-    def __init__(self, folder: Path, arms: Sequence[str]) -> None:
-        self.of: dict[str, list[dict[str, Result]]] = {}
-        for arm in arms:
-            read = [results.read(path) for path in sorted((folder / arm).glob("*/results.json"))]
-            if not read:
-                raise InputError(f"{folder}/{arm} has no results", "run the study first")
-            self.of[arm] = [{result.benchmark: result for result in found} for found in read]
+    def __init__(self, arms: Mapping[str, Sequence[Path]]) -> None:
+        self.of: dict[str, list[dict[str, Result]]] = {
+            arm: [{result.benchmark: result for result in results.read(path)} for path in paths]
+            for arm, paths in arms.items()
+        }
 
     def value(self, arm: str, benchmark: str, metric: str) -> Value:
         return _value(_draws(self._metrics(arm, benchmark, metric)))
@@ -189,8 +201,8 @@ def studied(
     if version is None or images is None:
         version, images = demo_version(out, rows, port, say)
     chosen = {arm: [training(arm, seed, version, images, samples) for seed in range(seeds)] for arm in arms}
-    run(chosen, partial(demo_benchmark, folder=str(out / "benchmark"), scenes=scenes), out, say)
-    return begun, Found(out, arms)
+    benchmark = partial(demo_benchmark, folder=str(out / "benchmark"), scenes=scenes)
+    return begun, run(chosen, benchmark, f"demo-{scenes}", out / f"samples-{samples}", say)
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:

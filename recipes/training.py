@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,7 @@ class Ranks:
     rank: int
     ranks: int
     device: str
+    waiting: Any = None  # a group that waits as long as a join takes
 
     @property
     def is_first(self) -> bool:
@@ -56,7 +58,7 @@ class Ranks:
 
     def wait(self) -> None:
         if self.ranks > 1:
-            dist.barrier()
+            dist.barrier(group=self.waiting)
 
     def one_by_one(self) -> Iterator[None]:
         """The body of the loop is run by the first process, then by the second, ..."""
@@ -77,7 +79,7 @@ def processes() -> Iterator[Ranks]:
         return
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     try:
-        yield Ranks(rank, ranks, device)
+        yield Ranks(rank, ranks, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     finally:
         dist.destroy_process_group()
 
@@ -103,6 +105,25 @@ def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> Non
     if ranks.is_first and not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, about)
+    ranks.wait()
+
+
+def settle_data(about: Mapping[str, Any], out: Path, ranks: Ranks) -> None:
+    """What a training reads stays: a version that is not named by its number, and files, may change.
+
+    Raises:
+        InputError: there is a checkpoint, of other data.
+    """
+    path, now = out / "data.json", json.loads(json.dumps(about))
+    if latest(out)[1] and path.exists():
+        before = json.loads(path.read_text())
+        if differ := [name for name in now if before.get(name) != now[name]]:
+            was, is_ = before.get(differ[0]), now[differ[0]]
+            reason = f"{out} was trained on other data: {differ[0]} was {was}, and is {is_}"
+            raise InputError(reason, "name the version by its number (@v1.0.0), or train into another folder")
+    ranks.wait()
+    if ranks.is_first:
+        write_atomically(path, json.dumps(now, indent=1) + "\n")
     ranks.wait()
 
 
@@ -215,11 +236,13 @@ def _board(out: Path) -> Any:
     return SummaryWriter(str(out / "tensorboard"))
 
 
-def unhealthy(out: Path, loss: float, sample: int, uids: list[str], there: Path | None) -> InputError:
-    """Of a loss that is no number: which samples it was of."""
-    path = out / "unhealthy.json"
+def unhealthy(
+    out: Path, loss: float, sample: int, uids: list[str], there: Path | None, rank: int
+) -> InputError:
+    """Of a loss, or a gradient, that is no number: which samples of this process it was of."""
+    path = out / f"unhealthy-{rank}.json"
     write_atomically(path, json.dumps({"sample": sample, "loss": str(loss), "uids": uids}, indent=1) + "\n")
     return InputError(
-        f"the loss is {loss} in the step of sample {sample:,}: {len(uids)} uids, in {path}",
+        f"the loss or its gradient is {loss} in the step of sample {sample:,}: {len(uids)} uids, in {path}",
         f"lower the learning rate; the last checkpoint is {there or 'none'}",
     )

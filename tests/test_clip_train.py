@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CLIP, ROOT, fill, mounted, recap
@@ -85,7 +87,12 @@ def test_a_sample_without_a_picture_is_nobodys() -> None:
     )
     theirs = open_clip.loss.SigLipLoss()(image[ok], text[ok], HEADS[0], HEADS[1])
     torch.testing.assert_close(sigmoid(image, text, HEADS, ok), theirs)
-    assert softmax(image, text, HEADS, torch.zeros(20, dtype=torch.bool)) == 0
+    image.requires_grad_()
+    none = softmax(image, text, HEADS, torch.zeros(20, dtype=torch.bool))
+    none.backward()
+    assert none == 0
+    assert image.grad is not None
+    assert (image.grad == 0).all()
 
 
 def a_model(towers: Towers, px: int = 32) -> Trained:
@@ -216,6 +223,13 @@ def test_two_processes_have_the_losses_of_one(
     ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert theirs == pytest.approx(ours, rel=1e-5)
     shutil.rmtree(tmp_path / "two" / "step-000000000192")
+    again = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "run.py")], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, timeout=200, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(ours, rel=1e-5)
+    shutil.rmtree(tmp_path / "two" / "step-000000000192")
     train(training, tmp_path / "two", say=lambda _: None)
     assert losses(tmp_path / "two") == pytest.approx(ours, rel=1e-5)
 
@@ -247,10 +261,11 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(
 ) -> None:
     monkeypatch.setattr("recipes.clip.losses.Step.__call__", lambda *_: float("nan"))
     with pytest.raises(
-        InputError, match=r"the loss is nan in the step of sample 0: 32 uids, in .*unhealthy\.json"
+        InputError,
+        match=r"the loss or its gradient is nan in the step of sample 0: 32 uids, in .*unhealthy-0\.json",
     ):
         train(a_training(demo_run), tmp_path / "out", say=lambda _: None)
-    uids = json.loads((tmp_path / "out" / "unhealthy.json").read_text())["uids"]
+    uids = json.loads((tmp_path / "out" / "unhealthy-0.json").read_text())["uids"]
     assert len(set(uids)) == 32
 
 
@@ -360,6 +375,9 @@ def test_a_model_is_pushed_as_a_version(
     open_clip.create_model_and_transforms(f"local-dir:{folder}")
     assert "sample 192" not in (folder / "README.md").read_text()
     assert not (folder / MOMENTS).exists()
+    for file in ("README.md", clip.CONFIG):  # it is read elsewhere
+        assert str(tmp_path) not in (folder / file).read_text()
+        assert str(ROOT) not in (folder / file).read_text()
     pulled = Path(snapshot_download("me/a-clip", revision="v1.0.0", cache_dir=tmp_path / "cache"))
     assert (pulled / clip.WEIGHTS).read_bytes() == (there / clip.WEIGHTS).read_bytes()
     (there / "README.md").write_text("another card")
@@ -416,11 +434,61 @@ def test_a_plan_of_the_papers_training() -> None:
         ({"version": "/nowhere"}, "has no version"),
         ({"images": "/nowhere"}, "is no folder"),
         ({"start": str(CLIP)}, "of another shape"),
+        ({"start": "/nowhere"}, "is missing"),
     ],
 )
 def test_what_cannot_be_is_told(demo_run: Path, tmp_path: Path, wrong: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         train(a_training(demo_run, **wrong), tmp_path / "out", say=lambda _: None)
+
+
+def test_a_gradient_that_is_no_number_is_seen(
+    demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is one, and the weights would be none."""
+    monkeypatch.setattr("recipes.clip.train._norm", lambda _: float("inf"))
+    with pytest.raises(InputError, match="the loss or its gradient is inf"):
+        train(a_training(demo_run), tmp_path / "out", say=lambda _: None)
+    assert not list((tmp_path / "out").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": -1}, {"save_every": 0}, {"workers": -1}, {"micro": 0}, {"area": 0.0}, {"phases": ()}]
+)
+def test_settings_that_cannot_be(demo_run: Path, wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        a_training(demo_run, **wrong)
+
+
+def test_other_data_is_not_trained_on(demo_run: Path, tmp_path: Path) -> None:
+    """`latest` is another version now: the training that went on would be of neither."""
+    copied = shutil.copytree(demo_run.with_name("demo-published"), tmp_path / "target", symlinks=True)
+    training = a_training(demo_run, version=str(copied / "latest"))
+    train(replace(training, phases=training.phases[:1]), tmp_path / "out", say=lambda _: None)
+    (tmp_path / "out" / "training.json").unlink()
+    manifest = copied / "v0.1.0" / "manifest.json"
+    about = json.loads(manifest.read_text())
+    manifest.chmod(0o644)
+    manifest.write_text(json.dumps(about | {"version": "0.2.0"}))
+    with pytest.raises(
+        InputError, match=r"was trained on other data: version was demo 0\.1\.0, and is demo 0\.2\.0"
+    ):
+        train(training, tmp_path / "out", say=lambda _: None)
+
+
+def test_what_a_worker_refuses_is_told_as_it_is(demo_run: Path, tmp_path: Path) -> None:
+    """Of a loader's process, too: what is wrong, and the hint."""
+    training = a_training(demo_run, workers=1)
+    train(replace(training, phases=training.phases[:1]), tmp_path / "out", say=lambda _: None)
+    (tmp_path / "out" / "training.json").unlink()
+    for path in (tmp_path / "out" / "joined").glob("[0-9]*.parquet"):
+        table = pq.read_table(path)
+        places = pa.array(["/nowhere.tar"] * len(table))
+        pq.write_table(table.set_column(table.column_names.index("file"), "file", places), path)
+    with pytest.raises(InputError) as told:
+        train(training, tmp_path / "out", say=lambda _: None)
+    assert told.value.message == "/nowhere.tar is gone, in which there were images"
+    assert "put it back" in told.value.hint
 
 
 def test_a_phase_has_a_step() -> None:

@@ -20,6 +20,7 @@ from conftest import CLIP, recap
 
 from builder.errors import InputError
 from recipes.evaluate import choices, datacomp, results
+from recipes.evaluate import retrieval as by_captions
 from recipes.evaluate import zeroshot as by_names
 from recipes.evaluate.model import Model, Picture
 from recipes.evaluate.results import Result, compare, metric
@@ -184,6 +185,41 @@ class Labelled(list):  # type: ignore[type-arg]
     def __init__(self, rows: list[Any], classes: list[str]) -> None:
         super().__init__(rows)
         self.classes = classes
+
+
+def test_urban1k_and_docci_are_read_as_they_are_published(pictures: Path, tmp_path: Path) -> None:
+    place = tmp_path / "long"
+    (place / "image").mkdir(parents=True)
+    (place / "caption").mkdir()
+    (place / "images").mkdir()
+    rows = []
+    for n in range(3):
+        for folder in ("image", "images"):
+            (place / folder / f"{n}.png").write_bytes((pictures / f"{n}.png").read_bytes())
+        (place / "caption" / f"{n}.txt").write_text(f"scene {n}\n")
+        split = "test" if n else "train"
+        rows.append(
+            {"example_id": str(n), "split": split, "image_file": f"{n}.png", "description": f"scene {n}"}
+        )
+    urban = [(Path(p.name).name, texts) for p, texts in one_caption(place).pictures()]
+    assert urban == [(f"{n}.png", [f"scene {n}"]) for n in range(3)]
+    (place / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, rows)))
+    docci = [(Path(p.name).name, texts) for p, texts in by_captions.docci(place).pictures()]
+    assert docci == [(f"{n}.png", [f"scene {n}"]) for n in (1, 2)]
+    rows[1]["image_file"] = "../../etc/passwd"
+    (place / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="is no image in"):
+        by_captions.docci(place)
+
+
+def test_folders_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+    for n in range(11):
+        (tmp_path / "images" / str(n)).mkdir(parents=True)
+        (tmp_path / "images" / str(n) / "a.png").write_bytes(b"")
+    (tmp_path / "names.txt").write_text("\n".join(f"class {n}" for n in range(11)))
+    classes = image_folder(tmp_path / "images", tmp_path / "names.txt")
+    found = {Path(p.name).parent.name: classes.names[n] for p, n in classes.pictures()}
+    assert found == {str(n): f"class {n}" for n in range(11)}
 
 
 def test_classes_are_named_by_folder_or_by_order(pictures: Path, tmp_path: Path, model: Model) -> None:

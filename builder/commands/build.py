@@ -189,7 +189,11 @@ def gc(run: Path | str, delete: bool, local_disk: Local, as_json: bool) -> None:
     "--blocks", default=BLOCKS_AT_WORK, show_default=True, type=click.IntRange(min=1), help="As of build."
 )
 @click.option(
-    "--tflops", default=989.0, show_default=True, help="Of a GPU, for a training: an H100's at bf16."
+    "--tflops",
+    default=989.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of a GPU, for a training: an H100's at bf16.",
 )
 @click.option("--utilisation", default=0.35, show_default=True, help="The share of them that is reached.")
 @as_json_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def clip(training: str, settings: tuple[str, ...], out: Path | None, as_json: bo
     chosen = resolve_training("clip", training, settings, Training)
     out = out or Path("runs", f"clip-{chosen.name}")
     there = train(chosen, out, say=functools.partial(echo, err=True))
-    print_({"model": str(there)}, as_json, f"{there}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_({"model": str(there)}, as_json, f"{there}")
 
 
 def plan_training(
@@ -118,6 +120,12 @@ def evaluate(
             raise UserError(f"{word} is a setting of no benchmark", "name the benchmark first")
         else:
             asked[-1][1].append(word)
+    names = [next((s for s in settings if s.startswith("name=")), name) for name, settings in asked]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]} is asked twice", "give each a name of its own: name=...")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()  # better now than when all is computed
     from recipes.evaluate.benchmarks import Benchmark
     from recipes.evaluate.model import Model
 
@@ -127,10 +135,11 @@ def evaluate(
     for one in chosen:
         for result in one.run(evaluated):
             found.append(result)
-            echo(str(result), err=True)
+            echo(str(result), err=as_json)
             if out:
                 results.write(found, out)
-    print_([asdict(result) for result in found], as_json, f"{out}" if out else "")
+    if as_json:
+        print_([asdict(result) for result in found], as_json, "")
 
 
 @click.command()

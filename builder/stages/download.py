@@ -25,7 +25,6 @@ import math
 import os
 import random
 import socket
-import struct
 import tempfile
 import time
 from collections import Counter
@@ -45,7 +44,7 @@ from pydantic import Field
 from builder.core import Count, Object, Question, Resources, Seconds, Stage, Status, Task, Work
 from builder.errors import InputError, OutdatedError
 from builder.files import read_rows, sha256_file, write_parquet
-from builder.stages.imagetar import images
+from builder.stages.imagetar import PILLOW_SAYS_NO, images
 from builder.stages.network import (
     NOT_PUBLIC,
     RESOLVER_SHARE,
@@ -74,10 +73,6 @@ SCHEMA = pa.schema(
 )
 USER_AGENT = "Mozilla/5.0 (compatible; recapkit/0.1)"
 RESIZE_MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")  # img2dataset's
-_PILLOW_SAYS_NO = (
-    OSError, ValueError, SyntaxError, MemoryError, RuntimeError, AttributeError, TypeError, LookupError,
-    ArithmeticError, struct.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +345,7 @@ class _Fetcher:
                     return _Image(Status.HASH_MISMATCH, reason, sha256, (width, height)), None
                 if ";16" in f"{header.mode} {header.tile}":
                     body = _eight_bits(header)
-        except _PILLOW_SAYS_NO as error:
+        except PILLOW_SAYS_NO as error:
             reason = type(error).__name__ if body else "empty body"
             return _Image(Status.UNDECODABLE, reason, sha256), None
         try:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import struct
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
+# What Pillow raises where a file is no picture: fuzzed files find them all.
+PILLOW_SAYS_NO = (
+    OSError, ValueError, SyntaxError, MemoryError, RuntimeError, AttributeError, TypeError, LookupError,
+    ArithmeticError, struct.error,
+)  # fmt: skip
+NO_PICTURE = (*PILLOW_SAYS_NO, Image.DecompressionBombError)
 BLOCK = tarfile.BLOCKSIZE
 _PASSED_OVER = (tarfile.XHDTYPE, tarfile.XGLTYPE)  # more about the file that follows
 

@@ -54,17 +54,18 @@ log = logging.getLogger(__name__)
 
 class Hub:
     """`hf://datasets/user/name`, or `hf://user/name` of a model. `wait_s` is the first wait of a retry where
-    the server names none.
+    the server names none; what begins with one of `ours` is the version's or not there.
     """
 
     def __init__(
-        self, repo: str, *, wait_s: float = 1.0, kind: Literal["dataset", "model"] = "dataset"
-    ) -> None:
+        self, repo: str, *, wait_s: float = 1.0, kind: Literal["dataset", "model"] = "dataset",
+        ours: tuple[str, ...] = OURS,
+    ) -> None:  # fmt: skip
         self.folder = "datasets/" if kind == "dataset" else ""  # of addresses
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
             reason = f"hf://{self.folder}{repo} is no repository"
             raise InputError(reason, f"it has a user and a name: hf://{self.folder}user/name")
-        self.repo, self.wait_s, self.kind = repo, wait_s, kind
+        self.repo, self.wait_s, self.kind, self.ours = repo, wait_s, kind, ours
         self.api = HfApi()  # endpoint and token from the client's own places
         self.here: dict[str, Any] = {"repo_id": repo, "repo_type": kind}
 
@@ -236,7 +237,7 @@ class Hub:
                 yield CommitOperationCopy(src_path_in_repo=source, path_in_repo=name, src_revision=of)
             else:
                 yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged.folder / name)
-        gone = (name for name in held if name.startswith(OURS) and name not in promised)
+        gone = (name for name in held if name.startswith(self.ours) and name not in promised)
         yield from (CommitOperationDelete(path_in_repo=name) for name in gone)
 
     def _verify(self, staged: Staged, revision: str, *, where: str = "main is untouched") -> None:
@@ -258,7 +259,7 @@ class Hub:
                 hint = "type the same command again: it sends the file once more"
                 raise DamagedError(f"{self.repo} at {revision}: {name} {what}; {where}", hint)
         for name in held:
-            if name.startswith(OURS) and name not in staged.files:
+            if name.startswith(self.ours) and name not in staged.files:
                 reason = f"{self.repo} at {revision}: {name} is not in the manifest; {where}"
                 raise VersionError(reason, "type the same command again")
 

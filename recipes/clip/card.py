@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from recipes.join import Joined
 
@@ -24,6 +25,7 @@ def of(training: Training, joined: Joined, sample: int) -> str:
     how = "the original and a caption, concatenated" if mix.concat else "one of them"
     part = ", of a caption one random sentence" if mix.one_sentence else ""
     towers = training.towers
+    begun = Path(training.start).name if training.start else "nothing"
     total = training.first(len(training.phases))
     state = "the end" if sample == total else f"sample {sample:,} of {total:,}: not the end"
     return f"""---
@@ -36,7 +38,7 @@ tags:
 # {training.name}
 
 A CLIP, ViT-{towers.vision}/{towers.patch} with a text tower of size {towers.text}, trained from \
-{training.start or "nothing"} on {made_of["name"]} {made_of["version"]} with recapkit, up to {state}.
+{begun} on {made_of["name"]} {made_of["version"]} with recapkit, up to {state}.
 
 ```python
 import open_clip
@@ -59,6 +61,16 @@ A sample's text is the original with p = {mix.p_original:g}, else {how} ({weight
 All settings:
 
 ```json
-{json.dumps(asdict(training), indent=1)}
+{json.dumps(_settings(training), indent=1)}
 ```
 """
+
+
+def _settings(training: Training) -> dict[str, Any]:
+    """Without the places of this machine: a card is read elsewhere."""
+    found = asdict(training)
+    for name in ("version", "images", "subset", "start"):
+        if found[name] and "://" not in found[name]:
+            found[name] = Path(found[name]).name
+    found["towers"]["tokenizer"] = Path(found["towers"]["tokenizer"]).name
+    return found

@@ -32,7 +32,7 @@ def softmax(
     images_NE, texts_NE, ok_N = _of_all(image_BE, ranks), _of_all(text_BE, ranks), _flags(ok_B, ranks)
     labels_B = torch.arange(len(ok_B), device=ok_B.device) + len(ok_B) * rank
     labels_B = labels_B.masked_fill(~ok_B, -100)
-    no = torch.zeros(len(ok_N), device=ok_N.device).masked_fill(~ok_N, -torch.inf)
+    no = torch.zeros(len(ok_N), device=ok_N.device).masked_fill(~ok_N, -1e9)  # finite: all may be so
     scale = heads_2[0]
     losses = (
         F.cross_entropy(scale * image_BE @ texts_NE.T + no, labels_B, reduction="sum", ignore_index=-100)

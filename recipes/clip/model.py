@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from builder.errors import InputError
@@ -78,6 +79,12 @@ class Towers:
     sigmoid: bool = False
     decoder_layers: int = 0
     decoder_context: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise InputError(
+                f"keep={self.keep:g} is no share of the patches", "give a number above 0, up to 1"
+            )
 
     def config(self, px: int) -> dict[str, Any]:
         """open_clip's, for images of this size."""
@@ -220,7 +227,10 @@ def weights(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         InputError: they are of other towers.
     """
-    state = load_file(folder / WEIGHTS)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS} cannot be read: {error}", "copy it again") from error
     position = "visual.positional_embedding"
     ours: Mapping[str, torch.Tensor] = model.state_dict()
     if position in state and state[position].shape != ours[position].shape:

@@ -12,8 +12,10 @@ to the same losses, bit by bit.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from builder.errors import InputError, telling_of_a_full_disk
+from builder.files import sha256_file
 from recipes.clip import card
 from recipes.clip import model as clip
 from recipes.clip.losses import Loss, Step
@@ -41,6 +45,7 @@ from recipes.training import (
     load_moments,
     processes,
     settle,
+    settle_data,
     shorten_log,
     state_of,
     unhealthy,
@@ -63,7 +68,7 @@ class Phase:
     lr: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.batch <= self.samples:
+        if not 0 < self.batch <= self.samples or self.px < 1 or self.warmup < 0:
             reason = f"a phase of {self.samples:,} samples has no step of {self.batch:,}"
             raise InputError(reason, "give more samples, or a smaller batch")
 
@@ -110,6 +115,19 @@ class Training:
     compile: bool = False
     sharded: bool = False
 
+    def __post_init__(self) -> None:
+        least = {"workers": 0, "save_every": 1, "seed": 0, "captioning": 0, "micro": 1}
+        for name, low in least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise InputError(f"{name}={value} is less than {low}", f"give {low} or more")
+        if not self.phases:
+            raise InputError("a training of no phase", "give it one")
+        if not 0 < self.area <= 1:
+            raise InputError(f"area={self.area:g} is no share of a picture", "give a number above 0, up to 1")
+        if bool(self.captioning) != bool(self.towers.decoder_layers):
+            reason = "a decoder and the weight of its loss go together"
+            raise InputError(reason, "give decoder_layers and captioning")
+
     def first(self, number: int) -> int:
         """The first sample of a phase."""
         return sum(phase.steps * phase.batch for phase in self.phases[:number])
@@ -121,10 +139,15 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
     Raises:
         InputError: something is not as it should be, the loss is no number, or the disk is full.
     """
-    with processes() as ranks, telling_of_a_full_disk(out):
+    with processes() as ranks:
+        if wrong := [phase.batch for phase in training.phases if phase.batch % ranks.ranks]:
+            reason = f"a step of {wrong[0]} samples on {ranks.ranks} devices"
+            raise InputError(reason, "make it a multiple of them")
         settle(training, out, FREE, ranks)
         for _ in ranks.one_by_one():  # the first one joins, the others find it done
-            joined = _joined(training, out)
+            with telling_of_a_full_disk(out):
+                joined = _joined(training, out)
+        settle_data(_data(training, joined), out, ranks)
         if ranks.is_first:
             say(f"{joined.audit}")
         sample, there = latest(out)
@@ -135,6 +158,21 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
                 sample, there = _phase(training, number, joined, out, sample, there, say, ranks)
         assert there is not None
         return there
+
+
+def _data(training: Training, joined: Joined) -> dict[str, Any]:
+    """What a training reads, by content."""
+    of = json.loads(joined.of)
+    start = Path(training.start) / clip.WEIGHTS if training.start else None
+    if start and not start.is_file():
+        raise InputError(f"{start} is missing", "start= names a model folder of the same towers")
+    tokenizer = training.towers.folder() / "tokenizer.json"
+    return {
+        "version": f"{of['version']['name']} {of['version']['version']}",
+        "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
+        "subset": of.get("subset"), "rows": list(joined.rows), "found": joined.audit.found,
+        "tokenizer": sha256_file(tokenizer), "start": sha256_file(start) if start else None,
+    }  # fmt: skip
 
 
 def _joined(training: Training, out: Path) -> Joined:
@@ -152,8 +190,6 @@ def _phase(
 ) -> tuple[int, Path]:  # fmt: skip
     """Go on with a phase from `sample` to its end; gives the next one's first sample, and the checkpoint."""
     phase, first = training.phases[number], training.first(number)
-    if phase.batch % ranks.ranks:
-        raise InputError(f"a step of {phase.batch} samples on {ranks.ranks} devices", "make it a multiple")
     config, folder = training.towers.config(phase.px), out / "model"
     if ranks.is_first:
         clip.describe(training.towers, config, folder)
@@ -192,10 +228,11 @@ def _phase(
         images = (batch.images.to(ranks.device).float() / 255 - pixels[0]) / pixels[1]
         captions = None if batch.captions is None else batch.captions.to(ranks.device)
         loss = step(images, batch.texts.to(ranks.device), batch.ok.to(ranks.device), captions)
-        if not math.isfinite(loss):
-            raise unhealthy(out, loss, sample, batch.uids, there)
         if training.sharded:
             _mean_of_heads(model, ranks)
+        for number in (loss, _norm(model)):
+            if not math.isfinite(number):
+                raise unhealthy(out, number, sample, batch.uids, there, ranks.rank)
         optimizer.step()
         optimizer.zero_grad()
         model.bound()
@@ -211,7 +248,7 @@ def _phase(
 
 @dataclass
 class _Seen:
-    """Of samples since the training began or went on."""
+    """Of this process's samples since the training began or went on."""
 
     texts: int = 0
     cut: int = 0
@@ -235,10 +272,6 @@ class _Seen:
 
 def _model(training: Training, config: dict[str, Any], folder: Path, there: Path | None) -> Trained:
     """Fresh, as `start` is, or as it was in the checkpoint `there`."""
-    if bool(training.captioning) != bool(training.towers.decoder_layers):
-        raise InputError(
-            "a decoder and the weight of its loss go together", "give decoder_layers and captioning"
-        )
     made: Any = clip.make(config)
     decoder = None
     if training.towers.decoder_layers:
@@ -275,6 +308,12 @@ def _mean_of_heads(model: Trained, ranks: Ranks) -> None:
         assert head.grad is not None
         dist.all_reduce(head.grad)
         head.grad /= ranks.ranks
+
+
+def _norm(model: Trained) -> float:
+    """Of the gradient, over all devices."""
+    found: Any = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
 
 def _optimizer(training: Training, model: Trained) -> torch.optim.AdamW:

@@ -29,13 +29,14 @@ def demo(
     seed: int = 0,
 ) -> Training:
     """The demo's, of 0.7M parameters, from nothing, on two cores. `lr` is the peak."""
+    rate = lr * 256 / max(1, batch)
     return Training(
         name="demo", version=version, images=images, seed=seed, loss=loss, workers=workers, min_found=0.9,
         towers=Towers(
             vision=vision, text=text, patch=8, context=80, tokenizer="recipes/demo/weights/clip",
             sigmoid=loss == "siglip",
         ),
-        phases=(Phase(px=64, samples=samples, warmup=samples // 10, batch=batch, lr=lr * 256 / batch),),
+        phases=(Phase(px=64, samples=samples, warmup=samples // 10, batch=batch, lr=rate),),
         mix=Mix(p_original=p_original, concat=concat), area=0.9, save_every=50, tensorboard=tensorboard,
     )  # fmt: skip
 

@@ -51,9 +51,10 @@ def retrieval(
     return Benchmark(lambda model: [by_captions.retrieval(model, name, pairs)])
 
 
-def long_captions(*, folder: str, name: str = "long captions") -> Benchmark:
-    """Urban1K's and DOCCI's layout."""
-    pairs = by_captions.one_caption(Path(folder))
+def long_captions(*, folder: str, split: str = "test", name: str = "long captions") -> Benchmark:
+    """Urban1K's and DOCCI's layouts."""
+    is_docci = (Path(folder) / "docci_descriptions.jsonlines").exists()
+    pairs = by_captions.docci(Path(folder), split) if is_docci else by_captions.one_caption(Path(folder))
     return Benchmark(lambda model: [by_captions.retrieval(model, name, pairs)])
 
 

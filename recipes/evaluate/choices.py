@@ -13,6 +13,7 @@ Layouts, each with its protocol:
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def sugarcrepe(folder: Path, images: Path) -> list[Choice]:
     found = []
     for path in sorted(folder.glob("*.json")):
         for item in from_json(dict[str, Item], read_file(path), what=str(path)).values():
-            picture = Picture(str(images / item.filename))
+            picture = Picture(str(inside(images, item.filename)))
             found.append(Choice(picture, item.caption, item.negative_caption, path.stem))
     return _there(found, folder)
 
@@ -71,7 +72,7 @@ def vg_attribution(annotations: Path, images: Path) -> list[Choice]:
     for item in from_json(list[Item], read_file(annotations), what=str(annotations)):
         left, top = int(item.bbox_x), int(item.bbox_y)
         box = left, top, left + int(item.bbox_w), top + int(item.bbox_h)
-        picture = Picture(str(images / item.image_path), box=box)
+        picture = Picture(str(inside(images, item.image_path)), box=box)
         found.append(Choice(picture, item.true_caption, item.false_caption, "_".join(item.attributes)))
     return _there(found, annotations)
 
@@ -81,6 +82,18 @@ def _there(choices: list[Choice], where: Path) -> list[Choice]:
         raise InputError(f"{where} has no choices", "give what the benchmark's authors publish")
     missing(choice.picture for choice in choices)
     return choices
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file that a benchmark names: in its folder, whoever wrote it.
+
+    Raises:
+        InputError: it is somewhere else.
+    """
+    path = os.path.normpath(folder / name)
+    if os.path.isabs(name) or not Path(path).is_relative_to(os.path.normpath(folder)):
+        raise InputError(f"'{name[:200]}' is no image in {folder}", "get the benchmark from its authors")
+    return Path(path)
 
 
 def missing(pictures: Any) -> None:
@@ -128,12 +141,13 @@ def mmvp(folder: Path) -> list[Both]:
     """9 kinds of 15 pairs."""
     with open(folder / "Questions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
-    if len(rows) % 2 or any(len(row) != 3 for row in rows):
+    if not rows or len(rows) % 2 or any(len(row) != 3 or not row[0].strip().isdecimal() for row in rows):
         raise InputError(f"{folder}/Questions.csv has not pairs of number, kind, statement", "get it again")
     images = folder / "MLLM_VLM Images"
     pairs = []
     for one, other in zip(rows[::2], rows[1::2], strict=True):
-        pictures = [Picture(str(images / kind / f"{int(number)}.jpg")) for number, kind, _ in (one, other)]
+        names = (f"{kind}/{int(number)}.jpg" for number, kind, _ in (one, other))
+        pictures = [Picture(str(inside(images, name))) for name in names]
         texts = [PROMPT + statement for _, _, statement in (one, other)]
         pairs.append(Both((pictures[0], pictures[1]), (texts[0], texts[1]), one[1]))
     missing(picture for pair in pairs for picture in pair.pictures)

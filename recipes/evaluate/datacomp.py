@@ -166,7 +166,7 @@ def winogavil(model: Model, benchmark: str, folder: Path) -> Result:
     """
     scores, sizes, hashes = [], [], []
     for path in sorted(folder.glob("*.parquet")):
-        for row in pq.read_table(path).to_pylist():
+        for row in (row for batch in pq.ParquetFile(path).iter_batches(8) for row in batch.to_pylist()):
             names = row["candidates"]
             images = [image["bytes"] for image in row["candidate_images"]]
             true = np.isin(names, row["associations"])

@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from builder import sql
 from builder.errors import InputError
 from builder.machine import Machine
 from builder.stages.clip import Clip, map_ahead
+from builder.stages.imagetar import NO_PICTURE
+from builder.typed import from_json
 
 BATCH = 128
 Vectors = npt.NDArray[np.float32]
@@ -44,7 +47,7 @@ class Picture:
         """
         try:
             image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except NO_PICTURE as error:
             reason = f"{self.name} cannot be decoded: {str(error).partition(' <_io.')[0]}"
             raise InputError(reason, "get it again: a benchmark is asked whole or not at all") from error
         return image.crop(self.box) if self.box else image
@@ -58,16 +61,7 @@ class Model:
     def __init__(self, name: str, training: Path | None = None) -> None:
         self.name = name
         self.clip = Clip(name)
-        beside = Path(name).resolve().parent / "joined"
-        joined = (training / "joined" if training.is_dir() else training) if training else beside
-        self.trained_on = (
-            sorted(map(str, joined.glob("[0-9]*.parquet"))) if joined.is_dir() else [str(joined)]
-        )
-        if not training and not beside.is_dir():
-            self.trained_on = []
-        if training and not (joined.exists() and self.trained_on):
-            reason = f"{training} does not say what was trained on"
-            raise InputError(reason, "name a training's folder, or a parquet file with a column sha256")
+        self.trained_on = _trained_on(training) if training else _of_its_training(Path(name))
 
     def images(self, pictures: Iterable[Picture]) -> tuple[Vectors, list[str]]:
         """(N, E), and each image's sha256."""
@@ -107,3 +101,28 @@ class Model:
             return int(
                 con.sql(f"select count(*) from asked semi join ({read}) using (sha256)").fetchall()[0][0]
             )
+
+
+def _trained_on(training: Path) -> list[str]:
+    """Files with the sha256 of what was trained on.
+
+    Raises:
+        InputError: it does not say that.
+    """
+    found = sorted((training / "joined").glob("[0-9]*.parquet")) if training.is_dir() else [training]
+    if not found or any(
+        path.suffix != ".parquet" or not path.is_file() or "sha256" not in pq.read_schema(path).names
+        for path in found
+    ):
+        reason = f"{training} does not say what was trained on"
+        raise InputError(reason, "name a training's folder, or a parquet file with a column sha256")
+    return list(map(str, found))
+
+
+def _of_its_training(model: Path) -> list[str]:
+    """Of the training that a model lies in, unless it began with another model, of which it is unknown."""
+    out = model.resolve().parent
+    about = out / "training.json"
+    if not about.is_file() or from_json(dict[str, Any], about.read_bytes(), what=str(about)).get("start"):
+        return []
+    return _trained_on(out)

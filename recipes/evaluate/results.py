@@ -59,8 +59,8 @@ class Result:
 
     def __str__(self) -> str:
         shown = ", ".join(f"{m.name} {m.value:.1f} [{m.low:.1f}, {m.high:.1f}]" for m in self.metrics)
-        seen = f"; {self.in_training:,} of the images were trained on" if self.in_training else ""
-        return f"{self.benchmark} ({self.protocol}): {shown}{seen}"
+        seen = "an unknown number" if self.in_training is None else f"{self.in_training:,}"
+        return f"{self.benchmark} ({self.protocol}): {shown}; trained on {seen} of the images"
 
     def value(self, name: str | None = None) -> float:
         """Of a metric, the main one unless named."""

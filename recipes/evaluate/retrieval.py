@@ -3,7 +3,9 @@
 Layouts, each with its protocol:
 
     karpathy      dataset.json of Karpathy's splits (images[].filename, .sentences[].raw, .split)
-    one caption   `<name>.jpg` and `<name>.txt`, of which the first line is the caption: Urban1K, DOCCI
+    one caption   a text file an image, of one name and of which the first line is the caption; side by side,
+                  or in folders `image` and `caption`, as Urban1K
+    docci         docci_descriptions.jsonlines (example_id, split, image_file, description) and `images`
     table         csv or parquet of `image,caption`, as Flickr8k's captions.txt, or JSON {image: [captions]}
     webdataset    clip_benchmark's: test/nshards.txt, test/0.tar, ... of images with a .txt, a caption a line
 
@@ -13,6 +15,7 @@ near as one that is right comes after it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel
 
 from builder.errors import InputError
 from builder.files import read_file, read_lines
 from builder.typed import from_json
-from recipes.evaluate.choices import missing
+from recipes.evaluate.choices import inside, missing
 from recipes.evaluate.model import Model, Picture, Vectors
 from recipes.evaluate.results import Metric, Result, metric
 from recipes.evaluate.webdatasets import samples
@@ -43,17 +47,32 @@ def karpathy(dataset: Path, images: Path, split: str = "test") -> Pairs:
     """COCO (5,000 of the test split, 25,010 captions), Flickr30K (1,000 and 5,000), Flickr8k."""
     read = from_json(dict[str, Any], read_file(dataset), what=str(dataset))
     chosen = [image for image in read["images"] if image["split"] == split]
-    where = [images / image.get("filepath", "") / image["filename"] for image in chosen]
+    where = [inside(images, os.path.join(image.get("filepath", ""), image["filename"])) for image in chosen]
     captions = [[sentence["raw"] for sentence in image["sentences"]] for image in chosen]
     return _pairs(f"karpathy-{split}", where, captions)
 
 
 def one_caption(folder: Path) -> Pairs:
-    """Urban1K's and DOCCI's: the first line of `<name>.txt` is the caption of `<name>.jpg`."""
+    """Urban1K's: the first line of `<name>.txt` is the caption of `<name>.jpg`."""
     texts = sorted(folder.rglob("*.txt"))
     found = [(image, text) for text in texts if (image := _image_of(text))]
     captions = [[text.read_text(encoding="utf-8").partition("\n")[0].strip()] for _, text in found]
     return _pairs("one-caption", [image for image, _ in found], captions)
+
+
+def docci(folder: Path, split: str = "test") -> Pairs:
+    """5,000 of the test split."""
+
+    class Row(BaseModel):
+        split: str
+        image_file: str
+        description: str
+
+    path = folder / "docci_descriptions.jsonlines"
+    rows = [from_json(Row, line, what=str(path)) for line in read_lines(path) if line.strip()]
+    chosen = [row for row in rows if row.split == split]
+    where = [inside(folder / "images", row.image_file) for row in chosen]
+    return _pairs(f"docci-{split}", where, [[row.description] for row in chosen])
 
 
 def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
@@ -65,7 +84,9 @@ def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
         rows = [(image, caption) for image, captions in given.items() for caption in captions]
     else:
         table = (
-            pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=False)
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, keep_default_na=False, dtype=str)
         )
         if not {"image", "caption"} <= set(table.columns):
             reason = f"{path} has not the columns image and caption"
@@ -77,7 +98,7 @@ def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
         if image in chosen:
             captions.setdefault(image, []).append(caption)
     protocol = f"table-{only.stem}" if only else "table"
-    return _pairs(protocol, [images / name for name in captions], list(captions.values()))
+    return _pairs(protocol, [inside(images, str(name)) for name in captions], list(captions.values()))
 
 
 def webdataset(folder: Path) -> Pairs:
@@ -85,7 +106,8 @@ def webdataset(folder: Path) -> Pairs:
 
 
 def _image_of(text: Path) -> Path | None:
-    found = (text.with_suffix(kind) for kind in PICTURES)
+    places = [text.parent, *(text.parent.with_name(name) for name in ("image", "images"))]
+    found = (place / f"{text.stem}{kind}" for place in places for kind in PICTURES)
     return next((image for image in found if image.exists()), None)
 
 

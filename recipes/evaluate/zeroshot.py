@@ -47,6 +47,8 @@ def image_folder(folder: Path, names: Path, templates: Path | None = None) -> Cl
         InputError: names and folders are not each other's, or a template has no {}.
     """
     folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if all(name.isdecimal() for name in folders):  # ImageNet-V2's are 0 to 999
+        folders.sort(key=int)
     lines = _lines(names)
     if all("\t" in line for line in lines):
         named = dict(line.split("\t", 1) for line in lines)
