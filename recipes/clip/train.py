@@ -230,9 +230,9 @@ def _phase(
         loss = step(images, batch.texts.to(ranks.device), batch.ok.to(ranks.device), captions)
         if training.sharded:
             _mean_of_heads(model, ranks)
-        for number in (loss, _norm(model)):
-            if not math.isfinite(number):
-                raise unhealthy(out, number, sample, batch.uids, there, ranks.rank)
+        for found in (loss, _norm(model)):
+            if not math.isfinite(found):
+                raise unhealthy(out, found, sample, batch.uids, there, ranks.rank)
         optimizer.step()
         optimizer.zero_grad()
         model.bound()
