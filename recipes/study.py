@@ -202,7 +202,7 @@ def studied(
         version, images = demo_version(out, rows, port, say)
     chosen = {arm: [training(arm, seed, version, images, samples) for seed in range(seeds)] for arm in arms}
     benchmark = partial(demo_benchmark, folder=str(out / "benchmark"), scenes=scenes)
-    return begun, run(chosen, benchmark, f"demo-{scenes}", out / f"samples-{samples}", say)
+    return begun, run(chosen, benchmark, f"world-{scenes}", out / f"samples-{samples}", say)
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:

@@ -128,7 +128,7 @@ def _train(version: Path, run: Path | str, near: Path) -> None:
     }
     scenes = partial(benchmark, folder=str(near.with_name("demo-benchmark")), scenes=300)
     click.echo("\nTwo small CLIPs, trained on original captions only and on both:\n")
-    found = study(arms, scenes, "demo-300", place, lambda _: None)
+    found = study(arms, scenes, "world-300", place, lambda _: None)
     for metric in ("T2I R@1", "T2I R@5", "I2T R@5"):
         told = ", ".join(f"{name} {found.value(name, DESCRIBED, metric).value:.1f} %" for name in arms)
         more = found.difference("mixed", "originals only", DESCRIBED, metric)

@@ -107,12 +107,12 @@ def demo(*, folder: str = "runs/demo-benchmark", scenes: int = 1000) -> Benchmar
     scenes of one thing by its colour and shape.
     """
     place = Path(folder, str(scenes))
-    if not (place / "names.txt").exists():
+    if not (place / "templates.txt").exists():
         _draw(place, scenes)
     described, alt = (
         by_captions.table(place / f"{kind}.csv", place / "scenes") for kind in ("described", "alt")
     )
-    classes = by_names.image_folder(place / "one", place / "names.txt")
+    classes = by_names.image_folder(place / "one", place / "names.txt", place / "templates.txt")
     return Benchmark(
         lambda model: [
             by_captions.retrieval(model, "world, by descriptions", described),
@@ -123,7 +123,7 @@ def demo(*, folder: str = "runs/demo-benchmark", scenes: int = 1000) -> Benchmar
 
 
 def _draw(place: Path, scenes: int) -> None:
-    """names.txt is written last."""
+    """templates.txt is written last."""
     from recipes.demo import world
 
     (place / "scenes").mkdir(parents=True, exist_ok=True)
@@ -149,4 +149,5 @@ def _draw(place: Path, scenes: int) -> None:
             image = world.jpeg(world.draw(scene, 128), 90)
             (place / "one" / scene.things[0].name / f"{seed}.jpg").write_bytes(image)
             found += 1
-    (place / "names.txt").write_text("".join(f"{name}\ta {name}\n" for name in sorted(classes)))
+    (place / "names.txt").write_text("".join(f"{name}\t{name}\n" for name in sorted(classes)))
+    (place / "templates.txt").write_text("{}\n")  # as alt text has them: in this world nothing is a photo
