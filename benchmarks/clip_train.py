@@ -77,7 +77,7 @@ def made(folder: Path, number: int, px: int) -> tuple[Path, Path]:
 def ours(folder: Path, about: dict[str, Any], turn: int) -> float:
     out = folder / f"ours-{turn}"
     command = [sys.executable, __file__, "--ours", json.dumps({**about, "out": str(out)})]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(out)
     return float(done.stdout.splitlines()[-1])
 
@@ -87,7 +87,7 @@ def train_ours(about: dict[str, Any]) -> float:
     training.REPORT_S = 0.0
     number, steps, batch = about["number"], about["steps"], about["batch"]
     audit = Audit(number, number, 0, number, 0)
-    of = json.dumps({"version": {"name": "benchmark", "version": "0"}})
+    of = json.dumps({"version": {"name": "benchmark", "version": "0", "files": {}}})
     joined = Joined(Path(about["joined"]), (number,), ("org_caption", "re_caption"), audit, of)
     loop._joined = lambda *_: joined
     phase = Phase(px=about["px"], samples=number, warmup=0, batch=batch, lr=1e-5)

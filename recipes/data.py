@@ -160,7 +160,7 @@ class Picture:
         opened = Image.open(io.BytesIO(image)).convert("RGB")
         box = self._box(opened.width, opened.height, at) if self.area < 1 else None
         small = opened.resize((self.px, self.px), Image.Resampling.BILINEAR, box=box)  # with antialias
-        return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(small)).permute(2, 0, 1)  # as it lies in memory
 
     def _box(self, width: int, height: int, at: tuple[object, ...]) -> tuple[float, float, float, float]:
         """torchvision's RandomResizedCrop, with ratios from 3/4 to 4/3; ten tries, then the whole."""
@@ -230,14 +230,17 @@ class Pairs(Dataset[Batch | UserError]):
             try:
                 images.append(self.picture.of(image, (self.seed, epoch, row["uid"])))
             except NO_PICTURE:  # counted by whoever trains
-                images.append(torch.zeros((3, self.picture.px, self.picture.px), dtype=torch.uint8))
+                images.append(
+                    torch.zeros((self.picture.px, self.picture.px, 3), dtype=torch.uint8).permute(2, 0, 1)
+                )
                 ok.append(False)
             else:
                 ok.append(True)
         texts, cut = self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
         captions = self.captions([self.mix.caption(row) for row, _ in rows])[0] if self.captions else None
         uids = [row["uid"] for row, _ in rows]
-        return Batch(uids, torch.stack(images), texts, torch.tensor(ok), cut, captions)
+        pixels = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+        return Batch(uids, pixels, texts, torch.tensor(ok), cut, captions)
 
 
 class _File:
