@@ -18,7 +18,7 @@ from builder.versions.publish import publish
 from recipes import datasets as recipes
 from recipes.demo import web
 
-SAMPLES = 7_500  # of each of the two trainings at the end
+SAMPLES = 25_000  # of each of the two trainings at the end: with fewer both know nothing yet
 DESCRIBED = "world, by descriptions"
 
 
@@ -121,8 +121,15 @@ def _train(version: Path, run: Path | str, near: Path) -> None:
     arms = {
         name: [
             trainings.demo(
-                version=str(version), images=str(run), samples=SAMPLES, workers=0, p_original=p_original
-            )
+                version=str(version),
+                images=str(run),
+                samples=SAMPLES,
+                workers=0,
+                p_original=p_original,
+                vision="P",
+                text="P",
+                lr=2e-3,
+            )  # fmt: skip
         ]
         for name, p_original in (("originals only", 1.0), ("mixed", 0.5))
     }
