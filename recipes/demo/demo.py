@@ -118,21 +118,11 @@ def _train(version: Path, run: Path | str, near: Path) -> None:
 
     begun = time.monotonic()
     place = near.with_name(f"{near.name}-clip")
-    arms = {
-        name: [
-            trainings.demo(
-                version=str(version),
-                images=str(run),
-                samples=SAMPLES,
-                workers=0,
-                p_original=p_original,
-                vision="P",
-                text="P",
-                lr=2e-3,
-            )  # fmt: skip
-        ]
-        for name, p_original in (("originals only", 1.0), ("mixed", 0.5))
-    }
+    of = partial(
+        trainings.demo, version=str(version), images=str(run), samples=SAMPLES, workers=0, vision="P",
+        text="P", lr=2e-3,
+    )  # fmt: skip
+    arms = {"originals only": [of(p_original=1.0)], "mixed": [of(p_original=0.5)]}
     scenes = partial(benchmark, folder=str(near.with_name("demo-benchmark")), scenes=300)
     click.echo("\nTwo small CLIPs, trained on original captions only and on both:\n")
     found = study(arms, scenes, "world-300", place, lambda _: None)
