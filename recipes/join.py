@@ -109,7 +109,7 @@ def join(
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)
-    there = _there(folder)
+    there = read(folder)
     if there is None or there.of != made_of:
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / "join.json", *folder.glob("[0-9]*.parquet")):
@@ -149,13 +149,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(files))
 
 
-def _there(folder: Path) -> Joined | None:
+def read(folder: Path) -> Joined | None:
+    """The join that lies in a folder, if one does."""
     path = folder / "join.json"
     if not path.exists():
         return None
-    read = from_json(dict[str, Any], read_file(path), what=str(path))
+    found = from_json(dict[str, Any], read_file(path), what=str(path))
     return Joined(
-        folder, tuple(read["rows"]), tuple(read["captions"]), Audit(**read["audit"]), str(read["of"])
+        folder, tuple(found["rows"]), tuple(found["captions"]), Audit(**found["audit"]), str(found["of"])
     )
 
 

@@ -16,7 +16,7 @@ from builder.files import sha256_file
 from builder.stages.clip import Clip
 from builder.versions.folder import Folder
 from builder.versions.version import MANIFEST, VERSION, Published, Staged, Target
-from recipes.clip.model import CONFIG, TOKENIZER, WEIGHTS
+from recipes.clip.model import CONFIG, TOKENIZER, WEIGHTS, read_config
 from recipes.evaluate.results import Result
 
 HUB = "hf://"
@@ -48,8 +48,10 @@ def push_model(
         for file in FILES:
             if (model / file).exists():
                 shutil.copyfile(model / file, Path(folder, file))  # a link would be a version that can change
-        config = json.loads((model / CONFIG).read_text())
-        if "hf_tokenizer_name" in config["model_cfg"]["text_cfg"]:  # a place on this machine, until now
+        config = read_config(model)
+        if "hf_tokenizer_name" in config["model_cfg"].get(
+            "text_cfg", {}
+        ):  # a place on this machine, until now
             config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = (
                 target.removeprefix(HUB) if target.startswith(HUB) else name
             )
@@ -81,13 +83,9 @@ def _table(results: Sequence[Result]) -> str:
         return ""
     rows = [
         f"| {result.benchmark} | {result.protocol} | {metric.name} | {metric.value:.1f} | "
-        f"{metric.low:.1f} to {metric.high:.1f} | {_seen(result)} |"
+        f"{metric.low:.1f} to {metric.high:.1f} | {result.seen} |"
         for result in results
         for metric in result.metrics
     ]
     head = "| benchmark | protocol | metric | % | 95 % interval | images trained on |"
     return "\n".join(["", "## Evaluation", "", head, "|" + " --- |" * 6, *rows, ""])
-
-
-def _seen(result: Result) -> str:
-    return "not known" if result.in_training is None else f"{result.in_training:,}"

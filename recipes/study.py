@@ -10,12 +10,11 @@ arms beside each other the same draws.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ import torch
 from builder.errors import InputError
 from builder.machine import Machine
 from builder.shown import echo
-from recipes.clip.train import Training, train
+from recipes.clip.train import FREE, Training, train
 from recipes.evaluate import results
 from recipes.evaluate.benchmarks import Benchmark
 from recipes.evaluate.benchmarks import demo as demo_benchmark
 from recipes.evaluate.model import Model
 from recipes.evaluate.results import DRAWS, Metric, Numbers, Result
+from recipes.training import ALONE, settle
 
 Arms = Mapping[str, Sequence[Training]]
 """Of each arm a training a seed."""
@@ -51,7 +51,10 @@ def run(
         for training in trainings[number : number + 1]
     ]  # seed by seed: what is interrupted has something of each arm
     file = f"results-{name}.json"
-    left = [job for job in jobs if not ((job[0] / file).exists() and _is(job[0], job[1]))]
+    for out, training in jobs:
+        if out.exists():
+            settle(training, out, FREE, ALONE)
+    left = [job for job in jobs if not (job[0] / file).exists()]
     begun = time.monotonic()
     benchmark()  # it is drawn once
     at_once = 1 if torch.cuda.is_available() else max(1, round(Machine.here().cpus))
@@ -68,12 +71,6 @@ def run(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return Found({arm: [folder / arm / str(one.seed) / file for one in of] for arm, of in arms.items()})
-
-
-def _is(out: Path, training: Training) -> bool:
-    """Is it this training's folder?"""
-    path = out / "training.json"
-    return path.exists() and json.loads(path.read_text()) == json.loads(json.dumps(asdict(training)))
 
 
 def _one(out: Path, training: Training, benchmark: Callable[[], Benchmark], file: str) -> str:
@@ -144,27 +141,14 @@ def _value(draws: Sequence[float]) -> Value:
 
 def demo_version(folder: Path, rows: int, port: int, say: Callable[[str], None]) -> tuple[Path, Path]:
     """(version, run) of a demo of so many rows: its web, the whole line, published."""
-    from builder import run as runs
-    from builder.executors.local import local
-    from builder.versions.publish import publish
-    from recipes import datasets
-    from recipes.demo import web
+    from recipes.demo.demo import line
 
-    place, site, target = (
-        folder / f"demo-{rows}",
-        folder / f"web-{rows}-{port}",
-        folder / f"demo-{rows}-published",
-    )
+    place, target = folder / f"demo-{rows}", folder / f"demo-{rows}-published"
     if (target / "latest").exists():
         return target / "latest", place
     begun = time.monotonic()
-    if not (site / "truth.json").exists():
-        web.make(site, rows=rows, port=port)
-    with web.serve(site, port):
-        built = runs.build(datasets.demo(web=str(site)), place, executor=local)
-    if built.failed:
-        raise InputError(f"{len(built.failed)} shards of {place} failed: {next(iter(built.failed.values()))}")
-    publish(place, str(target), "0.1.0")
+    if line(place, folder / f"web-{rows}-{port}", target, rows=rows, port=port) is None:
+        raise InputError(f"shards of {place} failed", "the same command tries them again")
     say(f"{rows} rows were built and published in {(time.monotonic() - begun) / 60:.1f} min")
     return target / "latest", place
 

@@ -60,12 +60,8 @@ class Ranks:
         if self.ranks > 1:
             dist.barrier(group=self.waiting)
 
-    def one_by_one(self) -> Iterator[None]:
-        """The body of the loop is run by the first process, then by the second, ..."""
-        for number in range(self.ranks):
-            if number == self.rank:
-                yield
-            self.wait()
+
+ALONE = Ranks(0, 1, "cpu")
 
 
 @contextmanager
@@ -217,6 +213,7 @@ class Report:
         if self.board:
             for name, value in line.items():
                 self.board.add_scalar(name, value, sample)
+            self.board.flush()
         told = ", ".join(
             f"{name} {_short(value)}" for name, value in line.items() if name != "sample" and value
         )

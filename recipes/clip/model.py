@@ -31,32 +31,15 @@ from builder.stages.clip import cutter
 Size = Literal["P", "N", "T", "S", "B", "L", "H"]
 # layers, width, heads: table 4's small, base, large and huge; pico, nano and tiny are the demo's.
 VISION = {
-    "P": (2, 64, 2),
-    "N": (3, 96, 3),
-    "T": (4, 128, 4),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "H": (32, 1280, 16),
-}
+    "P": (2, 64, 2), "N": (3, 96, 3), "T": (4, 128, 4),
+    "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "H": (32, 1280, 16),
+}  # fmt: skip
 TEXT = {
-    "P": (1, 64, 2),
-    "N": (2, 96, 3),
-    "T": (3, 128, 4),
-    "S": (12, 384, 6),
-    "B": (12, 512, 8),
-    "L": (12, 768, 12),
-    "H": (24, 1024, 16),
-}
-EMBED = {
-    "P": 64,
-    "N": 96,
-    "T": 128,
-    "S": 384,
-    "B": 512,
-    "L": 768,
-    "H": 1024,
-}  # of both towers, by the vision tower's size
+    "P": (1, 64, 2), "N": (2, 96, 3), "T": (3, 128, 4),
+    "S": (12, 384, 6), "B": (12, 512, 8), "L": (12, 768, 12), "H": (24, 1024, 16),
+}  # fmt: skip
+# of both towers, by the vision tower's size
+EMBED = {"P": 64, "N": 96, "T": 128, "S": 384, "B": 512, "L": 768, "H": 1024}
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 MAX_SCALE = math.log(100)
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"

@@ -34,7 +34,7 @@ from recipes.clip import model as clip
 from recipes.clip.losses import Loss, Step
 from recipes.clip.model import Decoder, Tokenizer, Towers, Trained
 from recipes.data import Batch, Mix, Pairs, Picture, batches, drawn
-from recipes.join import ORIGINAL, Joined, join
+from recipes.join import ORIGINAL, Joined, join, read
 from recipes.training import (
     Precision,
     Ranks,
@@ -144,9 +144,7 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
             reason = f"a step of {wrong[0]} samples on {ranks.ranks} devices"
             raise InputError(reason, "make it a multiple of them")
         settle(training, out, FREE, ranks)
-        for _ in ranks.one_by_one():  # the first one joins, the others find it done
-            with telling_of_a_full_disk(out):
-                joined = _joined(training, out)
+        joined = _joined(training, out, ranks)
         settle_data(_data(training, joined), out, ranks)
         if ranks.is_first:
             say(f"{joined.audit}")
@@ -175,13 +173,20 @@ def _data(training: Training, joined: Joined) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _joined(training: Training, out: Path) -> Joined:
+def _joined(training: Training, out: Path, ranks: Ranks) -> Joined:
+    """The first process joins, the others read what it wrote."""
     names = tuple(name for name in training.mix.captions if name != ORIGINAL)
     subset = Path(training.subset) if training.subset else None
-    return join(
-        training.version, training.images, out / "joined",
-        captions=names, subset=subset, min_found=training.min_found,
-    )  # fmt: skip
+    if ranks.is_first:
+        with telling_of_a_full_disk(out):
+            join(
+                training.version, training.images, out / "joined",
+                captions=names, subset=subset, min_found=training.min_found,
+            )  # fmt: skip
+    ranks.wait()
+    found = read(out / "joined")
+    assert found is not None
+    return found
 
 
 def _phase(

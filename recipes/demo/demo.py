@@ -42,23 +42,10 @@ def demo(
     start = time.monotonic()
     near = run if isinstance(run, Path) else Path("runs", run.rstrip("/").rpartition("/")[2])
     site = near.with_name(f"{near.name}-web-{rows}-{port}")
-    if not (site / "truth.json").exists():
-        click.echo(f"drawing {rows} pictures for a small web on {web.HOST}:{port}", err=True)
-        web.make(site, rows=rows, port=port)
-    with web.serve(site, port):
-        recipe = recipes.demo(web=str(site), every=every)
-        result = runs.build(recipe, run, executor=executor, progress=progress)
-    if result.failed:
-        for name, reason in result.failed.items():
-            click.echo(f"failed: {name}: {reason}", err=True)
-        return 1
     target = near.with_name(f"{near.name}-published")
-    try:
-        folder = Path(publish(run, str(target), "0.1.0").place)
-    except VersionError as error:
-        raise VersionError(
-            error.message, f"an older demo lies there; to begin afresh: rm -r {target}"
-        ) from error
+    folder = line(run, site, target, rows=rows, port=port, every=every, executor=executor, progress=progress)
+    if folder is None:
+        return 1
     rows_there = datasets.load_dataset(str(folder), split="train")
     statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
 
@@ -88,7 +75,9 @@ def demo(
     click.echo("\nWhat became of every URL:\n")
     for r in statistics["rows_by_status"]["rows"]:
         click.echo(f"  {r['status']:<16} {r['rows']:>6} {r['percent']:>6} %")
-    if train:
+    if train and "://" in str(run):
+        click.echo(f"\nNothing is trained on it: the images of {run} are not on this machine.")
+    elif train:
         _train(folder, run, near)
     models = "captioner=FOLDER_OR_HUB_ID@REVISION clip=FOLDER_OR_HUB_ID@REVISION"
     click.echo(
@@ -108,6 +97,29 @@ What to type next:
 """
     )
     return 0
+
+
+def line(
+    run: Path | str, site: Path, target: Path, *, rows: int, port: int, every: bool = False,
+    executor: runs.Executor = local, progress: runs.Progress | None = None,
+) -> Path | None:  # fmt: skip
+    """Draw and serve a small web, build it, publish 0.1.0; where that lies, or None where shards failed."""
+    if not (site / "truth.json").exists():
+        click.echo(f"drawing {rows} pictures for a small web on {web.HOST}:{port}", err=True)
+        web.make(site, rows=rows, port=port)
+    with web.serve(site, port):
+        recipe = recipes.demo(web=str(site), every=every)
+        result = runs.build(recipe, run, executor=executor, progress=progress)
+    for name, reason in result.failed.items():
+        click.echo(f"failed: {name}: {reason}", err=True)
+    if result.failed:
+        return None
+    try:
+        return Path(publish(run, str(target), "0.1.0").place)
+    except VersionError as error:
+        raise VersionError(
+            error.message, f"an older demo lies there; to begin afresh: rm -r {target}"
+        ) from error
 
 
 def _train(version: Path, run: Path | str, near: Path) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks of models, one a file; every number has its protocol, its sample count and an interval."""
+"""Benchmarks of models, a file a way of asking; every number has its protocol and an interval."""

@@ -30,6 +30,7 @@ from recipes.evaluate.zeroshot import (
     Classified,
     accuracies,
     classified,
+    ranks,
     webdataset,
     weights,
     zeroshot,
@@ -154,8 +155,7 @@ def macro_f1(found: Classified) -> Metric:
 
 def worst(task: Task, found: Classified, groups: Sequence[int]) -> Metric:
     """Of the groups that have an image the one with the lowest accuracy."""
-    right_N = found.scores_NC[np.arange(len(groups)), found.labels_N]
-    ranks_N = (found.scores_NC > right_N[:, None]).sum(1)
+    ranks_N = ranks(found.scores_NC, found.labels_N)
     within = 5 if task.main.endswith("top-5") else 1
     return metric(task.main, ranks_N < within, groups=groups, statistic="worst")
 

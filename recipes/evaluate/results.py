@@ -59,8 +59,12 @@ class Result:
 
     def __str__(self) -> str:
         shown = ", ".join(f"{m.name} {m.value:.1f} [{m.low:.1f}, {m.high:.1f}]" for m in self.metrics)
-        seen = "an unknown number" if self.in_training is None else f"{self.in_training:,}"
-        return f"{self.benchmark} ({self.protocol}): {shown}; trained on {seen} of the images"
+        return f"{self.benchmark} ({self.protocol}): {shown}; images trained on: {self.seen}"
+
+    @property
+    def seen(self) -> str:
+        """Of the images, those that were trained on."""
+        return "not known" if self.in_training is None else f"{self.in_training:,}"
 
     def value(self, name: str | None = None) -> float:
         """Of a metric, the main one unless named."""

@@ -159,10 +159,15 @@ def weights(model: Model, names: Sequence[str], templates: Sequence[str]) -> Vec
     return np.stack(found)
 
 
+def ranks(scores_NC: Vectors, labels_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(N) how many classes are nearer to an image than its own."""
+    right_N = scores_NC[np.arange(len(labels_N)), labels_N]
+    return np.asarray((scores_NC > right_N[:, None]).sum(1))
+
+
 def accuracies(scores_NC: Vectors, labels_N: npt.NDArray[Any], classes: int) -> tuple[Metric, ...]:
     """An image is a hit at k if fewer than k classes are nearer to it than its own."""
-    right_N = scores_NC[np.arange(len(labels_N)), labels_N]
-    ranks_N = (scores_NC > right_N[:, None]).sum(1)
+    ranks_N = ranks(scores_NC, labels_N)
     found = [metric("top-1", ranks_N < 1)]
     if classes > 5:
         found.append(metric("top-5", ranks_N < 5))
