@@ -67,7 +67,7 @@ def one(rows: int) -> None:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         version = Version(LocalFileSystem(), text, made(folder, rows), None)  # type: ignore[arg-type]
-        join.images_of = lambda _: images(rows)
+        join.images_of = lambda *_: images(rows)
         out, before = folder / "joined", psutil.Process().memory_info().rss
         out.mkdir()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is the join's alone

@@ -13,9 +13,10 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import accumulate
 from typing import Any
@@ -24,13 +25,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from builder.errors import InputError, UserError
 from builder.stages.imagetar import NO_PICTURE
 from recipes.join import ORIGINAL, Joined
 
 POOL = 8  # shards whose samples are shuffled together
+AHEAD = 2  # batches that a worker makes before the first of them is asked for
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -157,10 +159,13 @@ class Picture:
         """Raises:
         OSError: it is no image.
         """
-        opened = Image.open(io.BytesIO(image)).convert("RGB")
+        opened: Image.Image = Image.open(io.BytesIO(image))
+        if opened.mode != "RGB":
+            opened = opened.convert("RGB")
         box = self._box(opened.width, opened.height, at) if self.area < 1 else None
         small = opened.resize((self.px, self.px), Image.Resampling.BILINEAR, box=box)  # with antialias
-        return torch.from_numpy(np.array(small)).permute(2, 0, 1)  # as it lies in memory
+        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+        return pixels.view(self.px, self.px, 3).permute(2, 0, 1)  # as it lies in memory
 
     def _box(self, width: int, height: int, at: tuple[object, ...]) -> tuple[float, float, float, float]:
         """torchvision's RandomResizedCrop, with ratios from 3/4 to 4/3; ten tries, then the whole."""
@@ -210,8 +215,9 @@ class Pairs(Dataset[Batch | UserError]):
         self.captions = captions
         self.seed, self.batch = seed, batch
         self.order = Order(joined.rows, seed)
-        self._tables = lru_cache(2 * POOL)(joined.shard)
+        self._tables = lru_cache(2 * POOL)(partial(_columns, joined))
         self._file = lru_cache(4 * POOL)(_File)
+        self._room: deque[torch.Tensor] = deque()
 
     def __getitem__(self, number: int) -> Batch | UserError:
         """A user's error comes as it is: raised in a worker it would come as text, hint and all lost."""
@@ -224,7 +230,7 @@ class Pairs(Dataset[Batch | UserError]):
         rows, images, ok = [], [], []
         for sample in range(number, number + self.batch):
             epoch, shard, place = self.order.at(sample)
-            row = _row(self._tables(shard), place)
+            row = {name: column[place].as_py() for name, column in self._tables(shard).items()}
             rows.append((row, epoch))
             image = self._file(row["file"]).read(row["start"], row["bytes"])
             try:
@@ -239,8 +245,20 @@ class Pairs(Dataset[Batch | UserError]):
         texts, cut = self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
         captions = self.captions([self.mix.caption(row) for row, _ in rows])[0] if self.captions else None
         uids = [row["uid"] for row, _ in rows]
-        pixels = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-        return Batch(uids, pixels, texts, torch.tensor(ok), cut, captions)
+        pixels = torch.stack([image.permute(1, 2, 0) for image in images], out=self._pixels())
+        return Batch(uids, pixels.permute(0, 3, 1, 2), texts, torch.tensor(ok), cut, captions)
+
+    def _pixels(self) -> torch.Tensor | None:
+        """Where a worker process puts a batch's: what is shared is written again and again, for new pages cost
+        more than the copy that `batches` makes. It is asked for a batch when the one AHEAD before it is taken.
+        """
+        if get_worker_info() is None:
+            return None
+        if len(self._room) < AHEAD + 2:
+            empty = torch.empty((self.batch, self.picture.px, self.picture.px, 3), dtype=torch.uint8)
+            self._room.append(empty.share_memory_())
+        self._room.rotate()
+        return self._room[0]
 
 
 class _File:
@@ -264,8 +282,9 @@ class _File:
             os.close(self.descriptor)
 
 
-def _row(table: pa.Table, number: int) -> dict[str, Any]:
-    return {name: table[name][number].as_py() for name in table.column_names}
+def _columns(joined: Joined, shard: int) -> dict[str, pa.Array]:
+    table = joined.shard(shard).combine_chunks()
+    return {name: table[name].chunk(0) for name in table.column_names}
 
 
 def batches(
@@ -279,9 +298,10 @@ def batches(
     firsts = range(start + rank * pairs.batch, samples - step + 1 + rank * pairs.batch, step)
     loader = DataLoader(
         pairs, batch_size=None, sampler=firsts, num_workers=workers,
-        prefetch_factor=2 if workers else None, pin_memory=torch.cuda.is_available(),
+        prefetch_factor=AHEAD if workers else None, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        pinned = not workers or batch.images.is_pinned()
+        yield batch if pinned else replace(batch, images=batch.images.clone())

@@ -35,6 +35,7 @@ from builder.versions.version import Version
 ORIGINAL = "org_caption"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 FILES_A_SHARD = 10_000
+HASHED = "run img2dataset with compute_hash=sha256"
 MEMORY = "1500MB"  # DuckDB spills beyond
 _FOUND = pa.schema(
     [
@@ -92,9 +93,9 @@ def join(
 ) -> Joined:
     """Join a version's rows with images, or take the join that lies in `folder` where it is the same.
 
-    `images` is a run, img2dataset's webdataset output, or a folder of pictures, which are known by what they
-    hold. `subset` is what `recap select` writes: subset.npy, or subset.parquet, which also says with which
-    caption a row is trained on, `org_caption+re_caption` being both; in `caption`, null elsewhere.
+    `images` is a run, what img2dataset wrote as tars or as parquet, or a folder of pictures, which are known
+    by what they hold. `subset` is what `recap select` writes: subset.npy, or subset.parquet, which also says
+    with which caption a row is trained on, `org_caption+re_caption` being both; in `caption`, null elsewhere.
 
     Raises:
         InputError: fewer than `min_found` of the rows found their image, or something is not what it should
@@ -112,7 +113,7 @@ def join(
     there = read(folder)
     if there is None or there.of != made_of:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / "join.json", *folder.glob("[0-9]*.parquet")):
+        for old in (folder / "join.json", *folder.glob("[0-9]*.*")):
             old.unlink(missing_ok=True)
         rows, audit = _join(opened, images, folder, columns, subset)
         there = Joined(folder, rows, columns, audit, made_of)
@@ -168,7 +169,7 @@ def _join(
         con.execute(
             "create table found(uid text, sha256 text, shard int, file text, start bigint, bytes bigint)"
         )
-        images_found = images_of(images)
+        images_found = images_of(images, folder)
         while some := list(islice(images_found, 50_000)):
             con.register("batch", pa.table(list(map(pa.array, zip(*some, strict=True))), schema=_FOUND))
             con.execute("insert into found from batch")
@@ -277,8 +278,9 @@ def _write(con: duckdb.DuckDBPyConnection, folder: Path, captions: tuple[str, ..
         yield stop - start
 
 
-def images_of(place: str) -> Iterator[tuple[str | None, str, int, str, int, int]]:
-    """(uid or None, sha256, shard, file, where in it, bytes) of every image.
+def images_of(place: str, folder: Path) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    """(uid or None, sha256, shard, file, where in it, bytes) of every image. What cannot be read where it
+    lies is written to `folder`.
 
     Raises:
         InputError: nothing of the kinds that `join` knows is there.
@@ -290,11 +292,13 @@ def images_of(place: str) -> Iterator[tuple[str | None, str, int, str, int, int]
         raise InputError(f"{place} is no folder", "name a run, img2dataset's output, or a folder of pictures")
     if tars := sorted(path.glob("*.tar")):
         return _of_tars(tars)
+    if tables := list(_with_pictures(path)):
+        return _of_tables(tables, folder)
     pictures = (file for file in _walk(path) if file.suffix.lower() in PICTURES)
     first = next(pictures, None)
     if first is None:
         hint = f"name a run, img2dataset's output, or a folder of {', '.join(PICTURES)}"
-        raise InputError(f"{place} has neither tars nor pictures", hint)
+        raise InputError(f"{place} has neither tars nor tables of pictures nor pictures", hint)
     return (
         (None, sha256_file(file), number // FILES_A_SHARD, str(file), 0, file.stat().st_size)
         for number, file in enumerate(chain([first], pictures))
@@ -323,8 +327,7 @@ def _of_tars(tars: list[Path]) -> Iterator[tuple[str | None, str, int, str, int,
         beside = path.with_suffix(".parquet")
         there = pq.read_schema(beside).names if beside.exists() else []
         if not {"key", "sha256"} <= set(there):
-            reason = f"{beside} is missing, or has not key and sha256"
-            raise InputError(reason, "run img2dataset with compute_hash=sha256")
+            raise InputError(f"{beside} is missing, or has not key and sha256", HASHED)
         table = pq.read_table(beside, columns=[name for name in ("key", "sha256", "uid") if name in there])
         known = {row["key"]: row for row in table.to_pylist()}
         with tarfile.open(path) as tar:
@@ -333,3 +336,27 @@ def _of_tars(tars: list[Path]) -> Iterator[tuple[str | None, str, int, str, int,
                 if f".{extension.lower()}" in PICTURES and key in known:
                     row = known[key]
                     yield row.get("uid"), row["sha256"], shard, str(path), member.offset_data, member.size
+
+
+def _with_pictures(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Tables that hold pictures, and in which column."""
+    for path in sorted(folder.glob("*.parquet")):
+        there = pq.read_schema(path).names
+        yield from ((path, kind[1:]) for kind in PICTURES if kind[1:] in there)
+
+
+def _of_tables(
+    tables: list[tuple[Path, str]], folder: Path
+) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    """img2dataset's parquet output. A picture in a page of parquet cannot be read alone: a copy can."""
+    for shard, (path, column) in enumerate(tables):
+        there = pq.ParquetFile(path)
+        names = [name for name in ("sha256", "uid", column) if name in there.schema_arrow.names]
+        if "sha256" not in names:
+            raise InputError(f"{path} has no sha256", HASHED)
+        with open(folder / f"{shard:05d}.images", "wb") as file:
+            for batch in there.iter_batches(256, columns=names):
+                for row in batch.to_pylist():
+                    if (picture := row[column]) is not None:
+                        yield row.get("uid"), row["sha256"], shard, file.name, file.tell(), len(picture)
+                        file.write(picture)

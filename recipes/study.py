@@ -59,9 +59,7 @@ def run(
     benchmark()  # it is drawn once
     at_once = 1 if torch.cuda.is_available() else max(1, round(Machine.here().cpus))
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        at_once, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_on_one_core) as pool:
         doing = [pool.submit(_one, *job, benchmark, file) for job in left]
         try:
             for number, done in enumerate(as_completed(doing), 1):
@@ -71,6 +69,11 @@ def run(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return Found({arm: [folder / arm / str(one.seed) / file for one in of] for arm, of in arms.items()})
+
+
+def _on_one_core() -> None:
+    """By its name in the process that begins: an engine of vLLM in this one has replaced torch's own."""
+    torch.set_num_threads(1)
 
 
 def _one(out: Path, training: Training, benchmark: Callable[[], Benchmark], file: str) -> str:

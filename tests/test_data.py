@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, a_version, output_of
+from img2dataset.writer import ParquetSampleWriter
 from PIL import Image
 
 from builder.errors import InputError
@@ -135,6 +136,30 @@ def test_what_img2dataset_wrote_is_joined(
             assert file.read(row["bytes"]) == picture(10 * min(int(row["uid"], 16), 4))
 
 
+def test_what_img2dataset_wrote_as_parquet_is_joined(
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """By its own writer: what could not be downloaded is a row without a picture."""
+    version, rows = few
+    (tmp_path / "images").mkdir()
+    schema = pa.schema([("key", pa.string()), ("sha256", pa.string()), ("uid", pa.string())])
+    for shard in range(2):
+        writer = ParquetSampleWriter(shard, str(tmp_path / "images"), False, 5, schema, "jpg")
+        for n in range(3 * shard, 3 * shard + 3):
+            about = {"sha256": rows[n]["sha256"], "uid": rows[n]["uid"]}
+            writer.write(picture(10 * min(n, 4)), f"{n:09d}", None, about)
+        writer.write(None, "9", None, {"sha256": None, "uid": "f" * 32})
+        writer.close()
+    found = join(str(version), str(tmp_path / "images"), tmp_path / "joined")
+    assert found.rows == (3, 3)
+    assert found.audit.images == 6
+    for row in found.shard(1).to_pylist():
+        with open(row["file"], "rb") as file:
+            file.seek(row["start"])
+            assert file.read(row["bytes"]) == picture(10 * min(int(row["uid"], 16), 4))
+    assert join(str(version), str(tmp_path / "images"), tmp_path / "joined").rows == (3, 3)
+
+
 def test_a_subset_says_which_rows_and_with_which_caption(
     few: tuple[Path, list[dict[str, str]]], tmp_path: Path
 ) -> None:
@@ -162,8 +187,8 @@ def test_what_cannot_be_joined_is_told_in_one_line(
 ) -> None:
     version, _ = few
     (tmp_path / "photos").mkdir()
-    with pytest.raises(InputError, match="has neither tars nor pictures"):
-        list(images_of(str(tmp_path / "photos")))
+    with pytest.raises(InputError, match="has neither tars nor tables of pictures nor pictures"):
+        list(images_of(str(tmp_path / "photos"), tmp_path))
     (tmp_path / "photos" / "a.jpg").write_bytes(picture(0))
     with pytest.raises(InputError, match=r"no captions 'no_such'\n.*re_caption, org_caption"):
         join(str(version), str(tmp_path / "photos"), tmp_path / "joined", captions=("no_such",))

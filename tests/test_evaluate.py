@@ -19,7 +19,7 @@ import torch
 from conftest import CLIP, recap
 
 from builder.errors import InputError
-from recipes.evaluate import choices, datacomp, results
+from recipes.evaluate import choices, datacomp, mmvp, results, sugarcrepe, vg_attribution
 from recipes.evaluate import retrieval as by_captions
 from recipes.evaluate import zeroshot as by_names
 from recipes.evaluate.model import Model, Picture
@@ -409,7 +409,7 @@ def test_what_is_as_near_to_the_wrong_caption_is_no_hit(model: Model, pictures: 
     (tmp_path / "crepe" / "add_att.json").write_text(json.dumps(right))
     (tmp_path / "crepe" / "swap_obj.json").write_text(json.dumps(same))
     found = choices.chosen(
-        model, "SugarCrepe", "sugarcrepe", choices.sugarcrepe(tmp_path / "crepe", pictures)
+        model, "SugarCrepe", "sugarcrepe", sugarcrepe.sugarcrepe(tmp_path / "crepe", pictures)
     )
     assert found.value("swap_obj") == 0
     assert found.value("add_att") == 100
@@ -417,7 +417,7 @@ def test_what_is_as_near_to_the_wrong_caption_is_no_hit(model: Model, pictures: 
     right["0"]["filename"] = "gone.png"
     (tmp_path / "crepe" / "add_att.json").write_text(json.dumps(right))
     with pytest.raises(InputError, match=r"1 of 9 images are missing, the first is .*/gone\.png"):
-        choices.sugarcrepe(tmp_path / "crepe", pictures)
+        sugarcrepe.sugarcrepe(tmp_path / "crepe", pictures)
 
 
 def test_attributes_are_asked_of_the_box(model: Model, tmp_path: Path) -> None:
@@ -431,22 +431,26 @@ def test_attributes_are_asked_of_the_box(model: Model, tmp_path: Path) -> None:
     for n, scene in enumerate(scenes):
         both.paste(world.draw(scene, 96), (96 * n, 0))
     both.save(tmp_path / "both.png")
-    items = [
+    asked = [
         {"image_path": "both.png", "bbox_x": 96 * n, "bbox_y": 0, "bbox_w": 96, "bbox_h": 96,
          "true_caption": world.terse(scenes[n]), "false_caption": world.terse(scenes[1 - n]),
          "attributes": ["a", "b"]}
         for n in range(2)
     ]  # fmt: skip
-    items.append({**items[0], "attributes": ["rare", "pair"], "true_caption": "IMG_1.JPG"})
-    (tmp_path / "vga.json").write_text(json.dumps(items))
+    asked.append({**asked[0], "attributes": ["rare", "pair"], "true_caption": "IMG_1.JPG"})
+    (tmp_path / "vga.json").write_text(json.dumps(asked))
     found = choices.chosen(
-        model, "VG-Attribution", "vg-attribution", choices.vg_attribution(tmp_path / "vga.json", tmp_path), 2
+        model,
+        "VG-Attribution",
+        "vg-attribution",
+        vg_attribution.vg_attribution(tmp_path / "vga.json", tmp_path),
+        2,
     )
     assert found.samples == {"choices": 2, "kinds": 1}
     assert found.value() == 100
     (tmp_path / "vga.json").write_text("[]")
     with pytest.raises(InputError, match="has no choices"):
-        choices.vg_attribution(tmp_path / "vga.json", tmp_path)
+        vg_attribution.vg_attribution(tmp_path / "vga.json", tmp_path)
 
 
 def test_of_a_pair_both_statements_have_to_pick_their_image(model: Model, tmp_path: Path) -> None:
@@ -461,7 +465,7 @@ def test_of_a_pair_both_statements_have_to_pick_their_image(model: Model, tmp_pa
         rows.append((str(n), kind, world.terse(scene) if n < 3 else "the same"))
     with open(tmp_path / "Questions.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    found = choices.both(model, "MMVP-VLM", choices.mmvp(tmp_path))
+    found = mmvp.both(model, "MMVP-VLM", mmvp.mmvp(tmp_path))
     assert found.samples == {"pairs": 2, "kinds": 2}
     assert [found.value(name) for name in ("both right", "Color", "Count")] == [50, 100, 0]
 

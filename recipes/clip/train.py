@@ -242,7 +242,7 @@ def _phase(
         optimizer.zero_grad()
         model.bound()
         sample += phase.batch
-        seen.add(batch)
+        seen.add(batch, ranks)
         if report:
             report.step(sample, lambda: seen.about(loss, lr, model))  # noqa: B023 - asked at once
         if at + 1 == phase.steps or (at + 1) % training.save_every == 0:
@@ -253,16 +253,18 @@ def _phase(
 
 @dataclass
 class _Seen:
-    """Of this process's samples since the training began or went on."""
+    """Of all processes' samples since the training began or went on."""
 
     texts: int = 0
     cut: int = 0
     failed: int = 0
 
-    def add(self, batch: Batch) -> None:
-        self.texts += len(batch.uids)
-        self.cut += batch.cut
-        self.failed += int((~batch.ok).sum())
+    def add(self, batch: Batch, ranks: Ranks) -> None:
+        numbers = torch.tensor([len(batch.uids), batch.cut, int((~batch.ok).sum())], device=ranks.device)
+        if ranks.ranks > 1:
+            dist.all_reduce(numbers)
+        texts, cut, failed = numbers.tolist()
+        self.texts, self.cut, self.failed = self.texts + texts, self.cut + cut, self.failed + failed
 
     def about(self, loss: float, lr: float, model: Trained) -> dict[str, float]:
         scale = float(model.clip.logit_scale.detach().exp())

@@ -11,7 +11,10 @@ from pathlib import Path
 from builder.errors import InputError
 from builder.files import read_file
 from recipes.evaluate import choices
+from recipes.evaluate import mmvp as pairs_of
 from recipes.evaluate import retrieval as by_captions
+from recipes.evaluate import sugarcrepe as crepe
+from recipes.evaluate import vg_attribution as attributes
 from recipes.evaluate import zeroshot as by_names
 from recipes.evaluate.datacomp import datacomp as tasks_of
 from recipes.evaluate.model import Model
@@ -81,20 +84,20 @@ def zeroshot(
 
 def sugarcrepe(*, folder: str, images: str) -> Benchmark:
     """`images` is COCO's val2017."""
-    items = choices.sugarcrepe(Path(folder), Path(images))
+    items = crepe.sugarcrepe(Path(folder), Path(images))
     return Benchmark(lambda model: [choices.chosen(model, "SugarCrepe", "sugarcrepe", items)])
 
 
-def vg_attribution(*, annotations: str, images: str, fewest: int = choices.FEWEST_CASES) -> Benchmark:
+def vg_attribution(*, annotations: str, images: str, fewest: int = attributes.FEWEST_CASES) -> Benchmark:
     """ARO's visual_genome_attribution.json."""
-    items = choices.vg_attribution(Path(annotations), Path(images))
+    items = attributes.vg_attribution(Path(annotations), Path(images))
     return Benchmark(lambda model: [choices.chosen(model, "VG-Attribution", "vg-attribution", items, fewest)])
 
 
 def mmvp(*, folder: str) -> Benchmark:
     """MMVP-VLM."""
-    pairs = choices.mmvp(Path(folder))
-    return Benchmark(lambda model: [choices.both(model, "MMVP-VLM", pairs)])
+    pairs = pairs_of.mmvp(Path(folder))
+    return Benchmark(lambda model: [pairs_of.both(model, "MMVP-VLM", pairs)])
 
 
 def datacomp(*, folder: str, tasks: tuple[str, ...] = ()) -> Benchmark:

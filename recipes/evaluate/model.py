@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +52,28 @@ class Picture:
             reason = f"{self.name} cannot be decoded: {str(error).partition(' <_io.')[0]}"
             raise InputError(reason, "get it again: a benchmark is asked whole or not at all") from error
         return image.crop(self.box) if self.box else image
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file that a benchmark names: in its folder, whoever wrote it.
+
+    Raises:
+        InputError: it is somewhere else.
+    """
+    path = os.path.normpath(folder / name)
+    if os.path.isabs(name) or not Path(path).is_relative_to(os.path.normpath(folder)):
+        raise InputError(f"'{name[:200]}' is no image in {folder}", "get the benchmark from its authors")
+    return Path(path)
+
+
+def missing(pictures: Iterable[Picture]) -> None:
+    """Raises:
+    InputError: images are not there.
+    """
+    names = list(dict.fromkeys(picture.name for picture in pictures if picture.content is None))
+    if gone := [name for name in names if not Path(name).is_file()]:
+        reason = f"{len(gone):,} of {len(names):,} images are missing, the first is {gone[0]}"
+        raise InputError(reason, "give the folder that they are in")
 
 
 class Model:

@@ -28,8 +28,7 @@ from pydantic import BaseModel
 from builder.errors import InputError
 from builder.files import read_file, read_lines
 from builder.typed import from_json
-from recipes.evaluate.choices import inside, missing
-from recipes.evaluate.model import Model, Picture, Vectors
+from recipes.evaluate.model import Model, Picture, Vectors, inside, missing
 from recipes.evaluate.results import Metric, Result, metric
 from recipes.evaluate.webdatasets import samples
 from recipes.join import PICTURES
