@@ -249,8 +249,8 @@ class Pairs(Dataset[Batch | UserError]):
         return Batch(uids, pixels.permute(0, 3, 1, 2), texts, torch.tensor(ok), cut, captions)
 
     def _pixels(self) -> torch.Tensor | None:
-        """Where a worker process puts a batch's: what is shared is written again and again, for new pages cost
-        more than the copy that `batches` makes. It is asked for a batch when the one AHEAD before it is taken.
+        """Where a worker process puts a batch's: what is shared is written again and again, for new pages
+        cost more than the copy that `batches` makes. A batch is begun when the one AHEAD before it is taken.
         """
         if get_worker_info() is None:
             return None
