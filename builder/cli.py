@@ -87,7 +87,7 @@ for _command in (
     build.build, build.retry, build.gc, build.plan, build.doctor, build.status,
     data.stats, data.sql, data.select, data.card, data.explore,
     versions.publish, versions.verify, data.diff, versions.remove,
-    models.train, models.evaluate, models.push_model, demo.demo,
+    models.train, models.sample, models.evaluate, models.push_model, demo.demo,
 ):  # fmt: skip
     main.add_command(_command)
 

@@ -53,17 +53,21 @@ class Mix:
     2406.08478); otherwise a caption is drawn by `captions`, column -> weight. `concat` is the paper's other
     way, `original, caption`; `one_sentence` gives a random sentence of a caption that is not the original, as
     CLIPS does (arXiv 2411.16828). Where a text is null or empty another one takes its place: a caption by the
-    order of the weights given, then the original.
+    order of the weights given, then the original. `drop` is the probability of no text at all, as
+    classifier-free guidance wants it.
     """
 
     captions: Mapping[str, float] = field(default_factory=lambda: {"re_caption": 1.0})
     p_original: float = 0.0
     concat: bool = False
     one_sentence: bool = False
+    drop: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p_original <= 1:
-            raise InputError(f"p_original={self.p_original:g} is no probability", "give a number from 0 to 1")
+        for name in ("p_original", "drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                reason = f"{name}={getattr(self, name):g} is no probability"
+                raise InputError(reason, "give a number from 0 to 1")
         weights = list(self.captions.values())
         if any(not 0 <= weight < float("inf") for weight in weights) or (
             not sum(weights) and self.p_original < 1
@@ -74,6 +78,8 @@ class Mix:
     def text(self, row: Mapping[str, Any], seed: int, epoch: int) -> str:
         """`row` has uid, caption (what a subset wants, or None) and a text or None for each column."""
         at = seed, epoch, row["uid"]
+        if self.drop and drawn(*at, "drop") < self.drop:
+            return ""
         if row.get("caption"):
             chosen = str(row["caption"]).split("+")
         elif drawn(*at, "original") < self.p_original:
@@ -149,11 +155,12 @@ class Order:
 @dataclass(frozen=True)
 class Picture:
     """How an image becomes (3, px, px) uint8. `area` is the least share of it that a crop keeps: 1 squashes
-    the whole of it, 0.4 is CLIPA's inception crop.
+    the whole of it, 0.4 is CLIPA's inception crop. `centre` takes the square in its middle.
     """
 
     px: int
     area: float = 1.0
+    centre: bool = False
 
     def of(self, image: bytes, at: tuple[object, ...]) -> torch.Tensor:
         """Raises:
@@ -162,13 +169,19 @@ class Picture:
         opened: Image.Image = Image.open(io.BytesIO(image))
         if opened.mode != "RGB":
             opened = opened.convert("RGB")
-        box = self._box(opened.width, opened.height, at) if self.area < 1 else None
+        box = self._box(opened.width, opened.height, at)
         small = opened.resize((self.px, self.px), Image.Resampling.BILINEAR, box=box)  # with antialias
         pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
         return pixels.view(self.px, self.px, 3).permute(2, 0, 1)  # as it lies in memory
 
     def _box(self, width: int, height: int, at: tuple[object, ...]) -> tuple[float, float, float, float]:
         """torchvision's RandomResizedCrop, with ratios from 3/4 to 4/3; ten tries, then the whole."""
+        if self.centre:
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            return left, top, left + side, top + side
+        if self.area == 1:
+            return 0, 0, width, height
         for attempt in range(10):
             share, tall, x, y = (drawn(*at, "crop", attempt, n) for n in range(4))
             area = width * height * (self.area + share * (1 - self.area))

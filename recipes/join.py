@@ -77,6 +77,15 @@ class Joined:
     audit: Audit
     of: str
 
+    def about(self) -> dict[str, Any]:
+        """What was joined, by content."""
+        of = json.loads(self.of)
+        return {
+            "version": f"{of['version']['name']} {of['version']['version']}",
+            "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
+            "subset": of.get("subset"), "rows": list(self.rows), "found": self.audit.found,
+        }  # fmt: skip
+
     def shard(self, number: int) -> pa.Table:
         """uid, sha256, file, start, bytes, caption, and a column a caption; see `join`."""
         return pq.read_table(self.folder / f"{number:05d}.parquet")

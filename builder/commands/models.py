@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +20,7 @@ from builder.commands.options import (
     version_option,
 )
 from builder.errors import UserError, command
+from builder.files import read_lines, write_atomically
 from builder.resolve import resolve_benchmark, resolve_training
 from builder.shown import columns, echo, print_
 
@@ -43,6 +46,58 @@ def clip(training: str, settings: tuple[str, ...], out: Path | None, as_json: bo
     there = train(chosen, out, say=functools.partial(echo, err=True))
     if int(os.environ.get("RANK", 0)) == 0:
         print_({"model": str(there)}, as_json, f"{there}")
+
+
+@train.command()
+@click.argument("training")
+@settings_argument
+@click.option("--out", type=path_type, help="Folder of the training; runs/dit-TRAINING unless given.")
+@as_json_option
+def dit(training: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """A Diffusion Transformer: TRAINING is a function of recipes/dit/trainings.py, or my_file.py:function.
+    The same command again goes on where it stopped.
+    """
+    from recipes.dit.train import Training, train
+
+    chosen = resolve_training("dit", training, settings, Training)
+    there = train(chosen, out or Path("runs", f"dit-{chosen.name}"), say=functools.partial(echo, err=True))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_({"model": str(there)}, as_json, f"{there}")
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("prompt", nargs=-1)
+@click.option("--captions", type=path_type, help="A file of prompts, one a line, behind those given.")
+@click.option("--out", type=path_type, required=True, help="Folder of the pictures.")
+@click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm.")
+@click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given.")
+@click.option("--guidance", type=float, help="10 of a diffusion, 4 of a flow, unless given; 1 is none.")
+@click.option("--guided", type=click.Choice(["all", "three"]), help="Which channels guidance acts on.")
+@click.option("--seed", type=int)
+@click.option("--batch", type=int)
+@click.option("--grid", is_flag=True, help="Also grid.png, of the first 36.")
+@as_json_option
+def sample(
+    model: Path, prompt: tuple[str, ...], captions: Path | None, out: Path, grid: bool, as_json: bool,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Draw each PROMPT with MODEL, a checkpoint of `recap train dit`. The same command again draws what is
+    not there yet.
+    """
+    from PIL import Image
+
+    from recipes.dit import sample as samples
+
+    texts = (
+        [*prompt, *(line.strip() for line in read_lines(captions) if line.strip())] if captions else prompt
+    )
+    how = samples.sample(model, texts, out, say=functools.partial(echo, err=True), **given)
+    if grid:
+        some = [out / f"{number:06d}.png" for number in range(min(36, len(texts)))]
+        sheet = samples.grid([Image.open(path) for path in some], columns=min(6, len(some)), scale=4)
+        write_atomically(out / "grid.png", samples.png(sheet))
+    print_({"folder": str(out), "pictures": len(texts), **asdict(how)}, as_json, f"{out}")
 
 
 def plan_training(
@@ -125,7 +180,7 @@ def evaluate(
         raise UserError(f"{twice[0]} is asked twice", "give each a name of its own: name=...")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a").close()  # better now than when all is computed
+        tempfile.TemporaryFile(dir=out.parent).close()  # better now than when all is computed
     from recipes.evaluate.benchmarks import Benchmark
     from recipes.evaluate.model import Model
 

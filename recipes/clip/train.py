@@ -12,41 +12,39 @@ to the same losses, bit by bit.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
-from builder.errors import InputError, telling_of_a_full_disk
+from builder.errors import InputError
 from builder.files import sha256_file
 from recipes.clip import card
 from recipes.clip import model as clip
 from recipes.clip.losses import Loss, Step
 from recipes.clip.model import Decoder, Tokenizer, Towers, Trained
-from recipes.data import Batch, Mix, Pairs, Picture, batches, drawn
-from recipes.join import ORIGINAL, Joined, join, read
+from recipes.data import Mix, Pairs, Picture, batches, drawn
+from recipes.join import Joined
 from recipes.training import (
     Precision,
     Ranks,
     Report,
     Say,
+    Seen,
     checkpoint,
+    joined_in,
     latest,
     load_moments,
+    norm_of_gradient,
     processes,
     settle,
     settle_data,
     shorten_log,
+    spread,
     state_of,
     unhealthy,
 )
@@ -144,7 +142,10 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
             reason = f"a step of {wrong[0]} samples on {ranks.ranks} devices"
             raise InputError(reason, "make it a multiple of them")
         settle(training, out, FREE, ranks)
-        joined = _joined(training, out, ranks)
+        joined = joined_in(
+            out, ranks, version=training.version, images=training.images, mix=training.mix,
+            subset=training.subset, min_found=training.min_found,
+        )  # fmt: skip
         settle_data(_data(training, joined), out, ranks)
         if ranks.is_first:
             say(f"{joined.audit}")
@@ -160,33 +161,13 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
 
 def _data(training: Training, joined: Joined) -> dict[str, Any]:
     """What a training reads, by content."""
-    of = json.loads(joined.of)
     start = Path(training.start) / clip.WEIGHTS if training.start else None
     if start and not start.is_file():
         raise InputError(f"{start} is missing", "start= names a model folder of the same towers")
     tokenizer = training.towers.folder() / "tokenizer.json"
-    return {
-        "version": f"{of['version']['name']} {of['version']['version']}",
-        "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
-        "subset": of.get("subset"), "rows": list(joined.rows), "found": joined.audit.found,
+    return joined.about() | {
         "tokenizer": sha256_file(tokenizer), "start": sha256_file(start) if start else None,
     }  # fmt: skip
-
-
-def _joined(training: Training, out: Path, ranks: Ranks) -> Joined:
-    """The first process joins, the others read what it wrote."""
-    names = tuple(name for name in training.mix.captions if name != ORIGINAL)
-    subset = Path(training.subset) if training.subset else None
-    if ranks.is_first:
-        with telling_of_a_full_disk(out):
-            join(
-                training.version, training.images, out / "joined",
-                captions=names, subset=subset, min_found=training.min_found,
-            )  # fmt: skip
-    ranks.wait()
-    found = read(out / "joined")
-    assert found is not None
-    return found
 
 
 def _phase(
@@ -201,7 +182,9 @@ def _phase(
     ranks.wait()
     torch.manual_seed(training.seed)
     model = _model(training, config, folder, there).to(ranks.device).train()
-    module = _spread(training, model, ranks)
+    blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
+    blocks += model.decoder.blocks.layers if model.decoder else []
+    module = spread(model, blocks, ranks, sharded=training.sharded, whole=_heads(model))
     if training.compile:
         module.compile()
     optimizer = _optimizer(training, model)
@@ -221,7 +204,7 @@ def _phase(
     last = first + phase.steps * phase.batch
     total = training.first(len(training.phases))
     report = Report(out, say, sample, total, tensorboard=training.tensorboard) if ranks.is_first else None
-    seen = _Seen()
+    seen = Seen()
     for batch in batches(
         pairs, start=sample, samples=last, workers=training.workers, rank=ranks.rank, ranks=ranks.ranks
     ):
@@ -235,7 +218,7 @@ def _phase(
         loss = step(images, batch.texts.to(ranks.device), batch.ok.to(ranks.device), captions)
         if training.sharded:
             _mean_of_heads(model, ranks)
-        for found in (loss, _norm(model)):
+        for found in (loss, norm_of_gradient(model)):
             if not math.isfinite(found):
                 raise unhealthy(out, found, sample, batch.uids, there, ranks.rank)
         optimizer.step()
@@ -244,34 +227,13 @@ def _phase(
         sample += phase.batch
         seen.add(batch, ranks)
         if report:
-            report.step(sample, lambda: seen.about(loss, lr, model))  # noqa: B023 - asked at once
+            scale = float(model.clip.logit_scale.detach().exp())
+            told = {"loss": round(loss, 6), "lr": lr, "scale": round(scale, 3)}
+            report.step(sample, lambda: told | seen.about())  # noqa: B023 - asked at once
         if at + 1 == phase.steps or (at + 1) % training.save_every == 0:
             there = _save(training, joined, out, model, optimizer, sample, ranks)
     assert there is not None
     return sample, there
-
-
-@dataclass
-class _Seen:
-    """Of all processes' samples since the training began or went on."""
-
-    texts: int = 0
-    cut: int = 0
-    failed: int = 0
-
-    def add(self, batch: Batch, ranks: Ranks) -> None:
-        numbers = torch.tensor([len(batch.uids), batch.cut, int((~batch.ok).sum())], device=ranks.device)
-        if ranks.ranks > 1:
-            dist.all_reduce(numbers)
-        texts, cut, failed = numbers.tolist()
-        self.texts, self.cut, self.failed = self.texts + texts, self.cut + cut, self.failed + failed
-
-    def about(self, loss: float, lr: float, model: Trained) -> dict[str, float]:
-        scale = float(model.clip.logit_scale.detach().exp())
-        return {
-            "loss": round(loss, 6), "lr": lr, "scale": round(scale, 3), "undecodable": self.failed,
-            "cut_percent": round(100 * self.cut / self.texts, 2),
-        }  # fmt: skip
 
 
 # --- the model, on one device or many -----------------------------------------------------------------------
@@ -293,20 +255,8 @@ def _model(training: Training, config: dict[str, Any], folder: Path, there: Path
     return Trained(made, decoder, Tokenizer(folder).padding() if decoder else 0)
 
 
-def _spread(training: Training, model: Trained, ranks: Ranks) -> torch.nn.Module:
-    if ranks.ranks == 1:
-        return model
-    if not training.sharded:
-        return DistributedDataParallel(model)
-    mesh = init_device_mesh(ranks.device.partition(":")[0], (ranks.ranks,))
-    blocks = [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
-    for block in [*blocks, *(model.decoder.blocks.layers if model.decoder else [])]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=set(_heads(model)))  # numbers cannot be sharded
-    return model
-
-
 def _heads(model: Trained) -> list[torch.nn.Parameter]:
+    """Numbers, which cannot be sharded."""
     return [head for head in (model.clip.logit_scale, model.clip.logit_bias) if head is not None]
 
 
@@ -315,12 +265,6 @@ def _mean_of_heads(model: Trained, ranks: Ranks) -> None:
         assert head.grad is not None
         dist.all_reduce(head.grad)
         head.grad /= ranks.ranks
-
-
-def _norm(model: Trained) -> float:
-    """Of the gradient, over all devices."""
-    found: Any = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
 
 def _optimizer(training: Training, model: Trained) -> torch.optim.AdamW:

@@ -9,7 +9,7 @@ from recipes.clip.losses import Loss
 from recipes.clip.model import TEXT, Size, Towers
 from recipes.clip.train import Phase, Training
 from recipes.data import Mix
-from recipes.training import Precision
+from recipes.training import Precision, best_precision
 
 
 def demo(
@@ -24,11 +24,14 @@ def demo(
     batch: int = 128,
     lr: float = 1e-3,
     loss: Loss = "clip",
+    precision: Precision | None = None,
     workers: int = 1,
     tensorboard: bool = False,
     seed: int = 0,
 ) -> Training:
-    """The demo's, of 0.7M parameters, from nothing, on two cores. `lr` is the peak."""
+    """The demo's, of 0.7M parameters, from nothing, on two cores. `lr` is the peak; the precision the best of
+    this machine unless given.
+    """
     rate = lr * 256 / max(1, batch)
     return Training(
         name="demo", version=version, images=images, seed=seed, loss=loss, workers=workers, min_found=0.9,
@@ -38,6 +41,7 @@ def demo(
         ),
         phases=(Phase(px=64, samples=samples, warmup=samples // 10, batch=batch, lr=rate),),
         mix=Mix(p_original=p_original, concat=concat), area=0.9, save_every=50, tensorboard=tensorboard,
+        precision=precision or best_precision(),
     )  # fmt: skip
 
 

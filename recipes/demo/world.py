@@ -130,7 +130,8 @@ def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
     return [(x + q * sin(k * pi / 5), y - q * cos(k * pi / 5)) for k, q in enumerate(radii)]
 
 
-def _lighter(rgb: Sequence[int], share: float) -> tuple[int, int, int]:
+def lighter(rgb: Sequence[int], share: float = 0.45) -> tuple[int, int, int]:
+    """Of a pattern."""
     r, g, b = (round(c + (255 - c) * share) for c in rgb)
     return r, g, b
 
@@ -157,7 +158,7 @@ def _draw_ground(draw: ImageDraw.ImageDraw, scene: Scene, px: int) -> None:
             draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=tuple(round(c * 0.72) for c in light))
 
 
-def _draw_thing(image: Image.Image, thing: Thing, px: int) -> None:
+def draw_thing(image: Image.Image, thing: Thing, px: int) -> None:
     x = px * ((thing.place % 3 + 0.5) / 3 + thing.dx)
     y = px * ((thing.place // 3 + 0.5) / 3 + thing.dy)
     r = px * SIZES[thing.size]
@@ -175,12 +176,12 @@ def _draw_thing(image: Image.Image, thing: Thing, px: int) -> None:
     step = px * 0.06
     if thing.pattern == "striped":
         for k in range(-4, 5):
-            pen.rectangle([x + k * step, y - r, x + (k + 0.45) * step, y + r], fill=_lighter(rgb, 0.45))
+            pen.rectangle([x + k * step, y - r, x + (k + 0.45) * step, y + r], fill=lighter(rgb))
     elif thing.pattern == "dotted":
         for k in range(49):
             cx, cy = x + (k % 7 - 3) * step, y + (k // 7 - 3) * step
             pen.ellipse(
-                [cx - 0.3 * step, cy - 0.3 * step, cx + 0.3 * step, cy + 0.3 * step], fill=_lighter(rgb, 0.45)
+                [cx - 0.3 * step, cy - 0.3 * step, cx + 0.3 * step, cy + 0.3 * step], fill=lighter(rgb)
             )
     image.paste(paint, mask=mask)
 
@@ -190,7 +191,7 @@ def draw(scene: Scene, px: int) -> Image.Image:
     image = Image.new("RGB", (px, px), TONES[scene.tone])
     _draw_ground(ImageDraw.Draw(image), scene, px)
     for thing in scene.things:
-        _draw_thing(image, thing, px)
+        draw_thing(image, thing, px)
     return image
 
 

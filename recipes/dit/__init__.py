@@ -1,0 +1,1 @@
+"""A text-to-image Diffusion Transformer on a published version."""

@@ -1,0 +1,269 @@
+"""A Diffusion Transformer that reads text: DiT (arXiv 2212.09748), with cross-attention in every block.
+
+From top to bottom: a picture becomes patches; a block attends to all of them, then to the text, then to each
+alone; what a patch becomes is shifted, scaled and gated by the time. Gates and what leads out begin at zero:
+at first a block changes nothing, and the output is zero.
+
+Names end in shapes: B samples, C channels, P pixels or latents a side, N patches, W wide; T tokens of text, F
+wide; H heads.
+
+A model folder holds config.json, tokenizer.json and, once there are any, the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from builder.errors import InputError
+from builder.model import model_folder
+from builder.typed import parse
+
+Size = Literal["P", "N", "S", "B", "L", "XL"]
+# blocks, width, heads: the paper's; pico and nano are the demo's.
+SIZES = {
+    "P": (4, 128, 4), "N": (6, 192, 6),
+    "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
+}  # fmt: skip
+FREQUENCIES = 256
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net:
+    """`px` is of what is denoised: pixels, or latents of a VAE, of so many `channels`; with `sigma` the
+    output has as many again. The text comes as `text_width` wide features of `context` tokens: of an encoder
+    of its own, of so many `text_layers`, that is trained beside it, or of a frozen one, if 0.
+    """
+
+    size: Size = "B"
+    patch: int = 4
+    px: int = 32
+    channels: int = 4
+    sigma: bool = True
+    context: int = 77
+    text_width: int = 768
+    text_layers: int = 0
+    vocabulary: int = 0
+
+    def __post_init__(self) -> None:
+        if self.px % self.patch:
+            reason = f"{self.px} pixels are no whole number of patches of {self.patch}"
+            raise InputError(reason, "give px a multiple of patch")
+        if bool(self.text_layers) != bool(self.vocabulary):
+            raise InputError("a text encoder of its own needs a vocabulary, and only it", "give both or none")
+
+
+class DiT(nn.Module):
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+        blocks, width, heads = SIZES[net.size]
+        self.text = TextEncoder(net) if net.text_layers else None
+        self.text_in = nn.Linear(net.text_width, width)
+        self.patches = nn.Conv2d(net.channels, width, net.patch, net.patch)
+        self.places: torch.Tensor
+        self.register_buffer("places", places(net.px // net.patch, width), persistent=False)
+        self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.out = nn.Linear(width, net.patch**2 * net.channels * (2 if net.sigma else 1))
+        self._begin()
+
+    def forward(
+        self, noisy_BCPP: torch.Tensor, time_B: torch.Tensor, text: torch.Tensor,
+        mask_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """(B, C or 2C, P, P). `time_B` goes from 0 to 1000. `text` is (B, T) tokens, and `mask_BT` is False
+        where there are none; or (B, T, F) features.
+        """
+        text_BTF = text if self.text is None else self.text(text, mask_BT)
+        text_BTW = self.text_in(text_BTF)
+        x_BNW = self.patches(noisy_BCPP).flatten(2).transpose(1, 2) + self.places
+        time_BW = self.time(frequencies(time_B))
+        for block in self.blocks:
+            x_BNW = block(x_BNW, time_BW, text_BTW, mask_BT)
+        shift, scale = self.modulation(time_BW)[:, None].chunk(2, -1)
+        return self._unpatched(self.out(self.norm(x_BNW) * (1 + scale) + shift))
+
+    def _unpatched(self, x_BND: torch.Tensor) -> torch.Tensor:
+        side, patch = self.net.px // self.net.patch, self.net.patch
+        x = x_BND.view(len(x_BND), side, side, patch, patch, -1)
+        return torch.einsum("bhwpqc->bchpwq", x).reshape(len(x), -1, self.net.px, self.net.px)
+
+    def _begin(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patches.weight.data.flatten(1))
+        nn.init.zeros_(self.patches.bias)  # type: ignore[arg-type]
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.zeros_(block.modulation[1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(block.read.out.weight)
+        for layer in (self.modulation[1], self.out):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+
+
+class Block(nn.Module):
+    """adaLN-Zero: shifts, scales and gates are the time's. What is read is added as it is (PixArt-alpha)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(3))
+        self.attention = Attention(width, heads)
+        self.read = Attention(width, heads)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(
+        self, x_BNW: torch.Tensor, time_BW: torch.Tensor, text_BTW: torch.Tensor, mask_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(time_BW)[:, None].chunk(6, -1)
+        seen = self.norms[0](x_BNW) * (1 + scale) + shift
+        x_BNW = x_BNW + gate * self.attention(seen, seen)
+        x_BNW = x_BNW + self.read(self.norms[1](x_BNW), text_BTW, mask_BT)
+        return x_BNW + gate_mlp * self.mlp(self.norms[2](x_BNW) * (1 + scale_mlp) + shift_mlp)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self, x_BNW: torch.Tensor, of_BTW: torch.Tensor, mask_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        parts = (self.query(x_BNW), *self.key_value(of_BTW).chunk(2, -1))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        mask = None if mask_BT is None else mask_BT[:, None, None]
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
+class TextEncoder(nn.Module):
+    """A small one, trained beside the rest."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(net.vocabulary, net.text_width)
+        self.places = nn.Parameter(torch.randn(net.context, net.text_width) * 0.02)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        layer = nn.TransformerEncoderLayer(
+            net.text_width, max(1, net.text_width // 32), 4 * net.text_width, dropout=0.0, activation="gelu",
+            batch_first=True, norm_first=True,
+        )  # fmt: skip
+        self.layers = nn.TransformerEncoder(
+            layer, net.text_layers, nn.LayerNorm(net.text_width), enable_nested_tensor=False
+        )
+
+    def forward(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T, F)."""
+        found = self.layers(self.tokens(tokens_BT) + self.places, src_key_padding_mask=~mask_BT)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+
+def frequencies(time_B: torch.Tensor) -> torch.Tensor:
+    """(B, FREQUENCIES) cosines and sines, as DiT's."""
+    half = FREQUENCIES // 2
+    rates = torch.exp(-math.log(10_000) * torch.arange(half, device=time_B.device) / half)
+    angles = time_B.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def places(side: int, width: int) -> torch.Tensor:
+    """(side * side, width): sines and cosines of the column, then of the row, as DiT's."""
+    rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates
+    one = torch.cat([angles.sin(), angles.cos()], 1)
+    columns, rows = one.repeat(side, 1), one.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], 1).float()
+
+
+# --- words, and a folder ------------------------------------------------------------------------------------
+
+
+class Words:
+    """Texts -> tokens and mask, and how many of the texts are longer than the context. Made in each worker
+    process, when there is something to do.
+    """
+
+    def __init__(self, path: Path, context: int) -> None:
+        self.path, self.context = path, context
+        self.tokenizer: object = None
+
+    def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
+        """(2, B, T): tokens, and 1 where there is one."""
+        found = self._ids(texts)
+        both = torch.zeros(2, len(found), self.context, dtype=torch.int64)
+        for number, ids in enumerate(found):
+            kept = ids if len(ids) <= self.context else [*ids[: self.context - 1], ids[-1]]
+            both[0, number, : len(kept)] = torch.tensor(kept)
+            both[1, number, : len(kept)] = 1
+        return both, sum(len(ids) > self.context for ids in found)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        from tokenizers import Tokenizer
+
+        if not isinstance(self.tokenizer, Tokenizer):
+            self.tokenizer = Tokenizer.from_file(str(self.path))
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+
+
+def tokenizer(folder: str) -> Path:
+    """The folder of a tokenizer.
+
+    Raises:
+        InputError: it is none.
+    """
+    found = model_folder(folder)
+    if found is None or not (found / TOKENIZER).is_file():
+        raise InputError(f"tokenizer={folder} has no {TOKENIZER}", "name a folder with one")
+    return found / TOKENIZER
+
+
+def describe(net: Net, objective: Mapping[str, Any], words: Path, folder: Path) -> None:
+    """A model's folder, without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({"net": asdict(net), "objective": objective}, indent=2) + "\n")
+    shutil.copyfile(words, folder / TOKENIZER)
+
+
+def load(folder: Path) -> tuple[DiT, dict[str, Any]]:
+    """A model, and the objective that it was trained for.
+
+    Raises:
+        InputError: that is no model folder of `recap train dit`, or of another net.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        model = DiT(parse(Net, config["net"], what=f"{folder / CONFIG}"))
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = f"{folder} holds no DiT: {str(error).partition(chr(10))[0]}"
+        raise InputError(
+            reason, "name a checkpoint of recap train dit, such as runs/dit-demo/latest"
+        ) from error
+    return model.eval(), config["objective"]

@@ -1,0 +1,225 @@
+"""Draw pictures from texts.
+
+    OUT/sample.json           of which model and how; another's folder is refused
+    OUT/prompts.jsonl         a line a picture: its file, text and seed
+    OUT/000000.png            in the order of the texts; what is there is not drawn again
+
+A picture is a function of the model, its text and seed, and how it is drawn: the noise that it begins with,
+and what is added on the way, are drawn from its own seed. Batches are always of the same size, filled up, so
+that with the same device and versions any part of the pictures comes out bit for bit.
+
+Guidance g is without text + g (with text - without); of all channels, or, as DiT's code has it, of the first
+three alone. Without any, g = 1, the model is asked once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from builder.errors import InputError
+from builder.files import sha256_file, write_atomically
+from builder.typed import parse
+from recipes.dit import model as dit
+from recipes.dit.model import Words
+from recipes.dit.objective import TIMES, Objective
+from recipes.training import REPORT_S, Say, computing
+
+Sampler = Literal["ddpm", "dpm", "euler"]
+SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "dpm"), "flow": ("euler", "dpm")}
+SOON = 1e-3  # of a flow's time: where it ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """The paper's: 250 DDPM steps at guidance 10. A flow is drawn by `euler`; DPM-Solver++, `dpm`, draws both
+    in few steps.
+    """
+
+    sampler: Sampler = "ddpm"
+    steps: int = 250
+    guidance: float = 10.0
+    guided: Literal["all", "three"] = "all"
+    seed: int = 0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.guidance >= 0:
+            raise InputError(f"guidance={self.guidance:g} is below 0", "give 1 for none, 10 as the paper")
+        if not 1 <= self.steps <= TIMES or self.batch < 1:
+            raise InputError(f"steps={self.steps}, batch={self.batch}", f"give 1 to {TIMES}, and 1 or more")
+
+
+class Drawer:
+    """A model of `recap train dit` that draws."""
+
+    def __init__(self, folder: Path, device: str | None = None) -> None:
+        """Raises:
+        InputError: it is none.
+        """
+        self.folder, self.device = folder, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, objective = dit.load(folder)
+        self.model = model.to(self.device)
+        self.objective = parse(Objective, objective, what=str(folder / dit.CONFIG))
+        self.words = Words(folder / dit.TOKENIZER, model.net.context)
+
+    def usual(self, **given: Any) -> How:
+        """How it is drawn where nothing else is wanted: a flow in 50 steps at guidance 4."""
+        usual: dict[str, Any] = {}
+        if self.objective.kind == "flow":
+            usual = {"sampler": "euler", "steps": 50, "guidance": 4.0}
+        return How(**usual | {name: value for name, value in given.items() if value is not None})
+
+    def check(self, texts: Sequence[str], how: How) -> None:
+        """Raises:
+        InputError: a text is longer than the context, or this sampler is not for this model.
+        """
+        known = SAMPLERS[self.objective.kind]
+        if how.sampler not in known:
+            reason = f"sampler={how.sampler} is not for a {self.objective.kind}"
+            raise InputError(reason, f"there are: {', '.join(known)}")
+        for text in texts:
+            if self.words([text])[1]:
+                reason = f"a text has more than the model's {self.model.net.context} tokens: {text[:60]}..."
+                raise InputError(reason, "shorten it: what is cut would not be drawn")
+
+    @torch.no_grad()
+    def draw(self, texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
+        """At most `how.batch` pictures."""
+        fill = how.batch - len(texts)
+        chances = [torch.Generator().manual_seed(seed) for seed in (*seeds, *range(fill))]
+        net, scheduler = self.model.net, self._scheduler(how)
+        shape = (net.channels, net.px, net.px)
+        x = torch.stack([torch.randn(shape, generator=chance) for chance in chances]).to(self.device)
+        tokens, mask = self.words([*texts, *[""] * (fill + how.batch)])[0].to(self.device)
+        scheduler.set_timesteps(how.steps)
+        noise = {"generator": chances} if how.sampler == "ddpm" else {}
+        for at in scheduler.timesteps:
+            out = self._out(x, float(at), tokens, mask.bool(), how)
+            x = scheduler.step(out, at, x, **noise).prev_sample
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(one) for one in pixels[: len(texts)]]
+
+    def _out(
+        self, x: torch.Tensor, at: float, tokens: torch.Tensor, mask: torch.Tensor, how: How
+    ) -> torch.Tensor:
+        """With guidance; a flow's velocity. Behind the texts there are as many empty ones."""
+        number, channels = len(x), self.model.net.channels
+        guided = how.guidance != 1
+        both = torch.cat([x, x]) if guided else x
+        time_B = torch.full((len(both),), at, device=self.device)
+        with computing(self.device, "fp32"):
+            out = self.model(both, time_B, tokens[: len(both)], mask[: len(both)])
+        if guided:
+            with_text, without = out[:number], out[number:]
+            told = without + how.guidance * (with_text - without)
+            first = channels if how.guided == "all" else 3
+            out = torch.cat([told[:, :first], with_text[:, first:]], 1)
+        if self.objective.kind == "flow":
+            return self.objective.velocity(out, x, time_B[:number], floor=SOON)
+        return out
+
+    def _scheduler(self, how: How) -> Any:
+        if how.sampler == "ddpm":
+            return copy(self.objective.scheduler)
+        if how.sampler == "euler":
+            from diffusers import FlowMatchEulerDiscreteScheduler
+
+            return FlowMatchEulerDiscreteScheduler(TIMES)
+        from diffusers import DPMSolverMultistepScheduler
+
+        if self.objective.kind == "flow":
+            return DPMSolverMultistepScheduler(
+                TIMES, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+            )
+        return DPMSolverMultistepScheduler.from_config(
+            {**self.objective.scheduler.config, "solver_order": 2, "timestep_spacing": "linspace"}
+        )
+
+
+def seeds_of(texts: Sequence[str], seed: int) -> list[int]:
+    """Of each text its own; of one that comes again another."""
+    earlier: Counter[str] = Counter()
+    found = []
+    for text in texts:
+        digest = sha256(f"{seed}/{earlier[text]}/{text}".encode()).digest()
+        found.append(int.from_bytes(digest[:7], "big"))
+        earlier[text] += 1
+    return found
+
+
+def sample(model: Path, texts: Sequence[str], out: Path, *, say: Say = print, **given: Any) -> How:
+    """Draw what is not in the folder yet; `given` are settings of `How`.
+
+    Raises:
+        InputError: the folder is of another model, of other texts, or drawn in another way.
+    """
+    if not texts:
+        raise InputError("there are no texts to draw", "give some, or a file of them: --captions")
+    drawer = Drawer(model)
+    how = drawer.usual(**given)
+    drawer.check(texts, how)
+    seeds = seeds_of(texts, how.seed)
+    names = [f"{number:06d}.png" for number in range(len(texts))]
+    lines = [
+        json.dumps({"file": name, "prompt": text, "seed": seed}) + "\n"
+        for name, text, seed in zip(names, texts, seeds, strict=True)
+    ]
+    _settle(out, {"model": sha256_file(model / dit.WEIGHTS), **asdict(how)}, lines)
+    left = [number for number, name in enumerate(names) if not (out / name).exists()]
+    begun, said = time.monotonic(), 0.0
+    for start in range(0, len(left), how.batch):
+        some = left[start : start + how.batch]
+        pictures = drawer.draw([texts[n] for n in some], [seeds[n] for n in some], how)
+        for number, picture in zip(some, pictures, strict=True):
+            write_atomically(out / names[number], png(picture))
+        seconds, done = time.monotonic() - begun, start + len(some)
+        if seconds - said > REPORT_S or done == len(left):
+            said = seconds
+            say(f"{done:,} of {len(left):,} pictures, {done / seconds:.3g} a second")
+    return how
+
+
+def _settle(out: Path, about: dict[str, Any], lines: list[str]) -> None:
+    """More texts behind those that are there are welcome."""
+    out.mkdir(parents=True, exist_ok=True)
+    settings, prompts = out / "sample.json", out / "prompts.jsonl"
+    if settings.exists():
+        before = json.loads(settings.read_text())
+        if differ := [name for name in about if before.get(name) != about[name]]:
+            reason = f"{out} holds others: {differ[0]} was {before.get(differ[0])}, is {about[differ[0]]}"
+            raise InputError(reason, "draw into another folder: --out")
+        was = prompts.read_text().splitlines(keepends=True)
+        if any(a != b for a, b in zip(was, lines, strict=False)):
+            raise InputError(f"{out} holds pictures of other texts", "draw into another folder: --out")
+        lines = max(was, lines, key=len)
+    write_atomically(settings, json.dumps(about, indent=1) + "\n")
+    write_atomically(prompts, "".join(lines))
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(pictures: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.Image:
+    """In rows, a pixel apart."""
+    px = pictures[0].width * scale
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (px + 1) - 1, rows * (px + 1) - 1), (255, 255, 255))
+    for number, picture in enumerate(pictures):
+        place = (number % columns * (px + 1), number // columns * (px + 1))
+        sheet.paste(picture.resize((px, px), Image.Resampling.NEAREST), place)
+    return sheet

@@ -1,0 +1,290 @@
+"""Train a DiT on a version: read from top to bottom.
+
+    torchrun --nproc-per-node 8 -m builder.cli train dit ...     # one process a GPU
+
+What a training has is every training's (recipes/training.py), and so is what it sees (recipes/data.py). A
+checkpoint is a model folder: its weights are the moving average, which is what draws; those that are trained
+lie in training.tensors.
+
+A step is a pure function of the weights, the optimizer and the number of its first sample: time and noise of
+a sample too. On a CPU a training that was killed goes on to the same losses, bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from builder.errors import InputError
+from builder.files import sha256_file
+from recipes.data import Batch, Mix, Pairs, Picture, batches, drawn
+from recipes.dit import model as dit
+from recipes.dit.model import DiT, Net, Words
+from recipes.dit.objective import Objective
+from recipes.join import Joined
+from recipes.training import (
+    Precision,
+    Ranks,
+    Report,
+    Say,
+    Seen,
+    checkpoint,
+    computing,
+    joined_in,
+    latest,
+    load_moments,
+    norm_of_gradient,
+    processes,
+    settle,
+    settle_data,
+    shorten_log,
+    spread,
+    state_of,
+    unhealthy,
+    whole_tensor,
+)
+
+FREE = ("workers", "save_every", "tensorboard", "compile", "sharded", "min_found")
+MOMENTS = "training.tensors"  # of a checkpoint: weights and the optimizer's state; as safetensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """So many `samples` in steps of `batch`, at a rate of `lr` that rises over `warmup` samples, and falls to
+    0 by a cosine where that is wanted. `tokenizer` is a folder with a tokenizer.json. `ema` is the decay of
+    the moving average, which begins lower: (1 + n) / (10 + n) at step n. `sharded` spreads weights and
+    optimizer over the devices (FSDP2).
+    """
+
+    name: str
+    version: str
+    images: str
+    tokenizer: str
+    net: Net
+    objective: Objective
+    samples: int
+    batch: int
+    lr: float = 1e-4
+    warmup: int = 0
+    cosine: bool = False
+    mix: Mix = field(default_factory=lambda: Mix(drop=0.1))
+    subset: str | None = None
+    min_found: float = 0.99
+    ema: float = 0.9999
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    precision: Precision = "bf16"
+    seed: int = 0
+    workers: int = 1
+    save_every: int = 1000  # steps
+    tensorboard: bool = False
+    compile: bool = False
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"workers": 0, "save_every": 1, "seed": 0, "warmup": 0, "batch": 1}
+        for name, low in least.items():
+            if (value := getattr(self, name)) < low:
+                raise InputError(f"{name}={value} is less than {low}", f"give {low} or more")
+        if self.batch > self.samples:
+            reason = f"a training of {self.samples:,} samples has no step of {self.batch:,}"
+            raise InputError(reason, "give more samples, or a smaller batch")
+        if not 0 <= self.ema < 1:
+            raise InputError(
+                f"ema={self.ema:g} is no decay", "give a number from 0 to below 1, such as 0.9999"
+            )
+        if self.net.sigma != (self.objective.kind == "diffusion" and self.objective.learned_sigma):
+            reason = f"a net with sigma={self.net.sigma} and learned_sigma={self.objective.learned_sigma}"
+            raise InputError(reason, "the output has a variance where one is learned, and nowhere else")
+
+    @property
+    def steps(self) -> int:
+        return self.samples // self.batch
+
+    def rate(self, step: int) -> float:
+        warm = self.warmup // self.batch
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        if not self.cosine:
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def train(training: Training, out: Path, say: Say = print) -> Path:
+    """Train, or go on where it stopped; gives the last checkpoint, a model folder.
+
+    Raises:
+        InputError: something is not as it should be, the loss is no number, or the disk is full.
+    """
+    with processes() as ranks:
+        if training.batch % ranks.ranks:
+            reason = f"a step of {training.batch} samples on {ranks.ranks} devices"
+            raise InputError(reason, "make it a multiple of them")
+        settle(training, out, FREE, ranks)
+        joined = joined_in(
+            out, ranks, version=training.version, images=training.images, mix=training.mix,
+            subset=training.subset, min_found=training.min_found,
+        )  # fmt: skip
+        words = dit.tokenizer(training.tokenizer)
+        settle_data(joined.about() | {"tokenizer": sha256_file(words)}, out, ranks)
+        if ranks.is_first:
+            say(f"{joined.audit}")
+        sample, there = latest(out)
+        if ranks.is_first:
+            shorten_log(out, sample)
+        if sample < training.steps * training.batch:
+            there = _train(training, joined, words, out, sample, there, say, ranks)
+        assert there is not None
+        return there
+
+
+def _train(
+    training: Training, joined: Joined, words: Path, out: Path, sample: int, there: Path | None, say: Say,
+    ranks: Ranks,
+) -> Path:  # fmt: skip
+    from diffusers.training_utils import EMAModel
+
+    torch.manual_seed(training.seed)
+    model = DiT(training.net)
+    if there is not None:
+        known = load_file(there / MOMENTS)
+        model.load_state_dict(_of("weights:", known))
+    model = model.to(ranks.device).train()
+    module = spread(model, model.blocks, ranks, sharded=training.sharded)
+    if training.compile:
+        module.compile()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=training.betas, eps=training.eps, fused=True,
+        weight_decay=training.weight_decay,
+    )  # fmt: skip
+    average = EMAModel(model.parameters(), decay=training.ema, foreach=True)
+    if there is not None:
+        load_moments(model, optimizer, _of("moments:", known))
+        _load_average(average, model, load_file(there / dit.WEIGHTS))
+        average.optimization_step = sample // training.batch
+    step = Step(training.objective, module, precision=training.precision, seed=training.seed, ranks=ranks)
+    pairs = Pairs(
+        joined, training.mix, Picture(training.net.px, centre=True), Words(words, training.net.context),
+        seed=training.seed, batch=training.batch // ranks.ranks,
+    )  # fmt: skip
+    total = training.steps * training.batch
+    report = Report(out, say, sample, total, tensorboard=training.tensorboard) if ranks.is_first else None
+    seen = Seen()
+    for batch in batches(
+        pairs, start=sample, samples=total, workers=training.workers, rank=ranks.rank, ranks=ranks.ranks
+    ):
+        at = sample // training.batch
+        lr = training.rate(at)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = step(batch, sample)
+        for found in (loss, norm_of_gradient(model)):
+            if not math.isfinite(found):
+                raise unhealthy(out, found, sample, batch.uids, there, ranks.rank)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+        sample += training.batch
+        seen.add(batch, ranks)
+        if report:
+            told = {"loss": round(loss, 6), "lr": lr}
+            report.step(sample, lambda: told | seen.about())  # noqa: B023 - asked at once
+        if at + 1 == training.steps or (at + 1) % training.save_every == 0:
+            there = _save(training, words, out, model, optimizer, average, sample, ranks)
+    assert there is not None
+    return there
+
+
+class Step:
+    """A step's loss and its gradient, the mean over the samples of all ranks that are ok."""
+
+    def __init__(
+        self, objective: Objective, module: torch.nn.Module, *, precision: Precision, seed: int, ranks: Ranks
+    ) -> None:
+        self.objective, self.module, self.precision = objective, module, precision
+        self.seed, self.ranks = seed, ranks
+
+    def __call__(self, batch: Batch, sample: int) -> float:
+        """`sample` is the step's first, of all ranks."""
+        device = self.ranks.device
+        clean = batch.images.to(device).float() / 127.5 - 1
+        first = sample + self.ranks.rank * len(clean)
+        noise, normal_B = noise_of(self.seed, first, clean.shape)
+        noise, time_B = noise.to(device), self.objective.times(normal_B.to(device))
+        noisy = self.objective.noisy(clean, noise, time_B)
+        tokens, mask = batch.texts.to(device)
+        with computing(device, self.precision):
+            out = self.module(noisy, time_B, tokens, mask.bool())
+        loss_B = self.objective.loss(out.float(), clean, noise, noisy, time_B)
+        ok_B = batch.ok.to(device)
+        number = ok_B.sum()
+        if self.ranks.ranks > 1:
+            dist.all_reduce(number)
+        loss = (loss_B * ok_B).sum() / number.clamp(min=1) * self.ranks.ranks
+        loss.backward()
+        told = loss.detach().clone()
+        if self.ranks.ranks > 1:
+            dist.all_reduce(told)
+        return float(told) / self.ranks.ranks
+
+
+def noise_of(seed: int, first: int, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of samples from `first` on: (B, C, P, P) noise and (B) a number for the time, standard normal."""
+    chance = torch.Generator()
+    noise, normal_B = torch.empty(shape), torch.empty(shape[0])
+    for place in range(shape[0]):
+        chance.manual_seed(int(drawn(seed, first + place, "noise") * 2**53))
+        torch.randn(shape[1:], generator=chance, out=noise[place])
+        normal_B[place] = torch.randn((), generator=chance)
+    return noise, normal_B
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def _of(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _load_average(average: Any, model: DiT, weights: Mapping[str, torch.Tensor]) -> None:
+    for (name, parameter), shadow in zip(model.named_parameters(), average.shadow_params, strict=True):
+        found = weights[name].to(parameter.device)
+        if hasattr(parameter, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            sharded: Any = parameter
+            found = distribute_tensor(found, sharded.device_mesh, sharded.placements)
+        shadow.copy_(found)
+
+
+def _save(
+    training: Training, words: Path, out: Path, model: DiT, optimizer: torch.optim.AdamW, average: Any,
+    sample: int, ranks: Ranks,
+) -> Path:  # fmt: skip
+    weights, moments = state_of(model, optimizer)
+    names = [name for name, _ in model.named_parameters()]
+    drawing = {
+        name: whole_tensor(shadow).detach().cpu().contiguous()
+        for name, shadow in zip(names, average.shadow_params, strict=True)
+    }
+
+    def write(folder: Path) -> None:
+        dit.describe(training.net, asdict(training.objective), words, folder)
+        save_file(drawing, folder / dit.WEIGHTS, metadata={"format": "pt"})
+        kept = {f"weights:{n}": t for n, t in weights.items()} | {
+            f"moments:{n}": t for n, t in moments.items()
+        }
+        save_file(kept, folder / MOMENTS)
+
+    if ranks.is_first:
+        checkpoint(out, sample, write)
+    ranks.wait()
+    return out / f"step-{sample:012d}"

@@ -1,0 +1,428 @@
+"""Recap-DiT: the model is the paper's, a step and a sampler are those of plain lines, nothing is drawn twice
+alike by chance.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLIP, ROOT, recap
+from PIL import Image
+from test_data import published_in
+from torch.distributions import Normal, kl_divergence
+
+from builder.errors import InputError
+from recipes.data import Batch, Mix
+from recipes.demo import reader, world
+from recipes.dit import model as dit
+from recipes.dit.model import DiT, Net, Words
+from recipes.dit.objective import Objective
+from recipes.dit.sample import Drawer, How, sample, seeds_of
+from recipes.dit.train import Step, Training, noise_of, train
+from recipes.training import ALONE
+
+TINY = Net(
+    size="P", patch=4, px=16, channels=3, sigma=False, context=32, text_width=64, text_layers=1,
+    vocabulary=1024,
+)  # fmt: skip
+FLOW = Objective(kind="flow", predict="clean", learned_sigma=False)
+WORDS = CLIP / dit.TOKENIZER
+SLOW = pytest.mark.skipif("RECAP_FULL" not in os.environ, reason="RECAP_FULL=1 runs it: make test-slow")
+
+
+def a_training(demo_run: Path, **changed: object) -> Training:
+    training = Training(
+        name="tiny", version=str(published_in(demo_run)), images=str(demo_run), tokenizer=str(CLIP), net=TINY,
+        objective=FLOW, samples=96, batch=16, lr=1e-3, mix=Mix(drop=0.1), precision="fp32", save_every=2,
+        workers=1,
+    )  # fmt: skip
+    return replace(training, **changed)  # type: ignore[arg-type]
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())
+    return {line["sample"]: line["loss"] for line in lines}
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.training.REPORT_S", 0.0)
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+# The paper's, in millions, and what facebookresearch/DiT says of XL: with 1,001 classes, and places, which
+# are not trained.
+PUBLISHED = {"S": 33, "B": 130, "L": 458, "XL": 675}
+XL = 675_129_632
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_it_is_the_published_model_and_what_reads_the_text(size: dit.Size) -> None:
+    with torch.device("meta"):
+        model = DiT(Net(size=size, patch=2))
+    blocks, width, _ = dit.SIZES[size]
+    reads = blocks * 4 * (width**2 + width) + 768 * width + width
+    classes, fixed = 1001 * width, 16**2 * width
+    ours = sum(parameter.numel() for parameter in model.parameters())
+    without = ours - reads + classes + fixed
+    assert without // 10**6 == PUBLISHED[size] or round(without / 10**6) == PUBLISHED[size]
+    if size == "XL":
+        assert without == XL
+
+
+def test_at_first_nothing_comes_out_and_a_block_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = DiT(TINY)
+    tokens, mask = Words(WORDS, 32)(["a red star", ""])[0]
+    noisy, time = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    assert (model(noisy, time, tokens, mask.bool()) == 0).all()
+    x, text = torch.randn(2, 16, 128), torch.randn(2, 32, 128)
+    for block in model.blocks:
+        assert torch.equal(block(x, torch.randn(2, 128), text, mask.bool()), x)
+
+
+def test_patches_come_back_where_they_were() -> None:
+    model = DiT(TINY)
+    picture = torch.randn(2, 3, 16, 16)
+    patches = picture.unfold(2, 4, 4).unfold(3, 4, 4)  # (B, C, H, W, p, q)
+    flat = patches.permute(0, 2, 3, 4, 5, 1).reshape(2, 16, 48)
+    assert torch.equal(model._unpatched(flat), picture)
+
+
+def test_what_is_behind_a_text_is_not_read() -> None:
+    torch.manual_seed(0)
+    model = DiT(TINY)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens, mask = Words(WORDS, 32)(["a red star"])[0]
+    noisy, time = torch.randn(1, 3, 16, 16), torch.tensor([300.0])
+    out = model(noisy, time, tokens, mask.bool())
+    other = torch.where(mask.bool(), tokens, 7)
+    torch.testing.assert_close(model(noisy, time, other, mask.bool()), out)
+    tokens[0, 2] = 9
+    assert not torch.allclose(model(noisy, time, tokens, mask.bool()), out)
+
+
+# --- what a step minimises ----------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_the_papers() -> None:
+    betas = np.linspace(1e-4, 0.02, 1000)
+    kept = np.cumprod(1 - betas)
+    clean, noise = torch.ones(3, 3, 2, 2), torch.full((3, 3, 2, 2), 0.5)
+    time = torch.tensor([0, 499, 999])
+    found = Objective().noisy(clean, noise, time)
+    for place, t in enumerate(time.tolist()):
+        wanted = math.sqrt(kept[t]) + 0.5 * math.sqrt(1 - kept[t])
+        assert found[place].flatten().tolist() == pytest.approx([wanted] * 12, rel=1e-5)
+    even = Objective().times(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    assert (even.min(), even.max()) == (0, 999)
+    assert torch.histc(even.float(), 10).std() / 10_000 < 0.02
+
+
+@pytest.mark.parametrize("predict", ["noise", "velocity", "clean"])
+def test_at_first_the_loss_is_the_variance_of_what_is_predicted(predict: str) -> None:
+    """Of nothing coming out; of noise that is 1."""
+    clean, (noise, _) = torch.zeros(4, 3, 16, 16), noise_of(0, 0, torch.Size((4, 3, 16, 16)))
+    time = torch.tensor([1, 300, 600, 999])
+    one = Objective(predict=predict, learned_sigma=False)  # type: ignore[arg-type]
+    noisy = one.noisy(clean, noise, time)
+    loss = one.loss(torch.zeros_like(clean), clean, noise, noisy, time)
+    kept = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[time]
+    share = {"noise": torch.ones(4), "velocity": kept.float(), "clean": torch.zeros(4)}[predict]
+    torch.testing.assert_close(loss, noise.square().flatten(1).mean(1) * share, rtol=1e-4, atol=1e-6)
+    of_one = loss[0] / share[0] if predict != "clean" else torch.tensor(1.0)
+    assert float(of_one) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("predict", ["noise", "velocity", "clean"])
+def test_what_is_right_has_no_loss_in_a_flow(predict: str) -> None:
+    clean, noise = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    time = torch.tensor([100.0, 300.0, 600.0, 900.0])
+    flow = Objective(kind="flow", predict=predict, learned_sigma=False)  # type: ignore[arg-type]
+    noisy = flow.noisy(clean, noise, time)
+    right = {"noise": noise, "velocity": noise - clean, "clean": clean}[predict]
+    assert flow.loss(right, clean, noise, noisy, time).max() < 1e-8
+    assert flow.loss(right + 0.1, clean, noise, noisy, time).min() > 1e-3
+
+
+@pytest.mark.parametrize("predict", ["noise", "velocity", "clean"])
+def test_what_learns_the_variance_is_the_divergence_in_bits(predict: str) -> None:
+    """By torch's own normal distributions."""
+    torch.manual_seed(1)
+    clean, noise, time = torch.rand(3, 2, 4, 4) * 2 - 1, torch.randn(3, 2, 4, 4), torch.tensor([1, 400, 999])
+    one = Objective(predict=predict)  # type: ignore[arg-type]
+    noisy = one.noisy(clean, noise, time)
+    mean, sigma = torch.randn(2, 3, 2, 4, 4) * 0.3
+    kept = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    for place, t in enumerate(time.tolist()):
+        a, before = kept[t], kept[t - 1]
+        beta = 1 - a / before
+        low = beta * (1 - before) / (1 - a)
+        x, out = noisy[place].double(), mean[place].double()
+        guess = {
+            "noise": (x - (1 - a).sqrt() * out) / a.sqrt(), "clean": out,
+            "velocity": a.sqrt() * x - (1 - a).sqrt() * out,
+        }[predict]  # fmt: skip
+        means = [
+            before.sqrt() * beta / (1 - a) * of + (1 - beta).sqrt() * (1 - before) / (1 - a) * x
+            for of in (clean[place].double(), guess)
+        ]
+        share = (sigma[place].double() + 1) / 2
+        log_variance = share * beta.log() + (1 - share) * low.log()
+        apart = kl_divergence(Normal(means[0], low.sqrt()), Normal(means[1], (log_variance / 2).exp()))
+        found = one.bound(mean, sigma, clean, noisy, time)[place]
+        assert float(found) == pytest.approx(float(apart.mean()) / math.log(2), rel=2e-3)
+
+
+def test_a_sample_without_a_picture_moves_nothing() -> None:
+    torch.manual_seed(0)
+    model = DiT(TINY)
+    images, ok = (
+        torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8),
+        torch.tensor([True, True, True, False]),
+    )
+    texts = Words(WORDS, 32)(["a", "b", "c", "d"])[0]
+    step = Step(FLOW, model, precision="fp32", seed=0, ranks=ALONE)
+    told = step(Batch(["u"] * 4, images, texts, ok, 0), 0)
+    three = step(Batch(["u"] * 3, images[:3], texts[:, :3], ok[:3], 0), 0)
+    assert three == pytest.approx(told, rel=1e-6)
+
+
+# --- a training ---------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_stopped_goes_on_to_the_same_bits(
+    demo_run: Path, tmp_path: Path, every_step: None
+) -> None:
+    """And its average is the closed form of the weights that were."""
+    training = a_training(demo_run)
+    there = train(training, tmp_path / "whole", say=lambda _: None)
+    train(training, tmp_path / "cut", say=lambda _: None)
+    shutil.rmtree(tmp_path / "cut" / "step-000000000096")
+    again = train(training, tmp_path / "cut", say=lambda _: None)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name in (dit.WEIGHTS, "training.tensors"):
+        assert (again / name).read_bytes() == (there / name).read_bytes()
+    with pytest.raises(InputError, match="another training: lr was"):
+        train(replace(training, lr=1.0), tmp_path / "cut")
+
+
+def test_the_average_is_the_closed_form_of_the_weights(
+    demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr("recipes.training.KEPT", 100)
+    training = a_training(demo_run, save_every=1, ema=0.3)
+    train(training, tmp_path / "out", say=lambda _: None)
+    folders = sorted((tmp_path / "out").glob("step-*"))
+    name = "blocks.0.mlp.0.weight"
+    weights = [load_file(folder / "training.tensors")[f"weights:{name}"] for folder in folders]
+    wanted = weights[0]  # at the first step the decay is 0
+    for step, weight in enumerate(weights[1:], 2):
+        decay = min(0.3, step / (9 + step))
+        wanted = decay * wanted + (1 - decay) * weight
+    torch.testing.assert_close(load_file(folders[-1] / dit.WEIGHTS)[name], wanted, rtol=1e-5, atol=1e-7)
+
+
+@SLOW
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_have_ones_losses(
+    demo_run: Path, tmp_path: Path, every_step: None, sharded: bool
+) -> None:
+    training = a_training(demo_run, workers=0, sharded=sharded)
+    (tmp_path / "run.py").write_text(
+        "import sys, pathlib\n"
+        "sys.path.insert(0, 'tests')\n"
+        "import recipes.training\n"
+        "recipes.training.REPORT_S = 0.0\n"
+        "from test_dit import a_training, train\n"
+        f"training = a_training(pathlib.Path({str(demo_run)!r}), workers=0, sharded={sharded})\n"
+        f"train(training, pathlib.Path({str(tmp_path / 'two')!r}), say=lambda _: None)\n"
+    )
+    command = [
+        "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+        "--master-port=29588", str(tmp_path / "run.py"),
+    ]  # fmt: skip
+    train(training, tmp_path / "one", say=lambda _: None)
+    ours = losses(tmp_path / "one")
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert losses(tmp_path / "two") == pytest.approx(ours, rel=1e-5)
+        shutil.rmtree(tmp_path / "two" / "step-000000000096")
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of random weights."""
+    from dataclasses import asdict
+
+    from safetensors.torch import save_file
+
+    found = {}
+    for kind, objective in {"flow": FLOW, "diffusion": Objective()}.items():
+        torch.manual_seed(0)
+        net = replace(TINY, sigma=kind == "diffusion")
+        model = DiT(net)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        found[kind] = tmp_path_factory.mktemp(kind)
+        dit.describe(net, asdict(objective), WORDS, found[kind])
+        save_file(model.state_dict(), found[kind] / dit.WEIGHTS)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler"), [("flow", "euler"), ("flow", "dpm"), ("diffusion", "ddpm"), ("diffusion", "dpm")]
+)
+def test_any_part_of_the_pictures_comes_out_bit_for_bit(
+    models: dict[str, Path], tmp_path: Path, kind: str, sampler: str
+) -> None:
+    texts = ["a red star", "a blue ring", "a red star", "", "two green squares"]
+    for folder in ("all", "part"):
+        sample(models[kind], texts, tmp_path / folder, sampler=sampler, steps=4, batch=4, say=lambda _: None)
+        if folder == "part":
+            continue
+        shutil.copytree(tmp_path / "all", tmp_path / "part")
+        for n in (1, 4):
+            (tmp_path / "part" / f"{n:06d}.png").unlink()
+    found = [(tmp_path / "part" / f"{n:06d}.png").read_bytes() for n in range(5)]
+    assert found == [(tmp_path / "all" / f"{n:06d}.png").read_bytes() for n in range(5)]
+    assert found[0] != found[2]  # the same text again is another picture
+
+
+def test_a_step_of_the_sampler_is_that_of_plain_lines(models: dict[str, Path]) -> None:
+    """The last one of four, with the learned variance, and of a flow."""
+    drawer = Drawer(models["diffusion"])
+    scheduler = drawer._scheduler(How())
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [750, 500, 250, 0]
+    kept = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), dtype=torch.float64)
+    x, out = torch.randn(1, 3, 4, 4), torch.randn(1, 6, 4, 4) * 0.5
+    seeded = torch.Generator().manual_seed(5)
+    found = scheduler.step(out, scheduler.timesteps[1], x, generator=[seeded]).prev_sample
+    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    a, before = kept[500], kept[250]
+    beta = 1 - a / before
+    guess = (x - (1 - a).sqrt() * out[:, :3]) / a.sqrt()
+    mean = before.sqrt() * beta / (1 - a) * guess + (1 - beta).sqrt() * (1 - before) / (1 - a) * x
+    share = (out[:, 3:] + 1) / 2
+    low = beta * (1 - before) / (1 - a)
+    wanted = mean + (0.5 * (share * beta.log() + (1 - share) * low.log())).exp() * noise
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-4)
+    flow = Drawer(models["flow"])
+    scheduler = flow._scheduler(How(sampler="euler"))
+    scheduler.set_timesteps(4)
+    first, second = scheduler.sigmas[:2]
+    velocity = torch.randn(1, 3, 4, 4)
+    found = scheduler.step(velocity, scheduler.timesteps[0], x).prev_sample
+    torch.testing.assert_close(found, x + (second - first) * velocity)
+
+
+@pytest.mark.parametrize("kind", ["flow", "diffusion"])
+def test_guidance_of_one_is_the_text_alone(models: dict[str, Path], kind: str) -> None:
+    drawer = Drawer(models[kind])
+    x = torch.randn(2, 3, 16, 16)
+    tokens, mask = drawer.words(["a red star", "a blue ring", "", ""])[0]
+    outs = [
+        drawer._out(x, 400.0, tokens, mask.bool(), How(guidance=g, batch=2))
+        for g in (1.0, 1.0 + 1e-7, 0.0, 3.0)
+    ]
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
+    learned = slice(0, 3)  # of what is guided
+    told = outs[2][:, learned] + 3 * (outs[0] - outs[2])[:, learned]
+    torch.testing.assert_close(outs[3][:, learned], told, rtol=1e-3, atol=1e-4)
+    if kind == "diffusion":
+        assert torch.equal(outs[3][:, 3:], outs[2][:, 3:])  # the variance is the text's
+
+
+def test_what_cannot_be_drawn_is_told_in_one_line(models: dict[str, Path], tmp_path: Path) -> None:
+    model = models["flow"]
+    with pytest.raises(InputError, match="more than the model's 32 tokens"):
+        sample(model, ["red " * 60], tmp_path / "a")
+    with pytest.raises(InputError, match=r"sampler=ddpm is not for a flow\n.*euler, dpm"):
+        sample(model, ["red"], tmp_path / "a", sampler="ddpm")
+    with pytest.raises(InputError, match="guidance=-1 is below 0"):
+        sample(model, ["red"], tmp_path / "a", guidance=-1.0)
+    with pytest.raises(InputError, match="there are no texts"):
+        sample(model, [], tmp_path / "a")
+    with pytest.raises(InputError, match="holds no DiT"):
+        sample(CLIP, ["red"], tmp_path / "a")
+    sample(model, ["red", "blue"], tmp_path / "a", steps=2, batch=2, say=lambda _: None)
+    with pytest.raises(InputError, match="pictures of other texts"):
+        sample(model, ["green"], tmp_path / "a", steps=2, batch=2)
+    with pytest.raises(InputError, match="steps was 2, is 3"):
+        sample(model, ["red", "blue"], tmp_path / "a", steps=3, batch=2)
+    with pytest.raises(InputError, match="no whole number of patches"):
+        Net(px=30)
+    with pytest.raises(InputError, match="neither learned_sigma nor min_snr"):
+        Objective(kind="flow")
+
+
+def test_seeds_are_the_texts_own() -> None:
+    assert seeds_of(["a", "b", "a"], 0)[:2] == seeds_of(["a", "b"], 0)
+    assert len(set(seeds_of(["a", "a", "b"], 0) + seeds_of(["a", "a", "b"], 1))) == 6
+
+
+def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
+    version = published_in(demo_run)
+    settings = [f"version={version}", f"images={demo_run}", "samples=64", "batch=32", "px=16", "workers=0"]
+    done = recap("train", "dit", "demo", *settings, "--out", tmp_path / "out", "--json")
+    model = json.loads(done.stdout)["model"]
+    (tmp_path / "more.txt").write_text("a blue ring\n\na green cross\n")
+    words = [
+        "--captions",
+        tmp_path / "more.txt",
+        "--out",
+        tmp_path / "drawn",
+        "--steps",
+        "2",
+        "--grid",
+        "--json",
+    ]
+    told = json.loads(recap("sample", model, "a red star", *words).stdout)
+    assert (told["pictures"], told["sampler"], told["guidance"]) == (3, "euler", 4)
+    assert Image.open(tmp_path / "drawn" / "grid.png").size == (3 * 65 - 1, 64)
+    assert (
+        "is not for a flow"
+        in recap("sample", model, "x", "--out", tmp_path / "b", "--sampler", "ddpm", check=2).stderr
+    )
+
+
+# --- who reads the pictures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("px", [32, pytest.param(64, marks=SLOW)])
+def test_the_reader_is_right_on_real_scenes(px: int) -> None:
+    """Colour, shape and place, as the demo's web has pictures: at least 98 %, and nothing else."""
+    right = there = wrong = 0
+    for n in range(60 if px == 32 else 300):
+        scene = world.scene(world.HELD_OUT * 5 + n)
+        image = Image.open(io.BytesIO(world.jpeg(world.draw(scene, 128), 90)))
+        found = {
+            (one.place, one.name) for one in reader.read(image.resize((px, px), Image.Resampling.BILINEAR))
+        }
+        wanted = {(thing.place, thing.name) for thing in scene.things}
+        right, there, wrong = right + len(found & wanted), there + len(wanted), wrong + len(found - wanted)
+    assert right >= 0.98 * there
+    assert wrong <= 0.01 * there
