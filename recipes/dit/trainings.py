@@ -41,6 +41,6 @@ def demo(
         ),
         objective=Objective(kind=kind, predict=predict, learned_sigma=learned),
         samples=samples, batch=batch, lr=lr, warmup=samples // 20, cosine=True, ema=0.999,
-        mix=Mix(p_original=p_original, drop=0.1), min_found=0.9, precision=precision or best_precision(), workers=workers,
-        save_every=200, tensorboard=tensorboard,
+        mix=Mix(p_original=p_original, drop=0.1), min_found=0.9, precision=precision or best_precision(),
+        workers=workers, save_every=200, tensorboard=tensorboard,
     )  # fmt: skip
