@@ -76,7 +76,7 @@ def bare(path: str, places: list[tuple[int, int]], px: int, seconds: float, done
     chance = np.random.default_rng(os.getpid())
     while time.monotonic() < end:
         start, size = places[number % len(places)]
-        image = Image.open(io.BytesIO(os.pread(file, size, start))).convert("RGB")
+        image = Image.open(io.BytesIO(os.pread(file, size, start)))
         side = chance.uniform(0.65, 1)
         box = (0, 0, image.width * side, image.height * side)
         np.array(image.resize((px, px), Image.Resampling.BILINEAR, box=box))

@@ -195,7 +195,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, 3, px, px) uint8, `texts` (B, T) int64; `ok` (B) is False where an image cannot be
+    """`images` (B, 3, px, px) uint8, `texts` (..., B, T) int64; `ok` (B) is False where an image cannot be
     decoded, whose pixels are 0; `cut` counts texts that are longer than the context. `captions` (B, C) are
     for a decoder.
     """
@@ -214,7 +214,7 @@ class Batch:
 
 
 Tokenize = Callable[[list[str]], tuple[torch.Tensor, int]]
-"""Texts -> their tokens (B, T), and how many texts were cut."""
+"""Texts -> their tokens (B, T), or (2, B, T) with a mask, and how many texts were cut."""
 
 
 class Pairs(Dataset[Batch | UserError]):
@@ -267,7 +267,7 @@ class Pairs(Dataset[Batch | UserError]):
         """
         if get_worker_info() is None:
             return None
-        if len(self._room) < AHEAD + 2:
+        if len(self._room) < AHEAD + 1:
             empty = torch.empty((self.batch, self.picture.px, self.picture.px, 3), dtype=torch.uint8)
             self._room.append(empty.share_memory_())
         self._room.rotate()
@@ -316,5 +316,5 @@ def batches(
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        pinned = not workers or batch.images.is_pinned()
-        yield batch if pinned else replace(batch, images=batch.images.clone())
+        own = not workers or batch.images.is_pinned()
+        yield batch if own else replace(batch, images=batch.images.clone())

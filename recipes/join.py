@@ -124,9 +124,14 @@ def join(
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / "join.json", *folder.glob("[0-9]*.*")):
             old.unlink(missing_ok=True)
-        rows, audit = _join(opened, images, folder, columns, subset)
-        there = Joined(folder, rows, columns, audit, made_of)
-        _check(there, images, version, min_found)
+        try:
+            rows, audit = _join(opened, images, folder, columns, subset)
+            there = Joined(folder, rows, columns, audit, made_of)
+            _check(there, images, version, min_found)
+        except BaseException:
+            for copied in folder.glob("*.images"):
+                copied.unlink()
+            raise
         written = {"rows": rows, "captions": columns, "audit": asdict(audit), "of": made_of}
         write_atomically(folder / "join.json", json.dumps(written))
     _check(there, images, version, min_found)
@@ -350,7 +355,10 @@ def _of_tars(tars: list[Path]) -> Iterator[tuple[str | None, str, int, str, int,
 def _with_pictures(folder: Path) -> Iterator[tuple[Path, str]]:
     """Tables that hold pictures, and in which column."""
     for path in sorted(folder.glob("*.parquet")):
-        there = pq.read_schema(path).names
+        try:
+            there = pq.read_schema(path).names
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{path} cannot be read: {error}", "delete it, or write it again") from error
         yield from ((path, kind[1:]) for kind in PICTURES if kind[1:] in there)
 
 
@@ -363,9 +371,9 @@ def _of_tables(
         names = [name for name in ("sha256", "uid", column) if name in there.schema_arrow.names]
         if "sha256" not in names:
             raise InputError(f"{path} has no sha256", HASHED)
-        with open(folder / f"{shard:05d}.images", "wb") as file:
+        with open((folder / f"{shard:05d}.images").absolute(), "wb") as file:
             for batch in there.iter_batches(256, columns=names):
                 for row in batch.to_pylist():
                     if (picture := row[column]) is not None:
-                        yield row.get("uid"), row["sha256"], shard, file.name, file.tell(), len(picture)
+                        yield row.get("uid"), row["sha256"], shard, str(file.name), file.tell(), len(picture)
                         file.write(picture)

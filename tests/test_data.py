@@ -162,6 +162,24 @@ def test_what_img2dataset_wrote_as_parquet_is_joined(
     assert join(str(version), str(tmp_path / "images"), tmp_path / "joined").rows == (3, 3)
 
 
+def test_a_share_of_the_samples_has_no_text() -> None:
+    mix = Mix(drop=0.1)
+    texts = [mix.text(ROW | {"uid": f"{n:032x}"}, 0, 0) for n in range(4000)]
+    assert 0.08 < texts.count("") / 4000 < 0.12
+    assert set(texts) == {"", ROW["re_caption"]}
+    with pytest.raises(InputError, match="drop=2 is no probability"):
+        Mix(drop=2)
+
+
+def test_the_square_in_the_middle_is_taken() -> None:
+    image = Image.new("RGB", (60, 20), "red")
+    image.paste("blue", (20, 0, 40, 20))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    pixels = Picture(10, centre=True).of(buffer.getvalue(), ())
+    assert pixels.flatten(1).tolist() == [[0] * 100, [0] * 100, [255] * 100]
+
+
 def test_a_subset_says_which_rows_and_with_which_caption(
     few: tuple[Path, list[dict[str, str]]], tmp_path: Path
 ) -> None:

@@ -180,7 +180,9 @@ def evaluate(
         raise UserError(f"{twice[0]} is asked twice", "give each a name of its own: name=...")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()  # better now than when all is computed
+        if out.is_dir():  # better now than when all is computed
+            raise UserError(f"{out} is a folder", "name a file: --out results.json")
+        tempfile.TemporaryFile(dir=out.parent).close()
     from recipes.evaluate.benchmarks import Benchmark
     from recipes.evaluate.model import Model
 

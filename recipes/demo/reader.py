@@ -83,7 +83,9 @@ def _templates(place: int, px: int) -> tuple[list[tuple[str, str]], Numbers, Num
     """Of each thing there could be: its names, its mask (M, S, S, 1) and its paint (M, S, S, 3)."""
     top, left, side = _window(place, px)
     names, masks, paints = [], [], []
-    dark, pale = (level / 255 for level in (world.COLOURS["black"][0], world.lighter((25, 25, 25))[0]))
+    dark, pale = (
+        level / 255 for level in (world.COLOURS["black"][0], world.lighter(world.COLOURS["black"])[0])
+    )
     for shape, size, dx, dy, pattern in product(world.SHAPES, world.SIZES, JITTER, JITTER, world.PATTERNS):
         thing = Thing(shape, "black", size, pattern, place, dx, dy)  # others are as it is, but for the colour
         black, white = (_on(tone, thing, px)[top : top + side, left : left + side] for tone in (0, 255))

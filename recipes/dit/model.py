@@ -58,6 +58,9 @@ class Net:
     vocabulary: int = 0
 
     def __post_init__(self) -> None:
+        if min(self.px, self.patch, self.channels, self.context) < 1 or self.text_width % 32:
+            reason = "px, patch, channels and context are 1 or more, text_width a multiple of 32"
+            raise InputError(reason, "give others")
         if self.px % self.patch:
             reason = f"{self.px} pixels are no whole number of patches of {self.patch}"
             raise InputError(reason, "give px a multiple of patch")
@@ -114,6 +117,9 @@ class DiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         for block in self.blocks:
             assert isinstance(block, Block)
+            for attention in (block.attention, block.read):  # as of one layer, in DiT
+                nn.init.xavier_uniform_(attention.query.weight, math.sqrt(1 / 2))
+                nn.init.xavier_uniform_(attention.key_value.weight, math.sqrt(3 / 4))
             nn.init.zeros_(block.modulation[1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(block.read.out.weight)
         for layer in (self.modulation[1], self.out):
@@ -169,7 +175,7 @@ class TextEncoder(nn.Module):
         self.places = nn.Parameter(torch.randn(net.context, net.text_width) * 0.02)
         nn.init.normal_(self.tokens.weight, std=0.02)
         layer = nn.TransformerEncoderLayer(
-            net.text_width, max(1, net.text_width // 32), 4 * net.text_width, dropout=0.0, activation="gelu",
+            net.text_width, net.text_width // 32, 4 * net.text_width, dropout=0.0, activation="gelu",
             batch_first=True, norm_first=True,
         )  # fmt: skip
         self.layers = nn.TransformerEncoder(
@@ -204,8 +210,8 @@ def places(side: int, width: int) -> torch.Tensor:
 
 
 class Words:
-    """Texts -> tokens and mask, and how many of the texts are longer than the context. Made in each worker
-    process, when there is something to do.
+    """Texts -> (2, B, T): their tokens, and 1 where there is one; and how many of the texts are longer than
+    the context. Made in each worker process, when there is something to do.
     """
 
     def __init__(self, path: Path, context: int) -> None:
@@ -213,9 +219,9 @@ class Words:
         self.tokenizer: object = None
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
-        """(2, B, T): tokens, and 1 where there is one."""
         found = self._ids(texts)
         both = torch.zeros(2, len(found), self.context, dtype=torch.int64)
+        both[1, :, 0] = 1  # of no text too: something is looked at
         for number, ids in enumerate(found):
             kept = ids if len(ids) <= self.context else [*ids[: self.context - 1], ids[-1]]
             both[0, number, : len(kept)] = torch.tensor(kept)
@@ -232,15 +238,21 @@ class Words:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
 
-def tokenizer(folder: str) -> Path:
-    """The folder of a tokenizer.
+def tokenizer(folder: str, vocabulary: int) -> Path:
+    """The tokenizer in a folder.
 
     Raises:
-        InputError: it is none.
+        InputError: there is none, or one of more tokens.
     """
+    from tokenizers import Tokenizer
+
     found = model_folder(folder)
     if found is None or not (found / TOKENIZER).is_file():
         raise InputError(f"tokenizer={folder} has no {TOKENIZER}", "name a folder with one")
+    number = Tokenizer.from_file(str(found / TOKENIZER)).get_vocab_size()
+    if number > vocabulary:
+        reason = f"tokenizer={folder} has {number:,} tokens, the model's vocabulary {vocabulary:,}"
+        raise InputError(reason, f"give vocabulary={number}")
     return found / TOKENIZER
 
 
@@ -261,9 +273,10 @@ def load(folder: Path) -> tuple[DiT, dict[str, Any]]:
         config = json.loads((folder / CONFIG).read_text())
         model = DiT(parse(Net, config["net"], what=f"{folder / CONFIG}"))
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        objective: dict[str, Any] = config["objective"]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"{folder} holds no DiT: {str(error).partition(chr(10))[0]}"
         raise InputError(
             reason, "name a checkpoint of recap train dit, such as runs/dit-demo/latest"
         ) from error
-    return model.eval(), config["objective"]
+    return model.eval(), objective

@@ -52,6 +52,7 @@ class Objective:
         kinds = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
         return DDPMScheduler(
             TIMES, 1e-4, 0.02, "linear", clip_sample=False, prediction_type=kinds[self.predict],
+            timestep_spacing="linspace",
             variance_type="learned_range" if self.learned_sigma else "fixed_small",
         )  # fmt: skip
 
@@ -73,7 +74,9 @@ class Objective:
         time_B: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         if self.kind == "flow":
-            return _mean((self.velocity(out, noisy, time_B) - (noise - clean)).square())
+            right = {"clean": clean, "noise": noise}.get(self.predict, noise - clean)
+            apart = self.velocity(out, noisy, time_B) - self.velocity(right, noisy, time_B)
+            return _mean(apart.square())
         channels = clean.shape[1]
         mean, sigma = out[:, :channels], out[:, channels:]
         wanted = {"noise": noise, "clean": clean}.get(self.predict)

@@ -19,12 +19,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -34,11 +34,11 @@ from builder.typed import parse
 from recipes.dit import model as dit
 from recipes.dit.model import Words
 from recipes.dit.objective import TIMES, Objective
-from recipes.training import REPORT_S, Say, computing
+from recipes.training import REPORT_S, Say, computing, of_the_extra
 
 Sampler = Literal["ddpm", "dpm", "euler"]
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "dpm"), "flow": ("euler", "dpm")}
-SOON = 1e-3  # of a flow's time: where it ends
+SOON = 1e-3  # of a flow's time: the clean picture is as good as there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,8 @@ class Drawer:
         """Raises:
         InputError: it is none.
         """
+        with of_the_extra():
+            import diffusers  # noqa: F401
         self.folder, self.device = folder, device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, objective = dit.load(folder)
         self.model = model.to(self.device)
@@ -103,10 +105,9 @@ class Drawer:
         shape = (net.channels, net.px, net.px)
         x = torch.stack([torch.randn(shape, generator=chance) for chance in chances]).to(self.device)
         tokens, mask = self.words([*texts, *[""] * (fill + how.batch)])[0].to(self.device)
-        scheduler.set_timesteps(how.steps)
         noise = {"generator": chances} if how.sampler == "ddpm" else {}
-        for at in scheduler.timesteps:
-            out = self._out(x, float(at), tokens, mask.bool(), how)
+        for at, moment in zip(scheduler.timesteps, self._times(scheduler), strict=True):
+            out = self._out(x, moment, tokens, mask.bool(), how)
             x = scheduler.step(out, at, x, **noise).prev_sample
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels[: len(texts)]]
@@ -127,25 +128,38 @@ class Drawer:
             first = channels if how.guided == "all" else 3
             out = torch.cat([told[:, :first], with_text[:, first:]], 1)
         if self.objective.kind == "flow":
-            return self.objective.velocity(out, x, time_B[:number], floor=SOON)
-        return out
+            floor = SOON if self.objective.predict == "clean" else None
+            return self.objective.velocity(out, x, time_B[:number], floor=floor)
+        return out[:, :channels] if how.sampler == "dpm" else out  # its steps have no variance
 
     def _scheduler(self, how: How) -> Any:
+        """From the noisiest time to the clean picture, in even steps."""
+        config = self.objective.scheduler.config
+        scheduler: Any
         if how.sampler == "ddpm":
-            return copy(self.objective.scheduler)
-        if how.sampler == "euler":
+            scheduler = type(self.objective.scheduler).from_config(config)
+        elif how.sampler == "euler":
             from diffusers import FlowMatchEulerDiscreteScheduler
 
-            return FlowMatchEulerDiscreteScheduler(TIMES)
-        from diffusers import DPMSolverMultistepScheduler
+            scheduler = FlowMatchEulerDiscreteScheduler(TIMES)
+            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / how.steps, how.steps))
+            return scheduler
+        else:
+            from diffusers import DPMSolverMultistepScheduler
 
-        if self.objective.kind == "flow":
-            return DPMSolverMultistepScheduler(
-                TIMES, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+            of = {"prediction_type": config["prediction_type"], "timestep_spacing": "linspace"}
+            scheduler = DPMSolverMultistepScheduler(
+                TIMES, 1e-4, 0.02, "linear", **(flow if self.objective.kind == "flow" else of)
             )
-        return DPMSolverMultistepScheduler.from_config(
-            {**self.objective.scheduler.config, "solver_order": 2, "timestep_spacing": "linspace"}
-        )
+        scheduler.set_timesteps(how.steps)
+        return scheduler
+
+    def _times(self, scheduler: Any) -> list[float]:
+        """Of each step the model's; a flow's are not rounded, as some schedulers' are."""
+        if self.objective.kind == "flow":
+            return [float(sigma) * TIMES for sigma in scheduler.sigmas[: len(scheduler.timesteps)]]
+        return [float(time) for time in scheduler.timesteps]
 
 
 def seeds_of(texts: Sequence[str], seed: int) -> list[int]:
@@ -167,6 +181,7 @@ def sample(model: Path, texts: Sequence[str], out: Path, *, say: Say = print, **
     """
     if not texts:
         raise InputError("there are no texts to draw", "give some, or a file of them: --captions")
+    model = model.resolve()  # `latest` may come to be another
     drawer = Drawer(model)
     how = drawer.usual(**given)
     drawer.check(texts, how)
@@ -204,8 +219,8 @@ def _settle(out: Path, about: dict[str, Any], lines: list[str]) -> None:
         if any(a != b for a, b in zip(was, lines, strict=False)):
             raise InputError(f"{out} holds pictures of other texts", "draw into another folder: --out")
         lines = max(was, lines, key=len)
-    write_atomically(settings, json.dumps(about, indent=1) + "\n")
     write_atomically(prompts, "".join(lines))
+    write_atomically(settings, json.dumps(about, indent=1) + "\n")  # last: it is looked for first
 
 
 def png(picture: Image.Image) -> bytes:

@@ -41,6 +41,7 @@ from recipes.training import (
     latest,
     load_moments,
     norm_of_gradient,
+    of_the_extra,
     processes,
     settle,
     settle_data,
@@ -90,7 +91,7 @@ class Training:
     sharded: bool = False
 
     def __post_init__(self) -> None:
-        least = {"workers": 0, "save_every": 1, "seed": 0, "warmup": 0, "batch": 1}
+        least = {"workers": 0, "save_every": 1, "seed": 0, "warmup": 0, "batch": 1, "lr": 0}
         for name, low in least.items():
             if (value := getattr(self, name)) < low:
                 raise InputError(f"{name}={value} is less than {low}", f"give {low} or more")
@@ -101,6 +102,9 @@ class Training:
             raise InputError(
                 f"ema={self.ema:g} is no decay", "give a number from 0 to below 1, such as 0.9999"
             )
+        if self.net.channels != 3 or not self.net.text_layers:
+            reason = "a training on pictures has 3 channels and a text encoder of its own"
+            raise InputError(reason, "give channels=3, text_layers and vocabulary")
         if self.net.sigma != (self.objective.kind == "diffusion" and self.objective.learned_sigma):
             reason = f"a net with sigma={self.net.sigma} and learned_sigma={self.objective.learned_sigma}"
             raise InputError(reason, "the output has a variance where one is learned, and nowhere else")
@@ -128,12 +132,14 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         if training.batch % ranks.ranks:
             reason = f"a step of {training.batch} samples on {ranks.ranks} devices"
             raise InputError(reason, "make it a multiple of them")
+        words = dit.tokenizer(training.tokenizer, training.net.vocabulary)
+        with of_the_extra():
+            import diffusers  # noqa: F401
         settle(training, out, FREE, ranks)
         joined = joined_in(
             out, ranks, version=training.version, images=training.images, mix=training.mix,
             subset=training.subset, min_found=training.min_found,
         )  # fmt: skip
-        words = dit.tokenizer(training.tokenizer)
         settle_data(joined.about() | {"tokenizer": sha256_file(words)}, out, ranks)
         if ranks.is_first:
             say(f"{joined.audit}")
@@ -168,6 +174,7 @@ def _train(
     average = EMAModel(model.parameters(), decay=training.ema, foreach=True)
     if there is not None:
         load_moments(model, optimizer, _of("moments:", known))
+        del known
         _load_average(average, model, load_file(there / dit.WEIGHTS))
         average.optimization_step = sample // training.batch
     step = Step(training.objective, module, precision=training.precision, seed=training.seed, ranks=ranks)
