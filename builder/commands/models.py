@@ -74,8 +74,8 @@ def dit(training: str, settings: tuple[str, ...], out: Path | None, as_json: boo
 @click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given.")
 @click.option("--guidance", type=float, help="10 of a diffusion, 4 of a flow, unless given; 1 is none.")
 @click.option("--guided", type=click.Choice(["all", "three"]), help="Which channels guidance acts on.")
-@click.option("--seed", type=int)
-@click.option("--batch", type=int)
+@click.option("--seed", type=int, help="Another one draws others; 0 unless given.")
+@click.option("--batch", type=int, help="Pictures at a time; 32 unless given. It enters what is drawn.")
 @click.option("--grid", is_flag=True, help="Also grid.png, of the first 36.")
 @as_json_option
 def sample(
