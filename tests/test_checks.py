@@ -405,7 +405,7 @@ def test_a_megabyte_without_a_loop_takes_no_second() -> None:
     start = time.process_time()
     assert kinds(text) == set()
     whole_sentences(text)
-    assert time.process_time() - start < 1.5
+    assert time.process_time() - start < 5  # of a machine that is slow; what is not linear takes minutes
 
 
 def labelled() -> list[dict[str, Any]]:

@@ -434,7 +434,8 @@ def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
     ]
     told = json.loads(recap("sample", model, "a red star", *words).stdout)
     assert (told["pictures"], told["sampler"], told["guidance"]) == (3, "euler", 4)
-    assert Image.open(tmp_path / "drawn" / "grid.png").size == (3 * 65 - 1, 64)
+    with Image.open(tmp_path / "drawn" / "grid.png") as sheet:
+        assert sheet.size == (3 * 65 - 1, 64)
     assert (
         "is not for a flow"
         in recap("sample", model, "x", "--out", tmp_path / "b", "--sampler", "ddpm", check=2).stderr
