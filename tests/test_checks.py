@@ -397,7 +397,7 @@ def test_a_megabyte_takes_no_second(unit: str) -> None:
     for judge in (lambda: find(text, "stop", ENGLISH), lambda: whole_sentences(text), lambda: repeated(text)):
         start = time.process_time()
         judge()
-        assert time.process_time() - start < 1.5  # a second, and half of one for a busy machine
+        assert time.process_time() - start < 5  # of a machine that is slow; what is not linear takes minutes
 
 
 def test_a_megabyte_without_a_loop_takes_no_second() -> None:
