@@ -49,12 +49,9 @@ def push_model(
             if (model / file).exists():
                 shutil.copyfile(model / file, Path(folder, file))  # a link would be a version that can change
         config = read_config(model)
-        if "hf_tokenizer_name" in config["model_cfg"].get(
-            "text_cfg", {}
-        ):  # a place on this machine, until now
-            config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = (
-                target.removeprefix(HUB) if target.startswith(HUB) else name
-            )
+        text = config["model_cfg"].get("text_cfg", {})
+        if "hf_tokenizer_name" in text:  # a place on this machine, until now
+            text["hf_tokenizer_name"] = target.removeprefix(HUB) if target.startswith(HUB) else name
         Path(folder, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         Clip(folder)  # it loads, and its vectors are finite
         Path(folder, "README.md").write_text(card + _table(results))

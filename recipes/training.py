@@ -10,6 +10,7 @@ OUT/tensorboard/                       where it is asked for
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ from torch.nn.utils import get_total_norm
 
 from builder.errors import InputError, telling_of_a_full_disk
 from builder.files import sync, write_atomically
-from recipes.data import Batch, Mix
+from recipes.data import Batch, Mix, Pairs, batches
 from recipes.join import ORIGINAL, Joined, join, read
 
 Say = Callable[[str], None]
@@ -136,6 +137,15 @@ def whole_tensor(tensor: Any) -> torch.Tensor:
 
 
 # --- settings -----------------------------------------------------------------------------------------------
+
+
+def at_least(training: Any, least: Mapping[str, float]) -> None:
+    """Raises:
+    InputError: a setting is less.
+    """
+    for name, low in least.items():
+        if (value := getattr(training, name)) is not None and value < low:
+            raise InputError(f"{name}={value} is less than {low}", f"give {low} or more")
 
 
 def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> None:
@@ -254,6 +264,75 @@ def load_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, flat:
     set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
 
 
+# --- steps --------------------------------------------------------------------------------------------------
+
+
+class Options(Protocol):
+    """Of a training, what its steps ask for."""
+
+    @property
+    def workers(self) -> int: ...
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def tensorboard(self) -> bool: ...
+
+
+def warmed(peak: float, step: int, warm: int) -> float:
+    """A rate that has risen evenly to its peak after `warm` steps."""
+    return peak * min(1.0, (step + 1) / warm) if warm else peak
+
+
+def cosine(peak: float, step: int, warm: int, steps: int) -> float:
+    """As `warmed`, and then falling to 0 at the last of `steps`."""
+    if step < warm:
+        return warmed(peak, step, warm)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def run_steps(
+    training: Options, pairs: Pairs, step: Callable[[Batch, int], float], *, model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer, rate: Callable[[int], float], after: Callable[[], None],
+    save: Callable[[int], Path], sample: int, first: int, last: int, total: int, out: Path,
+    there: Path | None, say: Say, ranks: Ranks, about: Callable[[], Mapping[str, float]] = dict,
+) -> Path:  # fmt: skip
+    """From `sample` up to `last`, steps that are counted from sample `first`; gives the last checkpoint.
+
+    `step` gives the loss of a batch whose first sample, of all ranks, it is told, and leaves its gradient in
+    `model`; `after` is called when the optimizer has made its step; `about` is told beside loss and rate.
+
+    Raises:
+        InputError: the loss or its gradient is no number.
+    """
+    size = pairs.batch * ranks.ranks
+    steps = (last - first) // size
+    report = Report(out, say, sample, total, tensorboard=training.tensorboard) if ranks.is_first else None
+    seen = Seen()
+    for batch in batches(
+        pairs, start=sample, samples=last, workers=training.workers, rank=ranks.rank, ranks=ranks.ranks
+    ):
+        at = (sample - first) // size
+        lr = rate(at)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = step(batch, sample)
+        for found in (loss, norm_of_gradient(model)):
+            if not math.isfinite(found):
+                raise unhealthy(out, found, sample, batch.uids, there, ranks.rank)
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+        sample += size
+        seen.add(batch, ranks)
+        if report:
+            told = {"loss": round(loss, 6), "lr": lr}
+            report.step(sample, lambda: {**told, **about(), **seen.about()})  # noqa: B023 - asked at once
+        if at + 1 == steps or (at + 1) % training.save_every == 0:
+            there = save(sample)
+    assert there is not None
+    return there
+
+
 # --- what is said -------------------------------------------------------------------------------------------
 
 
@@ -272,10 +351,12 @@ class Seen:
         self.numbers = [0, 0, 0]
 
     def add(self, batch: Batch, ranks: Ranks) -> None:
-        numbers = torch.tensor([len(batch.uids), batch.cut, int((~batch.ok).sum())], device=ranks.device)
+        numbers = [len(batch.uids), batch.cut, int((~batch.ok).sum())]
         if ranks.ranks > 1:
-            dist.all_reduce(numbers)
-        self.numbers = [a + b for a, b in zip(self.numbers, numbers.tolist(), strict=True)]
+            of_all = torch.tensor(numbers, device=ranks.device)
+            dist.all_reduce(of_all)
+            numbers = of_all.tolist()
+        self.numbers = [a + b for a, b in zip(self.numbers, numbers, strict=True)]
 
     def about(self) -> dict[str, float]:
         texts, cut, failed = self.numbers

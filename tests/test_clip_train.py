@@ -446,7 +446,7 @@ def test_a_gradient_that_is_no_number_is_seen(
     demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is one, and the weights would be none."""
-    monkeypatch.setattr("recipes.clip.train.norm_of_gradient", lambda _: float("inf"))
+    monkeypatch.setattr("recipes.training.norm_of_gradient", lambda _: float("inf"))
     with pytest.raises(InputError, match="the loss or its gradient is inf"):
         train(a_training(demo_run), tmp_path / "out", say=lambda _: None)
     assert not list((tmp_path / "out").glob("step-*"))

@@ -374,8 +374,9 @@ def test_guidance_of_one_is_the_text_alone(models: dict[str, Path], kind: str) -
     drawer = Drawer(models[kind])
     x = torch.randn(2, 3, 16, 16)
     tokens, mask = drawer.words(["a red star", "a blue ring", "", ""])[0]
+    text = drawer.features(tokens, mask)
     outs = [
-        drawer._out(x, 400.0, tokens, mask.bool(), How(guidance=g, batch=2))
+        drawer._out(x, 400.0, text, mask.bool(), How(guidance=g, batch=2))
         for g in (1.0, 1.0 + 1e-7, 0.0, 3.0)
     ]
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)

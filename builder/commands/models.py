@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import tempfile
 from dataclasses import asdict
@@ -39,13 +40,7 @@ def clip(training: str, settings: tuple[str, ...], out: Path | None, as_json: bo
     """A CLIP: TRAINING is a function of recipes/clip/trainings.py, or my_file.py:function. The same command
     again goes on where it stopped.
     """
-    from recipes.clip.train import Training, train
-
-    chosen = resolve_training("clip", training, settings, Training)
-    out = out or Path("runs", f"clip-{chosen.name}")
-    there = train(chosen, out, say=functools.partial(echo, err=True))
-    if int(os.environ.get("RANK", 0)) == 0:
-        print_({"model": str(there)}, as_json, f"{there}")
+    _train("clip", training, settings, out, as_json)
 
 
 @train.command()
@@ -57,10 +52,14 @@ def dit(training: str, settings: tuple[str, ...], out: Path | None, as_json: boo
     """A Diffusion Transformer: TRAINING is a function of recipes/dit/trainings.py, or my_file.py:function.
     The same command again goes on where it stopped.
     """
-    from recipes.dit.train import Training, train
+    _train("dit", training, settings, out, as_json)
 
-    chosen = resolve_training("dit", training, settings, Training)
-    there = train(chosen, out or Path("runs", f"dit-{chosen.name}"), say=functools.partial(echo, err=True))
+
+def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    module = importlib.import_module(f"recipes.{what}.train")
+    chosen: Any = resolve_training(what, training, settings, module.Training)
+    out = out or Path("runs", f"{what}-{chosen.name}")
+    there = module.train(chosen, out, say=functools.partial(echo, err=True))
     if int(os.environ.get("RANK", 0)) == 0:
         print_({"model": str(there)}, as_json, f"{there}")
 
@@ -89,12 +88,11 @@ def sample(
 
     from recipes.dit import sample as samples
 
-    texts = (
-        [*prompt, *(line.strip() for line in read_lines(captions) if line.strip())] if captions else prompt
-    )
+    lines = (line.strip() for line in read_lines(captions)) if captions else ()
+    texts = [*prompt, *filter(None, lines)]
     how = samples.sample(model, texts, out, say=functools.partial(echo, err=True), **given)
     if grid:
-        some = [out / f"{number:06d}.png" for number in range(min(36, len(texts)))]
+        some = [out / samples.file_of(number) for number in range(min(36, len(texts)))]
         sheet = samples.grid([Image.open(path) for path in some], columns=min(6, len(some)), scale=4)
         write_atomically(out / "grid.png", samples.png(sheet))
     print_({"folder": str(out), "pictures": len(texts), **asdict(how)}, as_json, f"{out}")

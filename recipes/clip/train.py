@@ -12,7 +12,6 @@ to the same losses, bit by bit.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,26 +26,25 @@ from recipes.clip import card
 from recipes.clip import model as clip
 from recipes.clip.losses import Loss, Step
 from recipes.clip.model import Decoder, Tokenizer, Towers, Trained
-from recipes.data import Mix, Pairs, Picture, batches, drawn
+from recipes.data import Batch, Mix, Pairs, Picture, drawn
 from recipes.join import Joined
 from recipes.training import (
     Precision,
     Ranks,
-    Report,
     Say,
-    Seen,
+    at_least,
     checkpoint,
+    cosine,
     joined_in,
     latest,
     load_moments,
-    norm_of_gradient,
     processes,
+    run_steps,
     settle,
     settle_data,
     shorten_log,
     spread,
     state_of,
-    unhealthy,
 )
 
 FREE = ("workers", "save_every", "micro", "tensorboard", "compile", "sharded", "min_found")
@@ -76,9 +74,7 @@ class Phase:
 
     def rate(self, step: int) -> float:
         peak, warm = self.lr * self.batch / 256, self.warmup // self.batch
-        if step < warm:
-            return peak * (step + 1) / warm
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        return cosine(peak, step, warm, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +110,7 @@ class Training:
     sharded: bool = False
 
     def __post_init__(self) -> None:
-        least = {"workers": 0, "save_every": 1, "seed": 0, "captioning": 0, "micro": 1}
-        for name, low in least.items():
-            if (value := getattr(self, name)) is not None and value < low:
-                raise InputError(f"{name}={value} is less than {low}", f"give {low} or more")
+        at_least(self, {"workers": 0, "save_every": 1, "seed": 0, "captioning": 0, "micro": 1})
         if not self.phases:
             raise InputError("a training of no phase", "give it one")
         if not 0 < self.area <= 1:
@@ -191,7 +184,7 @@ def _phase(
     if there is not None and sample > first:
         moments = load_file(there / MOMENTS)
         load_moments(model, optimizer, {n: t for n, t in moments.items() if not n.startswith("decoder:")})
-    step = Step(
+    of = Step(
         module, model, loss=training.loss, captioning=training.captioning, size=training.micro,
         precision=training.precision, device=ranks.device, rank=ranks.rank, ranks=ranks.ranks,
     )  # fmt: skip
@@ -201,39 +194,27 @@ def _phase(
         captions=Tokenizer(folder, training.towers.decoder_context) if model.decoder else None,
     )  # fmt: skip
     pixels = [torch.tensor(clip.IMAGENET[n], device=ranks.device).view(3, 1, 1) for n in ("mean", "std")]
-    last = first + phase.steps * phase.batch
-    total = training.first(len(training.phases))
-    report = Report(out, say, sample, total, tensorboard=training.tensorboard) if ranks.is_first else None
-    seen = Seen()
-    for batch in batches(
-        pairs, start=sample, samples=last, workers=training.workers, rank=ranks.rank, ranks=ranks.ranks
-    ):
-        at = (sample - first) // phase.batch
-        lr = phase.rate(at)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+
+    def step(batch: Batch, sample: int) -> float:
         torch.manual_seed(int(drawn(training.seed, sample, ranks.rank) * 2**53))
         images = (batch.images.to(ranks.device).float() / 255 - pixels[0]) / pixels[1]
         captions = None if batch.captions is None else batch.captions.to(ranks.device)
-        loss = step(images, batch.texts.to(ranks.device), batch.ok.to(ranks.device), captions)
+        loss = of(images, batch.texts.to(ranks.device), batch.ok.to(ranks.device), captions)
         if training.sharded:
             _mean_of_heads(model, ranks)
-        for found in (loss, norm_of_gradient(model)):
-            if not math.isfinite(found):
-                raise unhealthy(out, found, sample, batch.uids, there, ranks.rank)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.bound()
-        sample += phase.batch
-        seen.add(batch, ranks)
-        if report:
-            scale = float(model.clip.logit_scale.detach().exp())
-            told = {"loss": round(loss, 6), "lr": lr, "scale": round(scale, 3)}
-            report.step(sample, lambda: told | seen.about())  # noqa: B023 - asked at once
-        if at + 1 == phase.steps or (at + 1) % training.save_every == 0:
-            there = _save(training, joined, out, model, optimizer, sample, ranks)
-    assert there is not None
-    return sample, there
+        return loss
+
+    def about() -> dict[str, float]:
+        return {"scale": round(float(model.clip.logit_scale.detach().exp()), 3)}
+
+    last = first + phase.steps * phase.batch
+    there = run_steps(
+        training, pairs, step, model=model, optimizer=optimizer, rate=phase.rate, after=model.bound,
+        save=lambda sample: _save(training, joined, out, model, optimizer, sample, ranks), about=about,
+        sample=sample, first=first, last=last, total=training.first(len(training.phases)), out=out,
+        there=there, say=say, ranks=ranks,
+    )  # fmt: skip
+    return last, there
 
 
 # --- the model, on one device or many -----------------------------------------------------------------------

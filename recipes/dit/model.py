@@ -90,9 +90,9 @@ class DiT(nn.Module):
         mask_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """(B, C or 2C, P, P). `time_B` goes from 0 to 1000. `text` is (B, T) tokens, and `mask_BT` is False
-        where there are none; or (B, T, F) features.
+        where there are none; or (B, T, F) their features.
         """
-        text_BTF = text if self.text is None else self.text(text, mask_BT)
+        text_BTF = text if self.text is None or text.ndim == 3 else self.text(text, mask_BT)
         text_BTW = self.text_in(text_BTF)
         x_BNW = self.patches(noisy_BCPP).flatten(2).transpose(1, 2) + self.places
         time_BW = self.time(frequencies(time_B))

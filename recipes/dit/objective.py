@@ -21,6 +21,7 @@ from builder.errors import InputError
 
 Predict = Literal["noise", "velocity", "clean"]
 TIMES = 1000
+BETAS = (1e-4, 0.02, "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Objective:
 
         kinds = {"noise": "epsilon", "velocity": "v_prediction", "clean": "sample"}
         return DDPMScheduler(
-            TIMES, 1e-4, 0.02, "linear", clip_sample=False, prediction_type=kinds[self.predict],
+            TIMES, *BETAS, clip_sample=False, prediction_type=kinds[self.predict],
             timestep_spacing="linspace",
             variance_type="learned_range" if self.learned_sigma else "fixed_small",
         )  # fmt: skip

@@ -33,7 +33,7 @@ from builder.files import sha256_file, write_atomically
 from builder.typed import parse
 from recipes.dit import model as dit
 from recipes.dit.model import Words
-from recipes.dit.objective import TIMES, Objective
+from recipes.dit.objective import BETAS, TIMES, Objective
 from recipes.training import REPORT_S, Say, computing, of_the_extra
 
 Sampler = Literal["ddpm", "dpm", "euler"]
@@ -91,8 +91,8 @@ class Drawer:
         if how.sampler not in known:
             reason = f"sampler={how.sampler} is not for a {self.objective.kind}"
             raise InputError(reason, f"there are: {', '.join(known)}")
-        for text in texts:
-            if self.words([text])[1]:
+        if self.words(texts)[1]:
+            for text in (text for text in texts if self.words([text])[1]):
                 reason = f"a text has more than the model's {self.model.net.context} tokens: {text[:60]}..."
                 raise InputError(reason, "shorten it: what is cut would not be drawn")
 
@@ -105,15 +105,22 @@ class Drawer:
         shape = (net.channels, net.px, net.px)
         x = torch.stack([torch.randn(shape, generator=chance) for chance in chances]).to(self.device)
         tokens, mask = self.words([*texts, *[""] * (fill + how.batch)])[0].to(self.device)
+        text, mask = self.features(tokens, mask), mask.bool()
         noise = {"generator": chances} if how.sampler == "ddpm" else {}
         for at, moment in zip(scheduler.timesteps, self._times(scheduler), strict=True):
-            out = self._out(x, moment, tokens, mask.bool(), how)
+            out = self._out(x, moment, text, mask, how)
             x = scheduler.step(out, at, x, **noise).prev_sample
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels[: len(texts)]]
 
+    def features(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T, F), the same at every step."""
+        assert self.model.text is not None
+        found: torch.Tensor = self.model.text(tokens_BT, mask_BT.bool())
+        return found
+
     def _out(
-        self, x: torch.Tensor, at: float, tokens: torch.Tensor, mask: torch.Tensor, how: How
+        self, x: torch.Tensor, at: float, text: torch.Tensor, mask: torch.Tensor, how: How
     ) -> torch.Tensor:
         """With guidance; a flow's velocity. Behind the texts there are as many empty ones."""
         number, channels = len(x), self.model.net.channels
@@ -121,7 +128,7 @@ class Drawer:
         both = torch.cat([x, x]) if guided else x
         time_B = torch.full((len(both),), at, device=self.device)
         with computing(self.device, "fp32"):
-            out = self.model(both, time_B, tokens[: len(both)], mask[: len(both)])
+            out = self.model(both, time_B, text[: len(both)], mask[: len(both)])
         if guided:
             with_text, without = out[:number], out[number:]
             told = without + how.guidance * (with_text - without)
@@ -150,7 +157,7 @@ class Drawer:
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
             of = {"prediction_type": config["prediction_type"], "timestep_spacing": "linspace"}
             scheduler = DPMSolverMultistepScheduler(
-                TIMES, 1e-4, 0.02, "linear", **(flow if self.objective.kind == "flow" else of)
+                TIMES, *BETAS, **(flow if self.objective.kind == "flow" else of)
             )
         scheduler.set_timesteps(how.steps)
         return scheduler
@@ -186,7 +193,7 @@ def sample(model: Path, texts: Sequence[str], out: Path, *, say: Say = print, **
     how = drawer.usual(**given)
     drawer.check(texts, how)
     seeds = seeds_of(texts, how.seed)
-    names = [f"{number:06d}.png" for number in range(len(texts))]
+    names = [file_of(number) for number in range(len(texts))]
     lines = [
         json.dumps({"file": name, "prompt": text, "seed": seed}) + "\n"
         for name, text, seed in zip(names, texts, seeds, strict=True)
@@ -204,6 +211,10 @@ def sample(model: Path, texts: Sequence[str], out: Path, *, say: Say = print, **
             said = seconds
             say(f"{done:,} of {len(left):,} pictures, {done / seconds:.3g} a second")
     return how
+
+
+def file_of(number: int) -> str:
+    return f"{number:06d}.png"
 
 
 def _settle(out: Path, about: dict[str, Any], lines: list[str]) -> None:

@@ -12,7 +12,6 @@ a sample too. On a CPU a training that was killed goes on to the same losses, bi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from builder.errors import InputError
 from builder.files import sha256_file
-from recipes.data import Batch, Mix, Pairs, Picture, batches, drawn
+from recipes.data import Batch, Mix, Pairs, Picture, drawn
 from recipes.dit import model as dit
 from recipes.dit.model import DiT, Net, Words
 from recipes.dit.objective import Objective
@@ -32,23 +31,23 @@ from recipes.join import Joined
 from recipes.training import (
     Precision,
     Ranks,
-    Report,
     Say,
-    Seen,
+    at_least,
     checkpoint,
     computing,
+    cosine,
     joined_in,
     latest,
     load_moments,
-    norm_of_gradient,
     of_the_extra,
     processes,
+    run_steps,
     settle,
     settle_data,
     shorten_log,
     spread,
     state_of,
-    unhealthy,
+    warmed,
     whole_tensor,
 )
 
@@ -91,10 +90,7 @@ class Training:
     sharded: bool = False
 
     def __post_init__(self) -> None:
-        least = {"workers": 0, "save_every": 1, "seed": 0, "warmup": 0, "batch": 1, "lr": 0}
-        for name, low in least.items():
-            if (value := getattr(self, name)) < low:
-                raise InputError(f"{name}={value} is less than {low}", f"give {low} or more")
+        at_least(self, {"workers": 0, "save_every": 1, "seed": 0, "warmup": 0, "batch": 1, "lr": 0})
         if self.batch > self.samples:
             reason = f"a training of {self.samples:,} samples has no step of {self.batch:,}"
             raise InputError(reason, "give more samples, or a smaller batch")
@@ -115,11 +111,7 @@ class Training:
 
     def rate(self, step: int) -> float:
         warm = self.warmup // self.batch
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        if not self.cosine:
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        return cosine(self.lr, step, warm, self.steps) if self.cosine else warmed(self.lr, step, warm)
 
 
 def train(training: Training, out: Path, say: Say = print) -> Path:
@@ -183,31 +175,12 @@ def _train(
         seed=training.seed, batch=training.batch // ranks.ranks,
     )  # fmt: skip
     total = training.steps * training.batch
-    report = Report(out, say, sample, total, tensorboard=training.tensorboard) if ranks.is_first else None
-    seen = Seen()
-    for batch in batches(
-        pairs, start=sample, samples=total, workers=training.workers, rank=ranks.rank, ranks=ranks.ranks
-    ):
-        at = sample // training.batch
-        lr = training.rate(at)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = step(batch, sample)
-        for found in (loss, norm_of_gradient(model)):
-            if not math.isfinite(found):
-                raise unhealthy(out, found, sample, batch.uids, there, ranks.rank)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(model.parameters())
-        sample += training.batch
-        seen.add(batch, ranks)
-        if report:
-            told = {"loss": round(loss, 6), "lr": lr}
-            report.step(sample, lambda: told | seen.about())  # noqa: B023 - asked at once
-        if at + 1 == training.steps or (at + 1) % training.save_every == 0:
-            there = _save(training, words, out, model, optimizer, average, sample, ranks)
-    assert there is not None
-    return there
+    return run_steps(
+        training, pairs, step, model=model, optimizer=optimizer, rate=training.rate,
+        after=lambda: average.step(model.parameters()),
+        save=lambda sample: _save(training, words, out, model, optimizer, average, sample, ranks),
+        sample=sample, first=0, last=total, total=total, out=out, there=there, say=say, ranks=ranks,
+    )  # fmt: skip
 
 
 class Step:
