@@ -4,6 +4,8 @@
 VENV  := .venv
 RUN   := $(VENV)/bin
 PYTHON ?= python3
+# Every process of a build imports much: compiled once, not each time.
+unexport PYTHONDONTWRITEBYTECODE
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
 demo: $(VENV)/.ready
@@ -17,7 +19,8 @@ test: $(VENV)/.ready chromium
 test-slow: $(VENV)/.ready
 	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_real.py tests/test_hostile.py tests/test_kill.py tests/test_hub.py tests/test_properties.py tests/test_columns.py \
 		tests/test_architectures.py tests/test_endpoint.py tests/test_every.py tests/test_checks.py \
-		tests/test_cluster.py tests/test_cluster_docs.py tests/test_ray.py tests/test_s3.py tests/test_feeder.py tests/test_executors.py tests/test_clip_train.py tests/test_study.py tests/test_dit.py
+		tests/test_cluster.py tests/test_cluster_docs.py tests/test_ray.py tests/test_s3.py tests/test_feeder.py tests/test_executors.py tests/test_clip_train.py tests/test_study.py tests/test_dit.py \
+		tests/test_evaluate.py::test_recall_on_real_photos_is_clip_benchmarks
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
 chromium:

@@ -18,9 +18,9 @@ from test_ray import outputs
 from builder.run import Run
 
 pytest.importorskip("ray", reason="the extra recapkit[ray] is not installed")
-FULL = bool(os.environ.get("RECAP_FULL"))
-KINDS = ("node", "worker", "driver") if FULL else ("node",)
-ROWS = 24 if FULL else 12
+pytestmark = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="minutes; make test-slow runs it")
+KINDS = ("node", "worker", "driver")
+ROWS = 24
 RECIPE = """
 from test_executors import Model
 from builder.core import Recipe
@@ -35,7 +35,7 @@ def modelled(metadata: str, notes: str) -> Recipe:
 
 
 def test_nodes_workers_and_driver_die_and_nothing_is_lost(tmp_path: Path) -> None:
-    """One of each kind, in turn, while small shards are done on three nodes; the quick suite kills a node."""
+    """One of each kind, in turn, while small shards are done on three nodes."""
     table = pa.table(
         {"uid": [f"{n:032x}" for n in range(ROWS)], "url": ["http://h/"] * ROWS, "text": ["a"] * ROWS}
     )
@@ -66,7 +66,6 @@ def where_it_runs() -> str:
     return str(builder.__file__)
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="three minutes; make test-slow runs it")
 def test_the_demo_on_a_cluster_publishes_the_same_whatever_dies(demo_run: Path, tmp_path: Path) -> None:
     """The real captioner and CLIP on three nodes; what is published is the demo's, byte for byte."""
     faults = Counter(faulty_demo(demo_run, tmp_path, list(FAULTS), seed=3))

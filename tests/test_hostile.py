@@ -309,7 +309,7 @@ def a_signal(number: signal.Signals, ground: Ground, *, to_all: bool) -> None:
         command, cwd=ground.base / "cwd", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env=os.environ | {"TMPDIR": str(ground.base / "tmp")},
     )  # fmt: skip
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     try:
         while not (s.here / "run/started").exists():
             assert process.poll() is None, process.communicate()

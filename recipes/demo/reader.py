@@ -88,9 +88,10 @@ def _templates(place: int, px: int) -> tuple[list[tuple[str, str]], Numbers, Num
     )
     for shape, size, dx, dy, pattern in product(world.SHAPES, world.SIZES, JITTER, JITTER, world.PATTERNS):
         thing = Thing(shape, "black", size, pattern, place, dx, dy)  # others are as it is, but for the colour
-        black, white = (_on(tone, thing, px)[top : top + side, left : left + side] for tone in (0, 255))
-        mask = 1 - (white - black)[..., :1]
-        share = (black[..., :1] / np.maximum(mask, 0.01) - dark) / (pale - dark)  # of the pattern
+        both = _on_both(thing, px)[top : top + side, left : left + side]
+        black, white = both[..., :1], both[..., 1:2]
+        mask = 1 - (white - black)
+        share = (black / np.maximum(mask, 0.01) - dark) / (pale - dark)  # of the pattern
         for colour, rgb in world.COLOURS.items():
             plain, light = (np.array(paint, np.float32) / 255 for paint in (rgb, world.lighter(rgb)))
             names.append((colour, shape))
@@ -99,8 +100,9 @@ def _templates(place: int, px: int) -> tuple[list[tuple[str, str]], Numbers, Num
     return names, np.stack(masks).astype(np.float32), np.stack(paints).astype(np.float32)
 
 
-def _on(tone: int, thing: Thing, px: int) -> Numbers:
-    image = Image.new("RGB", (px * FINER, px * FINER), (tone, tone, tone))
+def _on_both(thing: Thing, px: int) -> Numbers:
+    """A thing of grey on black, and on white: in the first two channels."""
+    image = Image.new("RGB", (px * FINER, px * FINER), (0, 255, 0))
     world.draw_thing(image, thing, px * FINER)
     return _smaller(image, px)
 
