@@ -11,10 +11,11 @@ arms beside each other the same draws.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,14 @@ import torch
 from builder.errors import InputError
 from builder.machine import Machine
 from builder.shown import echo
-from recipes.clip.train import FREE, Training, train
 from recipes.evaluate import results
 from recipes.evaluate.benchmarks import Benchmark
 from recipes.evaluate.benchmarks import demo as demo_benchmark
-from recipes.evaluate.model import Model
 from recipes.evaluate.results import DRAWS, Metric, Numbers, Result
 from recipes.training import ALONE, settle
 
-Arms = Mapping[str, Sequence[Training]]
-"""Of each arm a training a seed."""
+Arms = Mapping[str, Sequence[Any]]
+"""Of each arm a training a seed: of recipes/clip or of recipes/dit."""
 
 
 def run(
@@ -53,7 +52,7 @@ def run(
     file = f"results-{name}.json"
     for out, training in jobs:
         if out.exists():
-            settle(training, out, FREE, ALONE)
+            settle(training, out, _recipe(training).FREE, ALONE)
     left = [job for job in jobs if not (job[0] / file).exists()]
     begun = time.monotonic()
     benchmark()  # it is drawn once
@@ -76,18 +75,24 @@ def _on_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def _one(out: Path, training: Training, benchmark: Callable[[], Benchmark], file: str) -> str:
-    there = train(training, out, say=lambda _: None)
-    found = list(benchmark().run(Model(str(there))))
+def _recipe(training: Any) -> Any:
+    """The module of a training: how it is trained, and which of its settings are free."""
+    return sys.modules[type(training).__module__]
+
+
+def _one(out: Path, training: Any, benchmark: Callable[[], Benchmark], file: str) -> str:
+    there = _recipe(training).train(training, out, say=lambda _: None)
+    asked = benchmark()
+    found = list(asked.run(asked.subject(str(there))))
     results.write(found, out / file)
     return f"{out.parent.name}, seed {training.seed}: " + ", ".join(
-        f"{r.main} {r.value():.1f}" for r in found
+        f"{r.main} {r.value():.1f}" for r in found if r.main
     )
 
 
 @dataclass(frozen=True)
 class Value:
-    """In percent."""
+    """In percent, or a distance."""
 
     value: float
     low: float
@@ -122,7 +127,9 @@ class Found:
 
 
 def _draws(metrics: Sequence[Metric]) -> list[float]:
-    """The value, and those of the draws."""
+    """The value, and those of the draws; of a distance its seeds are all that is drawn."""
+    if not metrics[0].hits:
+        metrics = [replace(one, hits=[one.value / 100], of=[1.0]) for one in metrics]
     hits_SU, of_SU = (np.array([getattr(metric, name) for metric in metrics]) for name in ("hits", "of"))
     chance = np.random.Generator(np.random.PCG64(hits_SU.shape[1]))
     found = [_mean(hits_SU, of_SU)]
@@ -156,14 +163,14 @@ def demo_version(folder: Path, rows: int, port: int, say: Callable[[str], None])
     return target / "latest", place
 
 
-def options(out: str) -> Callable[[Any], Any]:
+def options(out: str, *, seeds: int = 3, samples: int = 45_000, scenes: int = 1000) -> Callable[[Any], Any]:
     """Of a study's command."""
     place = click.Path(path_type=Path)
     given = (
-        click.option("--seeds", default=3, show_default=True),
+        click.option("--seeds", default=seeds, show_default=True),
         click.option("--rows", default=12_000, show_default=True, help="Of the demo's web."),
-        click.option("--samples", default=45_000, show_default=True, help="Of each training."),
-        click.option("--scenes", default=1000, show_default=True, help="Of the benchmark."),
+        click.option("--samples", default=samples, show_default=True, help="Of each training."),
+        click.option("--scenes", default=scenes, show_default=True, help="Of the benchmark."),
         click.option("--version", type=place, help="Published, instead of a demo that is built."),
         click.option("--images", type=place, help="The run of that version."),
         click.option("--port", default=8655, show_default=True),
@@ -180,16 +187,22 @@ def options(out: str) -> Callable[[Any], Any]:
 
 
 def studied(
-    training: Callable[[str, int, Path, Path, int], Training], arms: Sequence[str], seeds: int, rows: int,
+    training: Callable[[str, int, Path, Path, int], Any], arms: Sequence[str], seeds: int, rows: int,
     samples: int, scenes: int, version: Path | None, images: Path | None, port: int, out: Path,
+    benchmark: Callable[..., Benchmark] = demo_benchmark,
 ) -> tuple[float, Found]:  # fmt: skip
     """Build what is needed, train, evaluate; gives when it began."""
     begun, say = time.monotonic(), partial(echo, err=True)
     if version is None or images is None:
         version, images = demo_version(out, rows, port, say)
     chosen = {arm: [training(arm, seed, version, images, samples) for seed in range(seeds)] for arm in arms}
-    benchmark = partial(demo_benchmark, folder=str(out / "benchmark"), scenes=scenes)
-    return begun, run(chosen, benchmark, f"world-{scenes}", out / f"samples-{samples}", say)
+    asked = partial(benchmark, folder=str(out / "benchmark"), scenes=scenes)
+    return begun, run(chosen, asked, f"world-{scenes}", trainings_in(out, samples), say)
+
+
+def trainings_in(out: Path, samples: int) -> Path:
+    """Where a study's trainings of so many samples lie."""
+    return out / f"samples-{samples}"
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:

@@ -15,6 +15,7 @@ from test_data import published_in
 
 from recipes.clip import table3
 from recipes.demo import demo
+from recipes.dit import table7
 from recipes.evaluate import results
 from recipes.evaluate.results import Result, metric
 from recipes.study import Found
@@ -78,3 +79,19 @@ def test_a_demo_ends_with_what_its_captions_are_worth(
     said = capsys.readouterr().out
     assert re.search(r"T2I R@5 by descriptions: originals only \d+\.\d %, mixed \d+\.\d %", said)
     shutil.rmtree(tmp_path / "demo-clip")
+
+
+@SLOW
+def test_table_7_is_made(demo_run: Path, tmp_path: Path) -> None:
+    given = [
+        "--arms", "0,1", "--seeds", "1", "--scenes", "20", "--version", str(published_in(demo_run)),
+        "--images", str(demo_run), "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs"),
+        "--samples", "1024",
+    ]  # fmt: skip
+    done = CliRunner().invoke(table7.main, given, catch_exceptions=False)
+    assert done.exit_code == 0
+    text = (tmp_path / "docs" / "table7.md").read_text()
+    assert re.search(r"^\| 0 \| \d+\.\d \[", text, re.M)
+    assert "| 1 | 32.5 | 28.9 | 36.2 | 29.3 | 19.9 | 1.4 |" in text  # the paper's
+    assert re.search(r"pairs at descriptions: -?\d+\.\d \[.*\]; ahead: \*\*(yes|no)\*\*", text)
+    assert (tmp_path / "docs" / "table7.png").stat().st_size > 10_000

@@ -21,7 +21,7 @@ from builder.commands.options import (
     version_option,
 )
 from builder.errors import UserError, command
-from builder.files import read_lines, write_atomically
+from builder.files import write_atomically
 from builder.resolve import resolve_benchmark, resolve_training
 from builder.shown import columns, echo, print_
 
@@ -67,7 +67,13 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("prompt", nargs=-1)
-@click.option("--captions", type=path_type, help="A file of prompts, one a line, behind those given.")
+@click.option(
+    "--captions",
+    type=path_type,
+    help="A file of prompts behind those given: one a line, COCO's captions.json, or a parquet file.",
+)
+@click.option("--column", default="caption", show_default=True, help="Of a parquet file.")
+@click.option("--number", type=int, help="So many of the file's prompts, drawn; all unless given.")
 @click.option("--out", type=path_type, required=True, help="Folder of the pictures.")
 @click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm.")
 @click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given.")
@@ -78,18 +84,18 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
 @click.option("--grid", is_flag=True, help="Also grid.png, of the first 36.")
 @as_json_option
 def sample(
-    model: Path, prompt: tuple[str, ...], captions: Path | None, out: Path, grid: bool, as_json: bool,
-    **given: Any,
+    model: Path, prompt: tuple[str, ...], captions: Path | None, column: str, number: int | None, out: Path,
+    grid: bool, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Draw each PROMPT with MODEL, a checkpoint of `recap train dit`. The same command again draws what is
     not there yet.
     """
     from PIL import Image
 
+    from recipes.dit import prompts
     from recipes.dit import sample as samples
 
-    lines = (line.strip() for line in read_lines(captions)) if captions else ()
-    texts = [*prompt, *filter(None, lines)]
+    texts = [*prompt, *(prompts.read(captions, column=column, number=number) if captions else ())]
     how = samples.sample(model, texts, out, say=functools.partial(echo, err=True), **given)
     if grid:
         some = [out / samples.file_of(number) for number in range(min(36, len(texts)))]
@@ -144,8 +150,9 @@ def evaluate(
     training: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate MODEL, a folder that open_clip loads or a Hub id@revision, on each BENCHMARK: a function of
-    recipes/evaluate/benchmarks.py, or my_file.py:function, with its settings behind it.
+    """Evaluate MODEL on each BENCHMARK: a function of recipes/evaluate/benchmarks.py, or my_file.py:function,
+    with its settings behind it. MODEL is a folder that open_clip loads or a Hub id@revision; of what draws, a
+    checkpoint of recap train dit, or a folder of recap sample.
     """
     from recipes.evaluate import results
 
@@ -182,13 +189,13 @@ def evaluate(
             raise UserError(f"{out} is a folder", "name a file: --out results.json")
         tempfile.TemporaryFile(dir=out.parent).close()
     from recipes.evaluate.benchmarks import Benchmark
-    from recipes.evaluate.model import Model
 
     chosen = [resolve_benchmark(name, settings, Benchmark) for name, settings in asked]
-    evaluated = Model(model, training)
+    subjects = {one.of: one for one in chosen}
+    evaluated = {of: one.subject(model, training) for of, one in subjects.items()}
     found = []
     for one in chosen:
-        for result in one.run(evaluated):
+        for result in one.run(evaluated[one.of]):
             found.append(result)
             echo(str(result), err=as_json)
             if out:

@@ -38,6 +38,7 @@ from recipes.training import REPORT_S, Say, computing, of_the_extra
 
 Sampler = Literal["ddpm", "dpm", "euler"]
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "dpm"), "flow": ("euler", "dpm")}
+SETTINGS, PROMPTS = "sample.json", "prompts.jsonl"  # of a folder of pictures
 SOON = 1e-3  # of a flow's time: the clean picture is as good as there
 
 
@@ -220,7 +221,7 @@ def file_of(number: int) -> str:
 def _settle(out: Path, about: dict[str, Any], lines: list[str]) -> None:
     """More texts behind those that are there are welcome."""
     out.mkdir(parents=True, exist_ok=True)
-    settings, prompts = out / "sample.json", out / "prompts.jsonl"
+    settings, prompts = out / SETTINGS, out / PROMPTS
     if settings.exists():
         before = json.loads(settings.read_text())
         if differ := [name for name in about if before.get(name) != about[name]]:

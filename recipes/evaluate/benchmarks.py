@@ -7,23 +7,38 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from builder.errors import InputError
 from builder.files import read_file
+from recipes.demo import world
+from recipes.dit import prompts as files_of_prompts
 from recipes.evaluate import choices
+from recipes.evaluate import clip_score as by_cosine
+from recipes.evaluate import frechet as distances
 from recipes.evaluate import mmvp as pairs_of
 from recipes.evaluate import retrieval as by_captions
 from recipes.evaluate import sugarcrepe as crepe
 from recipes.evaluate import vg_attribution as attributes
+from recipes.evaluate import world_drawings as of_the_world
 from recipes.evaluate import zeroshot as by_names
 from recipes.evaluate.datacomp import datacomp as tasks_of
-from recipes.evaluate.model import Model
+from recipes.evaluate.drawings import Drawer
+from recipes.evaluate.model import Model, Picture
 from recipes.evaluate.results import Result
+from recipes.join import PICTURES
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    run: Callable[[Model], Iterable[Result]]
+    """`of` a model that sees, or of one that draws."""
+
+    run: Callable[[Any], Iterable[Result]]
+    of: Literal["model", "drawer"] = "model"
+
+    def subject(self, name: str, training: Path | None = None) -> Model | Drawer:
+        """What it is run on."""
+        return Model(name, training) if self.of == "model" else Drawer(name)
 
 
 def retrieval(
@@ -105,6 +120,84 @@ def datacomp(*, folder: str, tasks: tuple[str, ...] = ()) -> Benchmark:
     return Benchmark(lambda model: tasks_of(model, Path(folder), tasks))
 
 
+def fid(
+    *,
+    reference: str,
+    inception: str | None = None,
+    features: str | None = None,
+    prompts: str | None = None,
+    column: str = "caption",
+    number: int | None = None,
+    folder: str = "runs/drawn",
+    name: str = "fid",
+) -> Benchmark:
+    """FID and KID of drawn pictures to those in `reference`, a folder, by `inception`, a file of its weights;
+    or by `features`, an open_clip model, which is not FID. A model draws the `prompts` of a file (`number` of
+    them, of a table's `column`) into `folder`; of pictures of `recap sample` these are not asked.
+    """
+    if bool(inception) == bool(features):
+        raise InputError("fid by which features?", "give inception=FILE, or features=MODEL of open_clip")
+    real = [
+        Picture(str(path)) for path in sorted(Path(reference).rglob("*")) if path.suffix.lower() in PICTURES
+    ]
+    if not real:
+        raise InputError(f"reference={reference} has no pictures", f"there are none of {', '.join(PICTURES)}")
+    named = distances.inception(Path(inception)) if inception else distances.of_model(Model(str(features)))
+    texts = _prompts(prompts, column, number)
+    return Benchmark(
+        lambda drawer: [distances.frechet(name, drawer.drawn(texts, Path(folder)), real, named)], "drawer"
+    )
+
+
+def clip_score(
+    *,
+    model: str,
+    prompts: str | None = None,
+    column: str = "caption",
+    number: int | None = None,
+    folder: str = "runs/drawn",
+    name: str = "clip score",
+) -> Benchmark:
+    """CLIP score of drawn pictures and their prompts by an open_clip `model`; `prompts` and the others as of
+    fid.
+    """
+    texts = _prompts(prompts, column, number)
+
+    def run(drawer: Drawer) -> list[Result]:
+        drawings = drawer.drawn(texts, Path(folder))
+        return [by_cosine.clip_score(Model(model), name, drawings, drawings.prompts)]
+
+    return Benchmark(run, "drawer")
+
+
+def _prompts(path: str | None, column: str, number: int | None) -> list[str] | None:
+    return files_of_prompts.read(Path(path), column=column, number=number) if path else None
+
+
+def world_drawings(
+    *,
+    scenes: int = 200,
+    style: of_the_world.Style = "described",
+    folder: str = "runs/drawn-world",
+    clip: str = "recipes/demo/weights/clip",
+    name: str = "world, drawn",
+) -> Benchmark:
+    """What a model draws of scenes of the demo's world: what a reader that knows the world finds in it, the
+    Fréchet distance to the scenes themselves, and the CLIP score, both by the tiny `clip`.
+    """
+    real, texts = of_the_world.prompts(scenes, style)
+
+    def run(drawer: Drawer) -> Iterable[Result]:
+        drawings = drawer.drawn(texts, Path(folder, style))
+        yield of_the_world.read_back(name, drawings, real, style)
+        model = Model(clip)
+        pictures = [Picture(f"scene {s.seed}", world.jpeg(world.draw(s, 128), 90)) for s in real]
+        yield distances.frechet(f"{name}: distance", drawings, pictures, distances.of_model(model))
+        yield by_cosine.clip_score(model, f"{name}: CLIP score", drawings, drawings.prompts)
+
+    return Benchmark(run, "drawer")
+
+
 def demo(*, folder: str = "runs/demo-benchmark", scenes: int = 1000) -> Benchmark:
     """Scenes of the demo's world that nothing was trained on: retrieval by descriptions and by alt text, and
     scenes of one thing by its colour and shape.
@@ -127,8 +220,6 @@ def demo(*, folder: str = "runs/demo-benchmark", scenes: int = 1000) -> Benchmar
 
 def _draw(place: Path, scenes: int) -> None:
     """templates.txt is written last."""
-    from recipes.demo import world
-
     (place / "scenes").mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[tuple[str, str]]] = {"described": [], "alt": []}
     for number in range(scenes):

@@ -114,6 +114,11 @@ class Model:
             vectors.append(self.clip.texts(list(texts[start : start + BATCH]))[0].cpu().numpy())
         return np.concatenate(vectors)
 
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many texts are longer than the context."""
+        longer = self.clip.tokenizer(list(texts), context_length=self.clip.context + 1)
+        return int(self.clip.is_cut(longer).sum())
+
     def in_training(self, hashes: Iterable[str]) -> int | None:
         """How many of these images it was trained on; None where that is not known."""
         if not self.trained_on:

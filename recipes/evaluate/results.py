@@ -26,10 +26,10 @@ Statistic = Literal["mean", "macro", "worst", "f1"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number in percent, and what it is of: of each unit its `hits` and how many they are `of` (five
-    captions of an image are one unit), and its group. The mean is over all; "macro" is the mean over groups
-    of their means, "worst" the lowest of them, "f1" the mean over groups of F1, where a hit is the group that
-    was said.
+    """A number in percent, or a distance, which is of no units; and what it is of: of each unit its `hits`
+    and how many they are `of` (five captions of an image are one unit), and its group. The mean is over all;
+    "macro" is the mean over groups of their means, "worst" the lowest of them, "f1" the mean over groups of
+    F1, where a hit is the group that was said.
     """
 
     name: str
@@ -136,7 +136,7 @@ _STATISTICS: dict[Statistic, Callable[[Numbers, Numbers, Numbers | None, Numbers
 
 
 def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
-    """A row a metric: both values, the difference and its paired interval.
+    """A row a metric: both values, the difference and its paired interval, where it is of units.
 
     Raises:
         InputError: they are of other benchmarks, protocols or samples.
@@ -149,15 +149,19 @@ def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
     known = {metric.name: metric for metric in theirs.metrics}
     for one in ours.metrics:
         other = known[one.name]
-        low, high = np.percentile(_draws(one) - _draws(other), [2.5, 97.5])
+        low, high = np.percentile(_draws(one) - _draws(other), [2.5, 97.5]) if one.hits else (np.nan, np.nan)
         rows.append(
             {
                 "metric": one.name, "a": round(one.value, 2), "b": round(other.value, 2),
-                "difference": round(one.value - other.value, 2), "low": round(float(low), 2),
-                "high": round(float(high), 2),
+                "difference": round(one.value - other.value, 2), "low": _rounded(low),
+                "high": _rounded(high),
             }
         )  # fmt: skip
     return rows
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 2)
 
 
 def write(results: Sequence[Result], path: Path) -> None:

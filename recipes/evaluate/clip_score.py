@@ -1,0 +1,25 @@
+"""CLIP score (Hessel et al., arXiv 2104.08718, without the factor of 2.5): the mean over pictures of 100
+times the cosine of picture and prompt, where it is above 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from recipes.evaluate.drawings import Drawings
+from recipes.evaluate.model import Model
+from recipes.evaluate.results import Result, metric
+
+
+def clip_score(model: Model, benchmark: str, drawings: Drawings, prompts: Sequence[str]) -> Result:
+    """Of pictures and what they are to show, which need not be what they were drawn from. How many prompts
+    are longer than the model's context, and so seen in part, is told.
+    """
+    images_NE, _ = model.images(drawings.pictures)
+    texts_NE = model.texts(prompts)
+    hits_N = np.einsum("ne,ne->n", images_NE, texts_NE).clip(min=0)
+    counts = {"pictures": len(prompts), "prompts cut": model.cut(prompts)}
+    protocol = f"CLIP score by {model.name}; {drawings.how}"
+    return Result(benchmark, protocol, str(drawings.folder), counts, (metric("CLIP score", hits_N),))
