@@ -23,8 +23,14 @@ STATED = {
     "Caption": (21.4, "one A100: 13,000 GPU hours for a billion images, said of Recap-DataComp-1B"),
     "Score": (312.0, "one A100, CLIP ViT-L/14 at 336 px, the lowest of those reported"),
     "Embed": (312.0, "as Score"),
+    "Latents": (150.0, "a guess for one A100, the encoder of Stable Diffusion's VAE at 256 px"),
 }
-OF_IMAGES = ("Caption", "Score", "Embed")  # kinds of stages that have nothing to do with rows without one
+OF_IMAGES = (
+    "Caption",
+    "Score",
+    "Embed",
+    "Latents",
+)  # kinds of stages that have nothing to do with rows without one
 IMAGE_BYTES = 47_000  # of one that came, at 512 pixels: DataComp says 450 GB for 12.8M URLs
 OK_SHARE = 0.75  # of URLs whose image comes, about: DataComp's loss is a fifth and more
 

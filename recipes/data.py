@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -153,6 +153,18 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """How what a VAE made of an image, float16, becomes (C, px, px)."""
+
+    channels: int
+    px: int
+    dtype: ClassVar[torch.dtype] = torch.float16
+
+    def of(self, latent: bytes, _: tuple[object, ...]) -> torch.Tensor:
+        return torch.frombuffer(bytearray(latent), dtype=self.dtype).view(self.channels, self.px, self.px)
+
+
+@dataclass(frozen=True)
 class Picture:
     """How an image becomes (3, px, px) uint8. `area` is the least share of it that a crop keeps: 1 squashes
     the whole of it, 0.4 is CLIPA's inception crop. `centre` takes the square in its middle.
@@ -161,6 +173,8 @@ class Picture:
     px: int
     area: float = 1.0
     centre: bool = False
+    channels: ClassVar[int] = 3
+    dtype: ClassVar[torch.dtype] = torch.uint8
 
     def of(self, image: bytes, at: tuple[object, ...]) -> torch.Tensor:
         """Raises:
@@ -195,9 +209,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, 3, px, px) uint8, `texts` (..., B, T) int64; `ok` (B) is False where an image cannot be
-    decoded, whose pixels are 0; `cut` counts texts that are longer than the context. `captions` (B, C) are
-    for a decoder.
+    """`images` (B, 3, px, px) uint8, or latents; `texts` (..., B, T) int64; `ok` (B) is False where an image
+    cannot be decoded, whose pixels are 0; `cut` counts texts that are longer than the context. `captions`
+    (B, C) are for a decoder.
     """
 
     uids: list[str]
@@ -221,8 +235,8 @@ class Pairs(Dataset[Batch | UserError]):
     """Batches of image and text by their first sample's number; see `batches`."""
 
     def __init__(
-        self, joined: Joined, mix: Mix, picture: Picture, tokenize: Tokenize, *, seed: int, batch: int,
-        captions: Tokenize | None = None,
+        self, joined: Joined, mix: Mix, picture: Picture | Latent, tokenize: Tokenize, *, seed: int,
+        batch: int, captions: Tokenize | None = None,
     ) -> None:  # fmt: skip
         self.joined, self.mix, self.picture, self.tokenize = joined, mix, picture, tokenize
         self.captions = captions
@@ -249,9 +263,7 @@ class Pairs(Dataset[Batch | UserError]):
             try:
                 images.append(self.picture.of(image, (self.seed, epoch, row["uid"])))
             except NO_PICTURE:  # counted by whoever trains
-                images.append(
-                    torch.zeros((self.picture.px, self.picture.px, 3), dtype=torch.uint8).permute(2, 0, 1)
-                )
+                images.append(self._empty().permute(2, 0, 1))
                 ok.append(False)
             else:
                 ok.append(True)
@@ -261,6 +273,10 @@ class Pairs(Dataset[Batch | UserError]):
         pixels = torch.stack([image.permute(1, 2, 0) for image in images], out=self._pixels())
         return Batch(uids, pixels.permute(0, 3, 1, 2), texts, torch.tensor(ok), cut, captions)
 
+    def _empty(self, *number: int) -> torch.Tensor:
+        shape = (*number, self.picture.px, self.picture.px, self.picture.channels)
+        return torch.zeros(shape, dtype=self.picture.dtype)
+
     def _pixels(self) -> torch.Tensor | None:
         """Where a worker process puts a batch's: what is shared is written again and again, for new pages
         cost more than the copy that `batches` makes. A batch is begun when the one AHEAD before it is taken.
@@ -268,8 +284,7 @@ class Pairs(Dataset[Batch | UserError]):
         if get_worker_info() is None:
             return None
         if len(self._room) < AHEAD + 1:
-            empty = torch.empty((self.batch, self.picture.px, self.picture.px, 3), dtype=torch.uint8)
-            self._room.append(empty.share_memory_())
+            self._room.append(self._empty(self.batch).share_memory_())
         self._room.rotate()
         return self._room[0]
 

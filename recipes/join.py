@@ -23,10 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder import sql
+from builder.core import Status
 from builder.errors import InputError
 from builder.files import read_file, sha256_file, write_atomically, write_parquet
 from builder.run import RECIPE, Run
 from builder.stages.imagetar import entries
+from builder.stages.latents import Shard, read_header
 from builder.stages.source import read_subset
 from builder.typed import from_json
 from builder.versions.targets import open_version
@@ -77,6 +79,11 @@ class Joined:
     audit: Audit
     of: str
 
+    @property
+    def latents(self) -> dict[str, Any] | None:
+        """What is said of the latents, where those were joined in the place of the images."""
+        return json.loads(self.of).get("latents")
+
     def about(self) -> dict[str, Any]:
         """What was joined, by content."""
         of = json.loads(self.of)
@@ -84,6 +91,7 @@ class Joined:
             "version": f"{of['version']['name']} {of['version']['version']}",
             "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
             "subset": of.get("subset"), "rows": list(self.rows), "found": self.audit.found,
+            "latents": of.get("latents"),
         }  # fmt: skip
 
     def shard(self, number: int) -> pa.Table:
@@ -99,12 +107,14 @@ def join(
     captions: Sequence[str] = ("re_caption",),
     subset: Path | None = None,
     min_found: float = 0.99,
+    latents: str = "",
 ) -> Joined:
     """Join a version's rows with images, or take the join that lies in `folder` where it is the same.
 
     `images` is a run, what img2dataset wrote as tars or as parquet, or a folder of pictures, which are known
     by what they hold. `subset` is what `recap select` writes: subset.npy, or subset.parquet, which also says
     with which caption a row is trained on, `org_caption+re_caption` being both; in `caption`, null elsewhere.
+    `latents` names a stage of the run: what is joined are its latents, in the place of the images.
 
     Raises:
         InputError: fewer than `min_found` of the rows found their image, or something is not what it should
@@ -113,9 +123,11 @@ def join(
     opened = open_version(version)
     columns = (ORIGINAL, *(name for name in captions if name != ORIGINAL))
     given = {
-        "version": opened.manifest, "images": sql.absolute(images), "files": _files(images),
+        "version": opened.manifest, "images": sql.absolute(images), "files": _files(images, latents),
         "captions": columns,
     }  # fmt: skip
+    if latents:
+        given["latents"] = latents_of(images, latents)
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)
@@ -125,7 +137,7 @@ def join(
         for old in (folder / "join.json", *folder.glob("[0-9]*.*")):
             old.unlink(missing_ok=True)
         try:
-            rows, audit = _join(opened, images, folder, columns, subset)
+            rows, audit = _join(opened, images, folder, columns, subset, latents)
             there = Joined(folder, rows, columns, audit, made_of)
             _check(there, images, version, min_found)
         except BaseException:
@@ -144,7 +156,7 @@ def _check(joined: Joined, images: str, version: str, min_found: float) -> None:
         raise InputError(f"{images} has not the images of {version}: {joined.audit}", hint)
 
 
-def _files(images: str) -> str:
+def _files(images: str, latents: str) -> str:
     """Names what lies in a folder of images now; of a run its records say that."""
     found = sha256()
     if "://" not in images and not (Path(images) / RECIPE).exists():
@@ -152,8 +164,8 @@ def _files(images: str) -> str:
             about = path.stat()
             found.update(f"{path}/{about.st_size}/{about.st_mtime_ns}".encode())
     else:
-        for record in Run.open(images).done("download"):
-            found.update(f"{record.output('.tar')}".encode())
+        for record in Run.open(images).done(latents or "download"):
+            found.update(f"{record.output('.safetensors' if latents else '.tar')}".encode())
     return found.hexdigest()
 
 
@@ -176,14 +188,14 @@ def read(folder: Path) -> Joined | None:
 
 
 def _join(
-    version: Version, images: str, folder: Path, captions: tuple[str, ...], subset: Path | None
+    version: Version, images: str, folder: Path, captions: tuple[str, ...], subset: Path | None, latents: str
 ) -> tuple[tuple[int, ...], Audit]:
     with sql.connect(folder, memory_limit=MEMORY) as con:
         _create_rows(con, version, captions, subset)
         con.execute(
             "create table found(uid text, sha256 text, shard int, file text, start bigint, bytes bigint)"
         )
-        images_found = images_of(images, folder)
+        images_found = _of_latents(images, latents) if latents else images_of(images, folder)
         while some := list(islice(images_found, 50_000)):
             con.register("batch", pa.table(list(map(pa.array, zip(*some, strict=True))), schema=_FOUND))
             con.execute("insert into found from batch")
@@ -317,6 +329,51 @@ def images_of(place: str, folder: Path) -> Iterator[tuple[str | None, str, int, 
         (None, sha256_file(file), number // FILES_A_SHARD, str(file), 0, file.stat().st_size)
         for number, file in enumerate(chain([first], pictures))
     )
+
+
+def latents_of(images: str, stage: str) -> dict[str, Any]:
+    """What the latents of a run are: their VAE, its factor, the pictures' size, and their `shape`.
+
+    Raises:
+        InputError: there are none, or of several kinds.
+    """
+    found: dict[str, Any] | None = None
+    for path, _, shard in _latents(images, stage):
+        about = {**shard.about, "shape": list(shard.shape)}
+        if found is not None and about != found:
+            differ = next(name for name in about if about[name] != found.get(name))
+            reason = f"{path} has other latents than the shards before: {differ} is {about[differ]}"
+            raise InputError(f"{reason}, was {found.get(differ)}", "build the stage with one VAE, to its end")
+        found = about
+    if found is None:
+        raise InputError(f"{images} has no latents of stage {stage}", "build it to the end first")
+    return found
+
+
+def _latents(images: str, stage: str) -> Iterator[tuple[Path, Path, Shard]]:
+    """(file, its table, what it says of itself) of every shard."""
+    if "://" in images or not (Path(images) / RECIPE).exists():
+        raise InputError(f"images={images} is no run on this machine", "name the run that has the latents")
+    run = Run.open(images)
+    if stage not in (one.name for one in run.recipe.stages):
+        known = ", ".join(one.name for one in run.recipe.stages)
+        raise InputError(f"the recipe of {images} has no stage {stage}", f"there are: {known}")
+    for record in run.done(stage):
+        path = run.local(record.output(".safetensors"))
+        yield path, run.local(record.output(".parquet")), read_header(path)
+
+
+def _of_latents(images: str, stage: str) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    for number, (path, table, shard) in enumerate(_latents(images, stage)):
+        columns = ["uid", "image_sha256", "status"]
+        rows = [
+            row for row in pq.read_table(table, columns=columns).to_pylist() if row["status"] == Status.OK
+        ]
+        if len(rows) != shard.number:
+            raise InputError(f"{path} has {shard.number:,} latents of {len(rows):,} rows", "build it again")
+        for place, row in enumerate(rows):
+            start = shard.start + place * shard.bytes
+            yield row["uid"], row["image_sha256"], number, str(path), start, shard.bytes
 
 
 def _of_run(run: Run) -> Iterator[tuple[str | None, str, int, str, int, int]]:

@@ -192,14 +192,25 @@ def settle_data(about: Mapping[str, Any], out: Path, ranks: Ranks) -> None:
 
 
 def joined_in(
-    out: Path, ranks: Ranks, *, version: str, images: str, mix: Mix, subset: str | None, min_found: float
+    out: Path,
+    ranks: Ranks,
+    *,
+    version: str,
+    images: str,
+    mix: Mix,
+    subset: str | None,
+    min_found: float,
+    latents: str = "",
 ) -> Joined:
     """The join in a training's folder: the first process joins, the others read what it wrote."""
     names = tuple(name for name in mix.captions if name != ORIGINAL)
     if ranks.is_first:
         chosen = Path(subset) if subset else None
         with telling_of_a_full_disk(out):
-            join(version, images, out / "joined", captions=names, subset=chosen, min_found=min_found)
+            join(
+                version, images, out / "joined", captions=names, subset=chosen, min_found=min_found,
+                latents=latents,
+            )  # fmt: skip
     ranks.wait()
     found = read(out / "joined")
     assert found is not None

@@ -75,6 +75,7 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
 @click.option("--column", default="caption", show_default=True, help="Of a parquet file.")
 @click.option("--number", type=int, help="So many of the file's prompts, drawn; all unless given.")
 @click.option("--out", type=path_type, required=True, help="Folder of the pictures.")
+@click.option("--vae", help="Of a model that draws latents: the folder or Hub id@revision of their VAE.")
 @click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm.")
 @click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given.")
 @click.option("--guidance", type=float, help="10 of a diffusion, 4 of a flow, unless given; 1 is none.")

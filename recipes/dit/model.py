@@ -256,15 +256,23 @@ def tokenizer(folder: str, vocabulary: int) -> Path:
     return found / TOKENIZER
 
 
-def describe(net: Net, objective: Mapping[str, Any], words: Path, folder: Path) -> None:
-    """A model's folder, without weights."""
+def describe(
+    net: Net,
+    objective: Mapping[str, Any],
+    words: Path,
+    folder: Path,
+    latents: Mapping[str, Any] | None = None,
+) -> None:
+    """A model's folder, without weights. `latents`: what it denoises, if no pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps({"net": asdict(net), "objective": objective}, indent=2) + "\n")
+    about = {"net": asdict(net), "objective": objective} | ({"latents": latents} if latents else {})
+    (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
     shutil.copyfile(words, folder / TOKENIZER)
 
 
-def load(folder: Path) -> tuple[DiT, dict[str, Any]]:
-    """A model, and the objective that it was trained for.
+def load(folder: Path) -> tuple[DiT, dict[str, Any], dict[str, Any] | None]:
+    """A model, the objective that it was trained for, and what is said of the latents that it denoises, if
+    those are no pictures.
 
     Raises:
         InputError: that is no model folder of `recap train dit`, or of another net.
@@ -279,4 +287,4 @@ def load(folder: Path) -> tuple[DiT, dict[str, Any]]:
         raise InputError(
             reason, "name a checkpoint of recap train dit, such as runs/dit-demo/latest"
         ) from error
-    return model.eval(), objective
+    return model.eval(), objective, config.get("latents")

@@ -30,6 +30,8 @@ from PIL import Image
 
 from builder.errors import InputError
 from builder.files import sha256_file, write_atomically
+from builder.model import identity
+from builder.stages.latents import Vae
 from builder.typed import parse
 from recipes.dit import model as dit
 from recipes.dit.model import Words
@@ -65,14 +67,15 @@ class How:
 class Drawer:
     """A model of `recap train dit` that draws."""
 
-    def __init__(self, folder: Path, device: str | None = None) -> None:
+    def __init__(self, folder: Path, device: str | None = None, vae: str | None = None) -> None:
         """Raises:
-        InputError: it is none.
+        InputError: it is none, or it denoises latents and `vae` is not the one that they are of.
         """
         with of_the_extra():
             import diffusers  # noqa: F401
         self.folder, self.device = folder, device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, objective = dit.load(folder)
+        model, objective, latents = dit.load(folder)
+        self.vae = _vae(folder, latents, vae)
         self.model = model.to(self.device)
         self.objective = parse(Objective, objective, what=str(folder / dit.CONFIG))
         self.words = Words(folder / dit.TOKENIZER, model.net.context)
@@ -111,6 +114,8 @@ class Drawer:
         for at, moment in zip(scheduler.timesteps, self._times(scheduler), strict=True):
             out = self._out(x, moment, text, mask, how)
             x = scheduler.step(out, at, x, **noise).prev_sample
+        if self.vae:
+            x = self.vae.decode(x)
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels[: len(texts)]]
 
@@ -170,6 +175,24 @@ class Drawer:
         return [float(time) for time in scheduler.timesteps]
 
 
+def _vae(folder: Path, latents: dict[str, Any] | None, vae: str | None) -> Vae | None:
+    """The one that decodes what a model draws.
+
+    Raises:
+        InputError: it is not given, or another one.
+    """
+    if not latents:
+        if vae:
+            raise InputError(f"{folder} draws pictures, not latents", "leave --vae out")
+        return None
+    if not vae:
+        raise InputError(f"{folder} draws latents", "name the VAE that they are of: --vae FOLDER")
+    if identity(vae) != latents["vae"]:
+        reason = f"{folder} draws latents of another VAE than {vae}"
+        raise InputError(reason, f"name the one whose content is {latents['vae']}")
+    return Vae(vae)
+
+
 def seeds_of(texts: Sequence[str], seed: int) -> list[int]:
     """Of each text its own; of one that comes again another."""
     earlier: Counter[str] = Counter()
@@ -181,8 +204,11 @@ def seeds_of(texts: Sequence[str], seed: int) -> list[int]:
     return found
 
 
-def sample(model: Path, texts: Sequence[str], out: Path, *, say: Say = print, **given: Any) -> How:
-    """Draw what is not in the folder yet; `given` are settings of `How`.
+def sample(
+    model: Path, texts: Sequence[str], out: Path, *, vae: str | None = None, say: Say = print, **given: Any
+) -> How:
+    """Draw what is not in the folder yet; `given` are settings of `How`. A model that denoises latents wants
+    their `vae`.
 
     Raises:
         InputError: the folder is of another model, of other texts, or drawn in another way.
@@ -190,7 +216,7 @@ def sample(model: Path, texts: Sequence[str], out: Path, *, say: Say = print, **
     if not texts:
         raise InputError("there are no texts to draw", "give some, or a file of them: --captions")
     model = model.resolve()  # `latest` may come to be another
-    drawer = Drawer(model)
+    drawer = Drawer(model, vae=vae)
     how = drawer.usual(**given)
     drawer.check(texts, how)
     seeds = seeds_of(texts, how.seed)

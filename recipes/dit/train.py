@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from builder.errors import InputError
 from builder.files import sha256_file
-from recipes.data import Batch, Mix, Pairs, Picture, drawn
+from recipes.data import Batch, Latent, Mix, Pairs, Picture, drawn
 from recipes.dit import model as dit
 from recipes.dit.model import DiT, Net, Words
 from recipes.dit.objective import Objective
@@ -60,7 +60,8 @@ class Training:
     """So many `samples` in steps of `batch`, at a rate of `lr` that rises over `warmup` samples, and falls to
     0 by a cosine where that is wanted. `tokenizer` is a folder with a tokenizer.json. `ema` is the decay of
     the moving average, which begins lower: (1 + n) / (10 + n) at step n. `sharded` spreads weights and
-    optimizer over the devices (FSDP2).
+    optimizer over the devices (FSDP2). `latents` names the stage of the run `images` whose latents are
+    denoised, in the place of pictures.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Training:
     mix: Mix = field(default_factory=lambda: Mix(drop=0.1))
     subset: str | None = None
     min_found: float = 0.99
+    latents: str = ""
     ema: float = 0.9999
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -98,9 +100,9 @@ class Training:
             raise InputError(
                 f"ema={self.ema:g} is no decay", "give a number from 0 to below 1, such as 0.9999"
             )
-        if self.net.channels != 3 or not self.net.text_layers:
-            reason = "a training on pictures has 3 channels and a text encoder of its own"
-            raise InputError(reason, "give channels=3, text_layers and vocabulary")
+        if not self.net.text_layers or (self.net.channels != 3 and not self.latents):
+            reason = "a training has a text encoder of its own, and on pictures 3 channels"
+            raise InputError(reason, "give text_layers and vocabulary; channels=3, or latents=STAGE")
         if self.net.sigma != (self.objective.kind == "diffusion" and self.objective.learned_sigma):
             reason = f"a net with sigma={self.net.sigma} and learned_sigma={self.objective.learned_sigma}"
             raise InputError(reason, "the output has a variance where one is learned, and nowhere else")
@@ -130,8 +132,9 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         settle(training, out, FREE, ranks)
         joined = joined_in(
             out, ranks, version=training.version, images=training.images, mix=training.mix,
-            subset=training.subset, min_found=training.min_found,
+            subset=training.subset, min_found=training.min_found, latents=training.latents,
         )  # fmt: skip
+        _check_latents(training, joined)
         settle_data(joined.about() | {"tokenizer": sha256_file(words)}, out, ranks)
         if ranks.is_first:
             say(f"{joined.audit}")
@@ -142,6 +145,18 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
             there = _train(training, joined, words, out, sample, there, say, ranks)
         assert there is not None
         return there
+
+
+def _check_latents(training: Training, joined: Joined) -> None:
+    """Raises:
+    InputError: they are not what the net denoises.
+    """
+    if about := joined.latents:
+        channels, px, _ = about["shape"]
+        if (channels, px) != (training.net.channels, training.net.px):
+            has = f"{training.net.channels} channels of {training.net.px}"
+            reason = f"the latents are {channels} channels of {px} a side, the net denoises {has}"
+            raise InputError(reason, f"give channels={channels} and px={px}")
 
 
 def _train(
@@ -170,15 +185,22 @@ def _train(
         _load_average(average, model, load_file(there / dit.WEIGHTS))
         average.optimization_step = sample // training.batch
     step = Step(training.objective, module, precision=training.precision, seed=training.seed, ranks=ranks)
+    picture = (
+        Latent(training.net.channels, training.net.px)
+        if joined.latents
+        else Picture(training.net.px, centre=True)
+    )
     pairs = Pairs(
-        joined, training.mix, Picture(training.net.px, centre=True), Words(words, training.net.context),
-        seed=training.seed, batch=training.batch // ranks.ranks,
+        joined, training.mix, picture, Words(words, training.net.context), seed=training.seed,
+        batch=training.batch // ranks.ranks,
     )  # fmt: skip
     total = training.steps * training.batch
     return run_steps(
         training, pairs, step, model=model, optimizer=optimizer, rate=training.rate,
         after=lambda: average.step(model.parameters()),
-        save=lambda sample: _save(training, words, out, model, optimizer, average, sample, ranks),
+        save=lambda sample: _save(
+            training, joined.latents, words, out, model, optimizer, average, sample, ranks
+        ),
         sample=sample, first=0, last=total, total=total, out=out, there=there, say=say, ranks=ranks,
     )  # fmt: skip
 
@@ -195,7 +217,9 @@ class Step:
     def __call__(self, batch: Batch, sample: int) -> float:
         """`sample` is the step's first, of all ranks."""
         device = self.ranks.device
-        clean = batch.images.to(device).float() / 127.5 - 1
+        clean = batch.images.to(device).float()
+        if batch.images.dtype == torch.uint8:
+            clean = clean / 127.5 - 1
         first = sample + self.ranks.rank * len(clean)
         noise, normal_B = noise_of(self.seed, first, clean.shape)
         noise, time_B = noise.to(device), self.objective.times(normal_B.to(device))
@@ -246,8 +270,8 @@ def _load_average(average: Any, model: DiT, weights: Mapping[str, torch.Tensor])
 
 
 def _save(
-    training: Training, words: Path, out: Path, model: DiT, optimizer: torch.optim.AdamW, average: Any,
-    sample: int, ranks: Ranks,
+    training: Training, latents: dict[str, Any] | None, words: Path, out: Path, model: DiT,
+    optimizer: torch.optim.AdamW, average: Any, sample: int, ranks: Ranks,
 ) -> Path:  # fmt: skip
     weights, moments = state_of(model, optimizer)
     names = [name for name, _ in model.named_parameters()]
@@ -257,7 +281,7 @@ def _save(
     }
 
     def write(folder: Path) -> None:
-        dit.describe(training.net, asdict(training.objective), words, folder)
+        dit.describe(training.net, asdict(training.objective), words, folder, latents)
         save_file(drawing, folder / dit.WEIGHTS, metadata={"format": "pt"})
         kept = {f"weights:{n}": t for n, t in weights.items()} | {
             f"moments:{n}": t for n, t in moments.items()
