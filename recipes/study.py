@@ -92,13 +92,16 @@ def _one(out: Path, training: Any, benchmark: Callable[[], Benchmark], file: str
 
 @dataclass(frozen=True)
 class Value:
-    """In percent, or a distance."""
+    """In percent, with its interval; or a distance, whose seeds are too few for one."""
 
     value: float
     low: float
     high: float
+    is_distance: bool = False
 
     def __str__(self) -> str:
+        if self.is_distance:
+            return f"{self.value:.3g}"
         return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
@@ -112,12 +115,14 @@ class Found:
         }
 
     def value(self, arm: str, benchmark: str, metric: str) -> Value:
-        return _value(_draws(self._metrics(arm, benchmark, metric)))
+        found = self._metrics(arm, benchmark, metric)
+        return _value(_draws(found), is_distance=not found[0].hits)
 
     def difference(self, arm: str, other: str, benchmark: str, metric: str) -> Value:
         """`arm` less `other`."""
         ours, theirs = (self._metrics(name, benchmark, metric) for name in (arm, other))
-        return _value([a - b for a, b in zip(_draws(ours), _draws(theirs), strict=True)])
+        draws = [a - b for a, b in zip(_draws(ours), _draws(theirs), strict=True)]
+        return _value(draws, is_distance=not ours[0].hits)
 
     def seeds(self, arm: str, benchmark: str, metric: str) -> list[float]:
         return [round(metric.value, 2) for metric in self._metrics(arm, benchmark, metric)]
@@ -144,9 +149,9 @@ def _mean(hits: Numbers, of: Numbers) -> float:
     return float(100 * hits.sum() / of.sum())
 
 
-def _value(draws: Sequence[float]) -> Value:
+def _value(draws: Sequence[float], *, is_distance: bool) -> Value:
     low, high = np.percentile(draws[1:], [2.5, 97.5])
-    return Value(draws[0], float(low), float(high))
+    return Value(draws[0], float(low), float(high), is_distance)
 
 
 def demo_version(folder: Path, rows: int, port: int, say: Callable[[str], None]) -> tuple[Path, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,14 @@ import pytest
 import torch
 from conftest import CLIP, recap
 from PIL import Image
+from safetensors.torch import save_file
+from test_dit import FLOW, TINY, WORDS
 
 from builder.errors import InputError
 from recipes.demo import world
+from recipes.dit import model as dit
 from recipes.dit import prompts
+from recipes.dit.model import DiT
 from recipes.dit.sample import PROMPTS, SETTINGS, How, png
 from recipes.evaluate import frechet as distances
 from recipes.evaluate.clip_score import clip_score
@@ -81,14 +85,26 @@ def test_distances_are_those_of_plain_lines(tmp_path: Path) -> None:
     cross = np.sqrt(np.linalg.eigvalsh(root @ b @ root)).sum()
     apart = np.square(ours.mean(0, dtype="f8") - theirs.mean(0, dtype="f8")).sum()
     assert found.value == pytest.approx(apart + np.trace(a) + np.trace(b) - 2 * cross, abs=1e-6)
-    assert found.low <= found.value <= found.high
+    assert found.low < found.value < found.high
     assert distances._frechet("d", ours, ours).value == pytest.approx(0, abs=1e-6)
-    kid = distances._kid("KID", ours[:50], theirs[:50])  # each subset is the whole
+    kid = distances._kernel("KID", ours[:50], theirs[:50])
     x, y = ours[:50].astype("f8"), theirs[:50].astype("f8")
     k_xx, k_yy, k_xy = ((p @ q.T / 8 + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
     off = 1 - np.eye(50)
     plain = (k_xx * off).sum() / 2450 + (k_yy * off).sum() / 2450 - 2 * k_xy.mean()
     assert kid.value == pytest.approx(1000 * plain, rel=1e-9)
+
+    def apart_by(seed: int) -> distances.Metric:
+        chance = np.random.default_rng(seed)
+        x, y = chance.normal(size=(2, 100, 8)).astype("f4")
+        return distances._kernel("KID", x, y + 1)
+
+    found_100 = [apart_by(seed) for seed in range(100)]
+    middle = np.mean([one.value for one in found_100])
+    holds = sum(one.low < middle < one.high for one in found_100)
+    assert 88 <= holds <= 100  # 95 are promised
+    halves = [one.high - one.value for one in found_100]
+    assert 0.8 < np.mean(halves) / (1.96 * np.std([one.value for one in found_100])) < 1.5
 
 
 def test_inceptions_weights_are_the_users_and_nothing_is_downloaded(
@@ -105,10 +121,10 @@ def test_inceptions_weights_are_the_users_and_nothing_is_downloaded(
     path = tmp_path / "inception.pth"
     torch.save(net.state_dict(), path)
     images = [scene_at(scene, 32) for scene in of_scenes(3, "described")[0]]
-    name, features = distances.inception(path)
-    assert name.startswith("Inception ")
+    found = distances.inception(path)
+    assert (found.distance, found.kernel) == ("FID", "KID x 1000")
     pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
-    np.testing.assert_array_equal(features(images), net(pixels)[0].numpy())
+    np.testing.assert_array_equal(found.of(images), net(pixels)[0].numpy())
     for bad, said in ((tmp_path / "gone.pth", "nothing is downloaded"), (Path(__file__), "no weights of")):
         with pytest.raises(InputError, match=said):
             distances.inception(bad)
@@ -144,7 +160,12 @@ def test_a_folder_of_pictures_is_evaluated_by_one_command(tmp_path: Path) -> Non
     found = {row["benchmark"]: row for row in json.loads((tmp_path / "a.json").read_text())}
     distance = found["fid"]["metrics"][0]
     assert distance["name"] == "Fréchet distance"  # not FID: those are no features of Inception
-    assert distance["value"] < 0.2
+    for number, scene in enumerate(scenes):  # others, of which each is of one colour
+        other = Image.new("RGB", (128, 128), world.COLOURS[scene.things[0].colour])
+        (tmp_path / "real" / f"{number}.jpg").write_bytes(world.jpeg(other, 90))
+    further = json.loads(recap("eval", folder, *words, "--json").stdout)[0]
+    assert further["metrics"][0]["value"] > 1.5 * distance["value"]
+    assert further["protocol"] != found["fid"]["protocol"]  # of other pictures: not to be compared
     assert 0 < found["clip score"]["metrics"][0]["value"] < 100
     said = recap("eval", folder, "fid", f"reference={tmp_path}/real", check=2).stderr
     assert "by which features" in said
@@ -158,11 +179,38 @@ def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no pictures of recap sample and no model"):
         Drawer(str(tmp_path)).drawn(["a"], tmp_path)
     (folder / "000001.png").unlink()
-    with pytest.raises(InputError, match="1 of 2 images are missing"):
+    with pytest.raises(InputError, match="1 of 2 pictures are missing"):
         load(folder)
+    (folder / SETTINGS).write_text("{")
+    with pytest.raises(InputError, match=SETTINGS):
+        load(folder)
+    (tmp_path / "config.json").write_text("{}")  # as any model of the Hub has it
+    with pytest.raises(InputError, match="no pictures of recap sample and no model"):
+        Drawer(str(tmp_path)).drawn(["a"], tmp_path)
     one = load(a_folder(tmp_path / "b", [Image.new("RGB", (8, 8))], ["a"]))
-    with pytest.raises(InputError, match="two pictures or more"):
-        distances.frechet("b", one, [Picture("x")], ("x", lambda _: np.zeros((1, 2))))
+    features = distances.Features("x", lambda _: np.zeros((1, 2), "f4"), "d", "k")
+    with pytest.raises(InputError, match="three pictures or more"):
+        distances.frechet("b", one, [Picture("x")], features)
+    odd = load(a_folder(tmp_path / "c", [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))], ["a", "b"]))
+    with pytest.raises(InputError, match="9 x 9 pixels, not 8 x 8"):
+        list(odd.images())
+
+
+def test_a_model_draws_what_it_is_asked_for(tmp_path: Path) -> None:
+    """Fewer scenes, more, and other prompts have each their own pictures."""
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    net = replace(TINY, context=80)
+    dit.describe(net, asdict(FLOW), WORDS, model)
+    save_file(DiT(net).state_dict(), model / dit.WEIGHTS)
+    settings = [f"folder={tmp_path}/drawn", "name=few"]
+    told = recap("eval", model, "world_drawings", "scenes=4", *settings, "--json")
+    assert [row["model"] for row in json.loads(told.stdout)] == [str(model)] * 3
+    drawer = Drawer(str(model))
+    for texts in (["a red star"], ["a red star", "a ring"], ["a ring"]):
+        assert drawer.drawn(texts, tmp_path / "drawn").prompts == tuple(texts)
+    with pytest.raises(InputError, match="not told what to draw"):
+        drawer.drawn(None, tmp_path)
 
 
 def test_two_distances_are_compared_without_an_interval() -> None:
@@ -170,6 +218,7 @@ def test_two_distances_are_compared_without_an_interval() -> None:
     ours, theirs = (Result("b", "p", "m", {"pictures": 5}, (metric,)) for metric in (one, two))
     (row,) = compare(ours, theirs)
     assert (row["difference"], row["low"], row["high"]) == (5, None, None)
+    assert str(distances.Metric("d", 0.01234, 0.01, 0.02, [], [])) == "d 0.0123 [0.01, 0.02]"
 
 
 def test_prompts_of_every_layout(tmp_path: Path) -> None:
@@ -183,12 +232,13 @@ def test_prompts_of_every_layout(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     assert prompts.read(tmp_path / "a.parquet") == ["a", "b"]
     some = prompts.read(tmp_path / "a.parquet", column="recaption", number=2)
+    short = prompts.read(tmp_path / "a.parquet", number=2)
     assert len(some) == 2
-    assert some == prompts.read(tmp_path / "a.parquet", column="recaption", number=2)
+    assert short == [text[-1] for text in some if text != "long c"]  # of the same rows
     (tmp_path / "b.json").write_text("{}")
     for name, given, said in (
         ("a.parquet", {"column": "x"}, "has no column x"), ("b.json", {}, "has not COCO's captions"),
-        ("a.txt", {"number": 3}, "has 2 prompts, 3 are wanted"),
+        ("a.txt", {"number": 3}, "has 2 prompts, 3 are wanted"), ("a.txt", {"number": -1}, "ask for 1 to 2"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             prompts.read(tmp_path / name, **given)  # type: ignore[arg-type]

@@ -70,10 +70,12 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
 @click.option(
     "--captions",
     type=path_type,
-    help="A file of prompts behind those given: one a line, COCO's captions.json, or a parquet file.",
+    help="A file of prompts behind those given: one a line, COCO's captions_*.json, or a parquet file.",
 )
 @click.option("--column", default="caption", show_default=True, help="Of a parquet file.")
-@click.option("--number", type=int, help="So many of the file's prompts, drawn; all unless given.")
+@click.option(
+    "--number", type=int, help="So many of the file's prompts, sampled at random; all unless given."
+)
 @click.option("--out", type=path_type, required=True, help="Folder of the pictures.")
 @click.option("--vae", help="Of a model that draws latents: the folder or Hub id@revision of their VAE.")
 @click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm.")
@@ -96,6 +98,8 @@ def sample(
     from recipes.dit import prompts
     from recipes.dit import sample as samples
 
+    if number is not None and not captions:
+        raise UserError("--number of which prompts?", "name a file of them: --captions FILE")
     texts = [*prompt, *(prompts.read(captions, column=column, number=number) if captions else ())]
     how = samples.sample(model, texts, out, say=functools.partial(echo, err=True), **given)
     if grid:

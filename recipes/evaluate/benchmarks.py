@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from builder.errors import InputError
 from builder.files import read_file
+from builder.stages.clip import check_clip
 from recipes.demo import world
 from recipes.dit import prompts as files_of_prompts
 from recipes.evaluate import choices
@@ -137,9 +140,8 @@ def fid(
     """
     if bool(inception) == bool(features):
         raise InputError("fid by which features?", "give inception=FILE, or features=MODEL of open_clip")
-    real = [
-        Picture(str(path)) for path in sorted(Path(reference).rglob("*")) if path.suffix.lower() in PICTURES
-    ]
+    found = sorted(path for path in Path(reference).rglob("*") if path.suffix.lower() in PICTURES)
+    real = [Picture(str(path)) for path in found if path.is_file()]
     if not real:
         raise InputError(f"reference={reference} has no pictures", f"there are none of {', '.join(PICTURES)}")
     named = distances.inception(Path(inception)) if inception else distances.of_model(Model(str(features)))
@@ -162,6 +164,7 @@ def clip_score(
     fid.
     """
     texts = _prompts(prompts, column, number)
+    check_clip(model)
 
     def run(drawer: Drawer) -> list[Result]:
         drawings = drawer.drawn(texts, Path(folder))
@@ -171,6 +174,8 @@ def clip_score(
 
 
 def _prompts(path: str | None, column: str, number: int | None) -> list[str] | None:
+    if path is None and number is not None:
+        raise InputError("number= of which prompts?", "give prompts=FILE")
     return files_of_prompts.read(Path(path), column=column, number=number) if path else None
 
 
@@ -185,6 +190,9 @@ def world_drawings(
     """What a model draws of scenes of the demo's world: what a reader that knows the world finds in it, the
     Fréchet distance to the scenes themselves, and the CLIP score, both by the tiny `clip`.
     """
+    if scenes < 3:
+        raise InputError(f"scenes={scenes} are too few for a distance", "give 3 or more")
+    check_clip(clip)
     real, texts = of_the_world.prompts(scenes, style)
 
     def run(drawer: Drawer) -> Iterable[Result]:
@@ -192,7 +200,9 @@ def world_drawings(
         yield of_the_world.read_back(name, drawings, real, style)
         model = Model(clip)
         pictures = [Picture(f"scene {s.seed}", world.jpeg(world.draw(s, 128), 90)) for s in real]
-        yield distances.frechet(f"{name}: distance", drawings, pictures, distances.of_model(model))
+        yield distances.frechet(
+            f"{name}: distance", drawings, pictures, distances.of_model(model), Image.Resampling.BILINEAR
+        )  # as a training has made them small
         yield by_cosine.clip_score(model, f"{name}: CLIP score", drawings, drawings.prompts)
 
     return Benchmark(run, "drawer")

@@ -21,5 +21,6 @@ def clip_score(model: Model, benchmark: str, drawings: Drawings, prompts: Sequen
     texts_NE = model.texts(prompts)
     hits_N = np.einsum("ne,ne->n", images_NE, texts_NE).clip(min=0)
     counts = {"pictures": len(prompts), "prompts cut": model.cut(prompts)}
+    found = (metric("CLIP score", hits_N),)
     protocol = f"CLIP score by {model.name}; {drawings.how}"
-    return Result(benchmark, protocol, str(drawings.folder), counts, (metric("CLIP score", hits_N),))
+    return Result(benchmark, protocol, drawings.name, counts, found, main="CLIP score")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,43 @@ from PIL import Image
 
 from builder.errors import InputError
 from builder.files import read_file, sha256_file
-from builder.typed import from_json
+from builder.shown import echo
+from builder.typed import from_json, parse
 from recipes.dit import model as dit
-from recipes.dit.sample import PROMPTS, SETTINGS, sample
-from recipes.evaluate.model import Picture, missing
+from recipes.dit.sample import PROMPTS, SETTINGS, How, file_of, sample
+from recipes.evaluate.model import Picture
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """`how` they were drawn, for a protocol."""
+    """`name` is what was evaluated; `how` they were drawn, and of which prompts, is for a protocol."""
 
-    folder: Path
+    name: str
     how: str
     prompts: tuple[str, ...]
     pictures: tuple[Picture, ...]
 
     def images(self) -> Iterator[Image.Image]:
-        return (picture.of(picture.read()) for picture in self.pictures)
+        """Raises:
+        InputError: one is not a square, or not as large as the others.
+        """
+        size = None
+        for picture in self.pictures:
+            image = picture.of(picture.read())
+            size = size or (image.width, image.width)
+            if image.size != size:
+                reason = f"{picture.name} is {image.width} x {image.height} pixels, not {size[0]} x {size[1]}"
+                raise InputError(reason, "delete it, and type the same recap sample again")
+            yield image
 
 
 @dataclass(frozen=True)
 class Drawer:
-    """What is evaluated: such a folder, or a checkpoint of `recap train dit`."""
+    """What is evaluated: a folder of `recap sample`, or a checkpoint of `recap train dit`."""
 
     name: str
 
-    def drawn(self, prompts: Sequence[str] | None, folder: Path, **how: Any) -> Drawings:
+    def drawn(self, prompts: Sequence[str] | None, folder: Path) -> Drawings:
         """Its pictures of these prompts; a model draws them in `folder`, where they are not there yet.
 
         Raises:
@@ -50,23 +62,34 @@ class Drawer:
                 reason = f"{place} holds pictures of other prompts than this benchmark's"
                 raise InputError(reason, "evaluate the model itself: it draws them")
             return found
-        if not (place / dit.CONFIG).is_file():
+        if not all((place / name).is_file() for name in (dit.CONFIG, dit.WEIGHTS)):
             reason = f"{self.name} holds no pictures of recap sample and no model that draws"
             raise InputError(reason, "name a folder of recap sample, or a checkpoint of recap train dit")
-        if prompts is None:
+        if not prompts:
             raise InputError("the model is not told what to draw", "give prompts=FILE")
-        out = folder / sha256_file(place / dit.WEIGHTS)[:12]
-        sample(place, prompts, out, **how)
-        return load(out)
+        out = folder / f"{sha256_file(place / dit.WEIGHTS)[:12]}-{_digest(prompts)}"
+        sample(place, prompts, out, say=partial(echo, err=True))
+        return replace(load(out), name=self.name)
 
 
 def load(folder: Path) -> Drawings:
     """Raises:
-    InputError: pictures are missing.
+    InputError: it is not as `recap sample` leaves it, or pictures are missing.
     """
     about = from_json(dict[str, Any], read_file(folder / SETTINGS), what=str(folder / SETTINGS))
-    lines = [json.loads(line) for line in read_file(folder / PROMPTS).splitlines()]
-    pictures = tuple(Picture(str(folder / f"{number:06d}.png")) for number in range(len(lines)))
-    missing(pictures)
-    how = "{sampler} {steps} steps, guidance {guidance:g} on {guided}".format_map(about)
-    return Drawings(folder, how, tuple(line["prompt"] for line in lines), pictures)
+    how = parse(How, {name: about[name] for name in about if name != "model"}, what=str(folder / SETTINGS))
+    lines = [
+        from_json(dict[str, Any], line, what=str(folder / PROMPTS))
+        for line in read_file(folder / PROMPTS).splitlines()
+    ]
+    prompts = tuple(str(line.get("prompt")) for line in lines)
+    pictures = tuple(Picture(str(folder / file_of(number))) for number in range(len(lines)))
+    if gone := [picture.name for picture in pictures if not Path(picture.name).is_file()]:
+        reason = f"{len(gone):,} of {len(pictures):,} pictures are missing, the first is {gone[0]}"
+        raise InputError(reason, "type the same recap sample again")
+    told = f"{how.sampler}, {how.steps} steps, guidance {how.guidance:g} on {how.guided}, seed {how.seed}"
+    return Drawings(str(folder), f"{told}; prompts {_digest(prompts)}", prompts, pictures)
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    return sha256("\n".join(prompts).encode()).hexdigest()[:12]

@@ -41,6 +41,10 @@ class Metric:
     groups: list[int] | None = None
     statistic: Statistic = "mean"
 
+    def __str__(self) -> str:
+        form = ".1f" if self.hits else ".3g"
+        return f"{self.name} {self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -58,7 +62,7 @@ class Result:
     main: str | None = None
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{m.name} {m.value:.1f} [{m.low:.1f}, {m.high:.1f}]" for m in self.metrics)
+        shown = ", ".join(map(str, self.metrics))
         return f"{self.benchmark} ({self.protocol}): {shown}; images trained on: {self.seen}"
 
     @property
@@ -152,16 +156,18 @@ def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
         low, high = np.percentile(_draws(one) - _draws(other), [2.5, 97.5]) if one.hits else (np.nan, np.nan)
         rows.append(
             {
-                "metric": one.name, "a": round(one.value, 2), "b": round(other.value, 2),
-                "difference": round(one.value - other.value, 2), "low": _rounded(low),
-                "high": _rounded(high),
+                "metric": one.name, "a": _rounded(one.value, one), "b": _rounded(other.value, one),
+                "difference": _rounded(one.value - other.value, one), "low": _rounded(low, one),
+                "high": _rounded(high, one),
             }
         )  # fmt: skip
     return rows
 
 
-def _rounded(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 2)
+def _rounded(value: float, of: Metric) -> float | None:
+    if np.isnan(value):
+        return None
+    return round(float(value), 2) if of.hits else float(f"{value:.4g}")
 
 
 def write(results: Sequence[Result], path: Path) -> None:

@@ -59,5 +59,5 @@ def read_back(benchmark: str, drawings: Drawings, scenes: Sequence[Scene], style
     metrics = tuple(metric(name, *zip(*of, strict=True)) for name, of in told)
     counts = {"pictures": len(drawings.prompts)}
     return Result(
-        benchmark, f"read by templates; {drawings.how}", str(drawings.folder), counts, metrics, main="pairs"
+        benchmark, f"read by templates; {drawings.how}", drawings.name, counts, metrics, main="pairs"
     )
