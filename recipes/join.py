@@ -122,12 +122,13 @@ def join(
     """
     opened = open_version(version)
     columns = (ORIGINAL, *(name for name in captions if name != ORIGINAL))
+    about = latents_of(images, latents) if latents else None
     given = {
         "version": opened.manifest, "images": sql.absolute(images), "files": _files(images, latents),
         "captions": columns,
     }  # fmt: skip
-    if latents:
-        given["latents"] = latents_of(images, latents)
+    if about:
+        given["latents"] = about
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)

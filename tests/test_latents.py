@@ -81,7 +81,7 @@ def test_a_latent_is_what_the_vae_says_of_its_image(run: Path, vae: Path) -> Non
         jpgs = {known[key]["uid"]: jpg for key, jpg in images(opened.local(download.output(".tar")))}
         for place in (0, len(ok) // 2, len(ok) - 1):
             picture = centre(Image.open(io.BytesIO(jpgs[ok[place]["uid"]])).convert("RGB"), PX)
-            wanted = model.encode(np.asarray(picture)[None])[0]
+            wanted = model.encode(np.array(picture)[None])[0]
             np.testing.assert_allclose(latents[place], wanted, atol=2e-3)
             data = path.read_bytes()[header.start + place * header.bytes :][: header.bytes]
             assert torch.equal(Latent(4, PX // 2).of(data, ()), torch.from_numpy(latents[place]))
