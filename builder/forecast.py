@@ -25,12 +25,8 @@ STATED = {
     "Embed": (312.0, "as Score"),
     "Latents": (150.0, "a guess for one A100, the encoder of Stable Diffusion's VAE at 256 px"),
 }
-OF_IMAGES = (
-    "Caption",
-    "Score",
-    "Embed",
-    "Latents",
-)  # kinds of stages that have nothing to do with rows without one
+# Kinds of stages that have nothing to do with rows without an image.
+OF_IMAGES = ("Caption", "Score", "Embed", "Latents")
 IMAGE_BYTES = 47_000  # of one that came, at 512 pixels: DataComp says 450 GB for 12.8M URLs
 OK_SHARE = 0.75  # of URLs whose image comes, about: DataComp's loss is a fifth and more
 

@@ -71,18 +71,16 @@ class Audit:
 
 @dataclass(frozen=True)
 class Joined:
-    """`rows`: of each shard. `of` names what it was made of."""
+    """`rows`: of each shard. `of` names what it was made of; `latents`, where those were joined in the place
+    of the images, their VAE, its factor, the pictures' size, and their shape.
+    """
 
     folder: Path
     rows: tuple[int, ...]
     captions: tuple[str, ...]
     audit: Audit
     of: str
-
-    @property
-    def latents(self) -> dict[str, Any] | None:
-        """What is said of the latents, where those were joined in the place of the images."""
-        return json.loads(self.of).get("latents")
+    latents: dict[str, Any] | None = None
 
     def about(self) -> dict[str, Any]:
         """What was joined, by content."""
@@ -91,7 +89,7 @@ class Joined:
             "version": f"{of['version']['name']} {of['version']['version']}",
             "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
             "subset": of.get("subset"), "rows": list(self.rows), "found": self.audit.found,
-            "latents": of.get("latents"),
+            "latents": self.latents,
         }  # fmt: skip
 
     def shard(self, number: int) -> pa.Table:
@@ -122,13 +120,12 @@ def join(
     """
     opened = open_version(version)
     columns = (ORIGINAL, *(name for name in captions if name != ORIGINAL))
-    about = latents_of(images, latents) if latents else None
     given = {
         "version": opened.manifest, "images": sql.absolute(images), "files": _files(images, latents),
         "captions": columns,
     }  # fmt: skip
-    if about:
-        given["latents"] = about
+    if latents:
+        given["latents"] = latents  # which VAE made them is in the names of their files
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)
@@ -138,14 +135,14 @@ def join(
         for old in (folder / "join.json", *folder.glob("[0-9]*.*")):
             old.unlink(missing_ok=True)
         try:
-            rows, audit = _join(opened, images, folder, columns, subset, latents)
-            there = Joined(folder, rows, columns, audit, made_of)
+            rows, audit, about = _join(opened, images, folder, columns, subset, latents)
+            there = Joined(folder, rows, columns, audit, made_of, about)
             _check(there, images, version, min_found)
         except BaseException:
             for copied in folder.glob("*.images"):
                 copied.unlink()
             raise
-        written = {"rows": rows, "captions": columns, "audit": asdict(audit), "of": made_of}
+        written = {"rows": rows, "captions": columns, "audit": asdict(audit), "of": made_of, "latents": about}
         write_atomically(folder / "join.json", json.dumps(written))
     _check(there, images, version, min_found)
     return there
@@ -160,13 +157,16 @@ def _check(joined: Joined, images: str, version: str, min_found: float) -> None:
 def _files(images: str, latents: str) -> str:
     """Names what lies in a folder of images now; of a run its records say that."""
     found = sha256()
-    if "://" not in images and not (Path(images) / RECIPE).exists():
+    if latents:
+        for record in _run_with(images, latents).done(latents):
+            found.update(record.output(".safetensors").encode())
+    elif "://" not in images and not (Path(images) / RECIPE).exists():
         for path in _walk(Path(images)):
             about = path.stat()
             found.update(f"{path}/{about.st_size}/{about.st_mtime_ns}".encode())
     else:
-        for record in Run.open(images).done(latents or "download"):
-            found.update(f"{record.output('.safetensors' if latents else '.tar')}".encode())
+        for record in Run.open(images).done("download"):
+            found.update(record.output(".tar").encode())
     return found.hexdigest()
 
 
@@ -184,19 +184,25 @@ def read(folder: Path) -> Joined | None:
         return None
     found = from_json(dict[str, Any], read_file(path), what=str(path))
     return Joined(
-        folder, tuple(found["rows"]), tuple(found["captions"]), Audit(**found["audit"]), str(found["of"])
+        folder,
+        tuple(found["rows"]),
+        tuple(found["captions"]),
+        Audit(**found["audit"]),
+        str(found["of"]),
+        found.get("latents"),
     )
 
 
 def _join(
     version: Version, images: str, folder: Path, captions: tuple[str, ...], subset: Path | None, latents: str
-) -> tuple[tuple[int, ...], Audit]:
+) -> tuple[tuple[int, ...], Audit, dict[str, Any] | None]:
     with sql.connect(folder, memory_limit=MEMORY) as con:
         _create_rows(con, version, captions, subset)
         con.execute(
             "create table found(uid text, sha256 text, shard int, file text, start bigint, bytes bigint)"
         )
-        images_found = _of_latents(images, latents) if latents else images_of(images, folder)
+        about: dict[str, Any] = {}
+        images_found = _of_latents(images, latents, about) if latents else images_of(images, folder)
         while some := list(islice(images_found, 50_000)):
             con.register("batch", pa.table(list(map(pa.array, zip(*some, strict=True))), schema=_FOUND))
             con.execute("insert into found from batch")
@@ -215,7 +221,7 @@ def _join(
             """
         )
         audit = Audit(*_numbers(con))
-        return tuple(_write(con, folder, captions)), audit
+        return tuple(_write(con, folder, captions)), audit, about or None
 
 
 def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
@@ -332,40 +338,41 @@ def images_of(place: str, folder: Path) -> Iterator[tuple[str | None, str, int, 
     )
 
 
-def latents_of(images: str, stage: str) -> dict[str, Any]:
-    """What the latents of a run are: their VAE, its factor, the pictures' size, and their `shape`.
-
-    Raises:
-        InputError: there are none, or of several kinds.
+def _run_with(images: str, stage: str) -> Run:
+    """Raises:
+    InputError: it is no run here, or has no such stage.
     """
-    found: dict[str, Any] | None = None
-    for path, _, shard in _latents(images, stage):
-        about = {**shard.about, "shape": list(shard.shape)}
-        if found is not None and about != found:
-            differ = next(name for name in about if about[name] != found.get(name))
-            reason = f"{path} has other latents than the shards before: {differ} is {about[differ]}"
-            raise InputError(f"{reason}, was {found.get(differ)}", "build the stage with one VAE, to its end")
-        found = about
-    if found is None:
-        raise InputError(f"{images} has no latents of stage {stage}", "build it to the end first")
-    return found
-
-
-def _latents(images: str, stage: str) -> Iterator[tuple[Path, Path, Shard]]:
-    """(file, its table, what it says of itself) of every shard."""
     if "://" in images or not (Path(images) / RECIPE).exists():
         raise InputError(f"images={images} is no run on this machine", "name the run that has the latents")
     run = Run.open(images)
     if stage not in (one.name for one in run.recipe.stages):
         known = ", ".join(one.name for one in run.recipe.stages)
         raise InputError(f"the recipe of {images} has no stage {stage}", f"there are: {known}")
+    return run
+
+
+def _latents(images: str, stage: str) -> Iterator[tuple[Path, Path, Shard]]:
+    """(file, its table, what it says of itself) of every shard."""
+    run = _run_with(images, stage)
     for record in run.done(stage):
         path = run.local(record.output(".safetensors"))
         yield path, run.local(record.output(".parquet")), read_header(path)
 
 
-def _of_latents(images: str, stage: str) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+def _of_latents(
+    images: str, stage: str, about: dict[str, Any]
+) -> Iterator[tuple[str | None, str, int, str, int, int]]:
+    """`about` is filled with what all of them say of themselves.
+
+    Raises:
+        InputError: they are of several kinds.
+    """
     for number, (path, table, shard) in enumerate(_latents(images, stage)):
+        of = {**shard.about, "shape": list(shard.shape)}
+        if differ := [name for name in of if about and about.get(name) != of[name]]:
+            reason = f"{path} has other latents than the shards before: {differ[0]} is {of[differ[0]]}"
+            raise InputError(f"{reason}, was {about.get(differ[0])}", "build the stage with one VAE")
+        about |= of
         columns = ["uid", "image_sha256", "status"]
         rows = [
             row for row in pq.read_table(table, columns=columns).to_pylist() if row["status"] == Status.OK

@@ -96,11 +96,11 @@ class Latents(Stage):
         return np.asarray(centre(Image.open(io.BytesIO(jpg)).convert("RGB"), self.px))
 
 
-def centre(image: Image.Image, px: int) -> Image.Image:
+def centre(image: Image.Image, px: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """The square in its middle."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((px, px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return image.resize((px, px), resample, box=(left, top, left + side, top + side))
 
 
 def check_vae(model: str) -> None:

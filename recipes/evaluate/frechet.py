@@ -5,9 +5,8 @@ Real pictures are cut to the square in their middle and made as large as the dra
 
 The Fréchet distance has a bias that falls with the number of pictures: numbers are compared where that is the
 same. Its interval is 1.96 standard deviations of draws of both sets with replacement. The kernel distance,
-the square of the MMD of KID's cubic kernel, has none; its interval is the jackknife's, too
-wide where the two are hardly apart. Of many pictures so
-many as `KERNEL_PICTURES` are drawn for it.
+the square of the MMD of KID's cubic kernel, has none; its interval is the jackknife's, too wide where the two
+are hardly apart. Of many pictures so many as `KERNEL_PICTURES` are drawn for it.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from PIL import Image
 
 from builder.errors import InputError
 from builder.files import read_file
+from builder.stages.latents import centre
 from recipes.evaluate.drawings import Drawings
 from recipes.evaluate.model import Model, Picture, Vectors
 from recipes.evaluate.results import Metric, Numbers, Result
@@ -85,11 +85,8 @@ def inception(weights: Path) -> Features:
 def of_model(model: Model) -> Features:
     """(N, E): unit vectors of an open_clip model."""
 
-    def features(images: Iterable[Image.Image]) -> Vectors:
-        return model.images(Picture(str(n), _png(image)) for n, image in enumerate(images))[0]
-
     name = f"{model.name}, not Inception"
-    return Features(name, features, "Fréchet distance", "kernel distance x 1000")
+    return Features(name, model.vectors, "Fréchet distance", "kernel distance x 1000")
 
 
 def frechet(
@@ -113,7 +110,7 @@ def frechet(
         for picture in real:
             data = picture.read()
             content.update(sha256(data).digest())
-            yield square(picture.of(data), px, resample)
+            yield centre(picture.of(data), px, resample)
 
     ours_NE, theirs_ME = features.of(drawings.images()), features.of(squares())
     counts = {"pictures": len(ours_NE), "real": len(theirs_ME)}
@@ -174,15 +171,3 @@ def _kernel(name: str, ours_NE: Vectors, theirs_ME: Vectors) -> Metric:
     half = 1.96 * np.sqrt((n - 1) * without_x.var() + (m - 1) * without_y.var())
     value, half = 1000 * float(value), 1000 * float(half)
     return Metric(name, value, value - half, value + half, [], [])
-
-
-def square(image: Image.Image, px: int, resample: Image.Resampling) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((px, px), resample, box=(left, top, left + side, top + side))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()

@@ -107,6 +107,13 @@ class Model:
                 decoded, hashes = zip(*some, strict=True)
                 yield self.clip.images(list(decoded)).cpu().numpy(), list(hashes)
 
+    def vectors(self, images: Iterable[Image.Image]) -> Vectors:
+        """(N, E) of what is decoded already."""
+        found, waiting = [np.empty((0, self.clip.width), np.float32)], iter(images)
+        while some := [self.clip.preprocess(image) for image in islice(waiting, BATCH)]:
+            found.append(self.clip.images(some).cpu().numpy())
+        return np.concatenate(found)
+
     def texts(self, texts: Sequence[str]) -> Vectors:
         """(M, E)."""
         vectors = [np.empty((0, self.clip.width), np.float32)]
