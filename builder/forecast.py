@@ -24,9 +24,10 @@ STATED = {
     "Score": (312.0, "one A100, CLIP ViT-L/14 at 336 px, the lowest of those reported"),
     "Embed": (312.0, "as Score"),
     "Latents": (150.0, "a guess for one A100, the encoder of Stable Diffusion's VAE at 256 px"),
+    "TextFeatures": (1000.0, "a guess for one A100, both captions of a row by CLIP ViT-L/14's text tower"),
 }
 # Kinds of stages that have nothing to do with rows without an image.
-OF_IMAGES = ("Caption", "Score", "Embed", "Latents")
+OF_IMAGES = ("Caption", "Score", "Embed", "Latents", "TextFeatures")
 IMAGE_BYTES = 47_000  # of one that came, at 512 pixels: DataComp says 450 GB for 12.8M URLs
 OK_SHARE = 0.75  # of URLs whose image comes, about: DataComp's loss is a fifth and more
 

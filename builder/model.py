@@ -49,6 +49,17 @@ def hub_model(model: str) -> tuple[str, str]:
     return name, revision
 
 
+def fetched(model: str) -> Path:
+    """Its folder; one from the Hub is downloaded."""
+    folder = model_folder(model)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        repository, revision = hub_model(model)
+        folder = Path(snapshot_download(repository, revision=revision))
+    return folder
+
+
 def identity(model: str) -> str:
     """What enters a key: the content of a folder, or id and revision."""
     folder = model_folder(model)

@@ -78,8 +78,13 @@ class Mix:
     def text(self, row: Mapping[str, Any], seed: int, epoch: int) -> str:
         """`row` has uid, caption (what a subset wants, or None) and a text or None for each column."""
         at = seed, epoch, row["uid"]
+        return ", ".join(self._part(row, name, at) for name in self.columns(row, seed, epoch))
+
+    def columns(self, row: Mapping[str, Any], seed: int, epoch: int) -> list[str]:
+        """Those whose texts, one behind the other, are a sample's; none where it has no text."""
+        at = seed, epoch, row["uid"]
         if self.drop and drawn(*at, "drop") < self.drop:
-            return ""
+            return []
         if row.get("caption"):
             chosen = str(row["caption"]).split("+")
         elif drawn(*at, "original") < self.p_original:
@@ -87,11 +92,9 @@ class Mix:
         else:
             caption = self._caption(drawn(*at, "caption"))
             chosen = [ORIGINAL, caption] if self.concat else [caption]
-        texts = [self._part(row, name, at) for name in chosen]
-        if any(texts):
-            return ", ".join(filter(None, texts))
-        others = (self._part(row, name, at) for name in (*self.captions, ORIGINAL))
-        return next(filter(None, others), "")
+        known = dict.fromkeys((*chosen, *self.captions, ORIGINAL))
+        there = [name for name in known if (row.get(name) or "").strip()]
+        return [name for name in there if name in chosen] or there[:1]
 
     def caption(self, row: Mapping[str, Any]) -> str:
         """The whole of the first caption that there is, by the order of the weights: what a decoder is to
@@ -209,9 +212,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, 3, px, px) uint8, or latents; `texts` (..., B, T) int64; `ok` (B) is False where an image
-    cannot be decoded, whose pixels are 0; `cut` counts texts that are longer than the context. `captions`
-    (B, C) are for a decoder.
+    """`images` (B, 3, px, px) uint8, or latents; `texts` (..., B, T) int64, or features (B, T, F) float16, 0
+    behind a text's last; `ok` (B) is False where an image cannot be decoded, whose pixels are 0; `cut` counts
+    texts that are longer than the context. `captions` (B, C) are for a decoder.
     """
 
     uids: list[str]
@@ -229,15 +232,18 @@ class Batch:
 
 Tokenize = Callable[[list[str]], tuple[torch.Tensor, int]]
 """Texts -> their tokens (B, T), or (2, B, T) with a mask, and how many texts were cut."""
+Rows = list[tuple[dict[str, Any], int]]
+"""Of a batch, and of which epoch each is."""
 
 
 class Pairs(Dataset[Batch | UserError]):
     """Batches of image and text by their first sample's number; see `batches`."""
 
     def __init__(
-        self, joined: Joined, mix: Mix, picture: Picture | Latent, tokenize: Tokenize, *, seed: int,
+        self, joined: Joined, mix: Mix, picture: Picture | Latent, tokenize: Tokenize | None, *, seed: int,
         batch: int, captions: Tokenize | None = None,
     ) -> None:  # fmt: skip
+        """Where features of texts were joined, none is tokenized."""
         self.joined, self.mix, self.picture, self.tokenize = joined, mix, picture, tokenize
         self.captions = captions
         self.seed, self.batch = seed, batch
@@ -254,7 +260,8 @@ class Pairs(Dataset[Batch | UserError]):
             return error
 
     def at(self, number: int) -> Batch:
-        rows, images, ok = [], [], []
+        rows: Rows = []
+        images, ok = [], []
         for sample in range(number, number + self.batch):
             epoch, shard, place = self.order.at(sample)
             row = {name: column[place].as_py() for name, column in self._tables(shard).items()}
@@ -267,11 +274,27 @@ class Pairs(Dataset[Batch | UserError]):
                 ok.append(False)
             else:
                 ok.append(True)
-        texts, cut = self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
+        texts, cut = self._texts(rows)
         captions = self.captions([self.mix.caption(row) for row, _ in rows])[0] if self.captions else None
         uids = [row["uid"] for row, _ in rows]
         pixels = torch.stack([image.permute(1, 2, 0) for image in images], out=self._pixels())
         return Batch(uids, pixels.permute(0, 3, 1, 2), texts, torch.tensor(ok), cut, captions)
+
+    def _texts(self, rows: Rows) -> tuple[torch.Tensor, int]:
+        if self.tokenize:
+            return self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
+        about, cut = self.joined.features, 0
+        assert about is not None
+        width = about["width"]
+        features_BTF = torch.zeros(len(rows), about["context"], width, dtype=torch.float16)
+        for place, (row, epoch) in enumerate(rows):
+            start, tokens = about["start"], about["empty"]
+            for name in self.mix.columns(row, self.seed, epoch):
+                start, tokens = row[f"{name}_start"], row[f"{name}_tokens"]
+                cut += row[f"{name}_cut"]
+            data = bytearray(self._file(row["text_file"]).read(start, tokens * 2 * width))
+            features_BTF[place, :tokens] = torch.frombuffer(data, dtype=torch.float16).view(tokens, width)
+        return features_BTF, cut
 
     def _empty(self, *number: int) -> torch.Tensor:
         shape = (*number, self.picture.px, self.picture.px, self.picture.channels)
@@ -300,7 +323,7 @@ class _File:
             self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             hint = "put it back, or delete the training's folder joined/ to look anew where images are"
-            raise InputError(f"{path} is gone, in which there were images", hint) from error
+            raise InputError(f"{path} is gone, which was joined", hint) from error
 
     def read(self, start: int, size: int) -> bytes:
         return os.pread(self.descriptor, size, start)

@@ -28,8 +28,10 @@ from builder.errors import InputError
 from builder.files import read_file, sha256_file, write_atomically, write_parquet
 from builder.run import RECIPE, Run
 from builder.stages.imagetar import entries
-from builder.stages.latents import Shard, read_header
+from builder.stages.latents import TENSOR as LATENTS
 from builder.stages.source import read_subset
+from builder.stages.tensors import Shard, read_header
+from builder.stages.textfeatures import TENSOR as TEXTS
 from builder.typed import from_json
 from builder.versions.targets import open_version
 from builder.versions.version import Version
@@ -50,7 +52,8 @@ _FOUND = pa.schema(
 @dataclass(frozen=True)
 class Audit:
     """Of a join: rows that are wanted, those whose image was found, those whose image is another one than the
-    row says, and images that no row has.
+    row says, and images that no row has. Where features of texts are joined, a row without those of its own
+    texts is not found, and `other_text` counts those that have others'.
     """
 
     rows: int
@@ -58,10 +61,12 @@ class Audit:
     other_image: int
     images: int
     without_row: int
+    other_text: int = 0
 
     def __str__(self) -> str:
         share = 100 * self.found / self.rows if self.rows else 0.0
         other = f", {self.other_image:,} of them another one than the row's" if self.other_image else ""
+        other += f", {self.other_text:,} have features of other texts" if self.other_text else ""
         return (
             f"{self.found:,} of {self.rows:,} rows found their image ({share:.1f} %); "
             f"{self.rows - self.found:,} did not{other}; "
@@ -72,7 +77,8 @@ class Audit:
 @dataclass(frozen=True)
 class Joined:
     """`rows`: of each shard. `of` names what it was made of; `latents`, where those were joined in the place
-    of the images, their VAE, its factor, the pictures' size, and their shape.
+    of the images, their VAE, its factor, the pictures' size, and their shape; `features`, where those were
+    joined in the place of the texts, their encoder, its context and width, and what there is of no text.
     """
 
     folder: Path
@@ -81,6 +87,7 @@ class Joined:
     audit: Audit
     of: str
     latents: dict[str, Any] | None = None
+    features: dict[str, Any] | None = None
 
     def about(self) -> dict[str, Any]:
         """What was joined, by content."""
@@ -89,11 +96,13 @@ class Joined:
             "version": f"{of['version']['name']} {of['version']['version']}",
             "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
             "subset": of.get("subset"), "rows": list(self.rows), "found": self.audit.found,
-            "latents": self.latents,
+            "latents": self.latents, "features": self.features,
         }  # fmt: skip
 
     def shard(self, number: int) -> pa.Table:
-        """uid, sha256, file, start, bytes, caption, and a column a caption; see `join`."""
+        """uid, sha256, file, start, bytes, caption, and a column a caption; see `join`. With features also
+        text_file, and of each caption NAME_start, a byte, NAME_tokens and NAME_cut.
+        """
         return pq.read_table(self.folder / f"{number:05d}.parquet")
 
 
@@ -106,13 +115,15 @@ def join(
     subset: Path | None = None,
     min_found: float = 0.99,
     latents: str = "",
+    features: str = "",
 ) -> Joined:
     """Join a version's rows with images, or take the join that lies in `folder` where it is the same.
 
     `images` is a run, what img2dataset wrote as tars or as parquet, or a folder of pictures, which are known
     by what they hold. `subset` is what `recap select` writes: subset.npy, or subset.parquet, which also says
     with which caption a row is trained on, `org_caption+re_caption` being both; in `caption`, null elsewhere.
-    `latents` names a stage of the run: what is joined are its latents, in the place of the images.
+    `latents` names a stage of the run: what is joined are its latents, in the place of the images; and
+    `features` one whose features of these very texts are joined too.
 
     Raises:
         InputError: fewer than `min_found` of the rows found their image, or something is not what it should
@@ -126,6 +137,8 @@ def join(
     }  # fmt: skip
     if latents:
         given["latents"] = latents  # which VAE made them is in the names of their files
+    if features:
+        given |= {"features": features, "files_of_features": _files(images, features)}
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)
@@ -135,15 +148,14 @@ def join(
         for old in (folder / "join.json", *folder.glob("[0-9]*.*")):
             old.unlink(missing_ok=True)
         try:
-            rows, audit, about = _join(opened, images, folder, columns, subset, latents)
-            there = Joined(folder, rows, columns, audit, made_of, about)
+            there = _join(opened, images, folder, columns, subset, latents, features, made_of)
             _check(there, images, version, min_found)
         except BaseException:
             for copied in folder.glob("*.images"):
                 copied.unlink()
             raise
-        written = {"rows": rows, "captions": columns, "audit": asdict(audit), "of": made_of, "latents": about}
-        write_atomically(folder / "join.json", json.dumps(written))
+        written = {name: value for name, value in vars(there).items() if name != "folder"}
+        write_atomically(folder / "join.json", json.dumps(written | {"audit": asdict(there.audit)}))
     _check(there, images, version, min_found)
     return there
 
@@ -154,11 +166,11 @@ def _check(joined: Joined, images: str, version: str, min_found: float) -> None:
         raise InputError(f"{images} has not the images of {version}: {joined.audit}", hint)
 
 
-def _files(images: str, latents: str) -> str:
+def _files(images: str, stage: str) -> str:
     """Names what lies in a folder of images now; of a run its records say that."""
     found = sha256()
-    if latents:
-        for record in _run_with(images, latents).done(latents):
+    if stage:
+        for record in _run_with(images, stage).done(stage):
             found.update(record.output(".safetensors").encode())
     elif "://" not in images and not (Path(images) / RECIPE).exists():
         for path in _walk(Path(images)):
@@ -190,18 +202,21 @@ def read(folder: Path) -> Joined | None:
         Audit(**found["audit"]),
         str(found["of"]),
         found.get("latents"),
+        found.get("features"),
     )
 
 
 def _join(
-    version: Version, images: str, folder: Path, captions: tuple[str, ...], subset: Path | None, latents: str
-) -> tuple[tuple[int, ...], Audit, dict[str, Any] | None]:
+    version: Version, images: str, folder: Path, captions: tuple[str, ...], subset: Path | None, latents: str,
+    features: str, made_of: str,
+) -> Joined:  # fmt: skip
     with sql.connect(folder, memory_limit=MEMORY) as con:
         _create_rows(con, version, captions, subset)
         con.execute(
             "create table found(uid text, sha256 text, shard int, file text, start bigint, bytes bigint)"
         )
         about: dict[str, Any] = {}
+        told: dict[str, Any] = {}
         images_found = _of_latents(images, latents, about) if latents else images_of(images, folder)
         while some := list(islice(images_found, 50_000)):
             con.register("batch", pa.table(list(map(pa.array, zip(*some, strict=True))), schema=_FOUND))
@@ -220,8 +235,67 @@ def _join(
                 on rows.sha256 = images.sha256 and rows.uid = coalesce(images.uid, rows.uid);
             """
         )
-        audit = Audit(*_numbers(con))
-        return tuple(_write(con, folder, captions)), audit, about or None
+        numbers = _numbers(con)
+        listed = list(captions)
+        if features:
+            _join_features(con, images, features, captions, told)
+            (found,) = con.sql("select count(*) from joined").fetchall()[0]
+            (known,) = con.sql("select count(*) from before semi join features using (uid)").fetchall()[0]
+            numbers = [numbers[0], found, *numbers[2:], known - found]
+            listed += ["text_file", *(f"{name}_{kind}" for name in captions for kind in FEATURES)]
+        rows = tuple(_write(con, folder, listed))
+        return Joined(folder, rows, captions, Audit(*numbers), made_of, about or None, told or None)
+
+
+FEATURES = {"start": pa.int64(), "tokens": pa.int32(), "cut": pa.bool_()}  # of each caption
+
+
+def _join_features(
+    con: duckdb.DuckDBPyConnection, images: str, stage: str, captions: tuple[str, ...], told: dict[str, Any]
+) -> None:
+    """Of the rows in `joined` those stay whose features are of their own texts."""
+    fields = [("uid", pa.string()), ("text_file", pa.string())]
+    for name in captions:
+        fields += [(f"{name}_{kind}", of) for kind, of in (FEATURES | {"sha256": pa.string()}).items()]
+    schema = pa.schema(fields)
+    con.register("none", schema.empty_table())
+    con.execute("create table features as from none")
+    for path, table, shard in _shards(images, stage, TEXTS):
+        of = {**shard.about, "width": shard.shape[0], "start": shard.start}
+        _check_alike(path, of, told, "features", "encoder")
+        told |= of
+        columns = [name for name in schema.names if name != "text_file"]
+        try:
+            batch = pq.read_table(table, columns=["status", *columns])
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{table} has not the captions {', '.join(captions)}", "build the stage of them"
+            ) from error
+        con.register("batch", batch)
+        con.execute(
+            f"insert into features by name select {', '.join(map(sql.identifier, columns))}, "
+            f"{sql.literal(str(path))} as text_file from batch where status = 'ok'"
+        )
+    if not told:
+        raise InputError(f"the stage {stage} of {images} has no shards", "build it")
+    told |= {"context": int(told["context"]), "empty": int(told["empty"])}
+    of_a_token = 2 * told["width"]
+    same = " and ".join(
+        f"(coalesce({name}, '') = '' or sha256({name}) = {of_it})"
+        for name, of_it in ((sql.identifier(n), sql.identifier(f"{n}_sha256")) for n in captions)
+    )
+    where = ", ".join(
+        f"{told['start']} + {of_a_token} * {start} as {start}"
+        for start in (sql.identifier(f"{name}_start") for name in captions)
+    )
+    con.execute(
+        f"""
+        alter table joined rename to before;
+        create table joined as
+            select before.*, features.* exclude (uid) replace ({where})
+            from before join features using (uid) where {same};
+        """
+    )
 
 
 def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
@@ -290,7 +364,7 @@ def _uids(subset: Path) -> Iterator[pa.Table]:
         yield pa.table({"uid": [f"{int(high):016x}{int(low):016x}" for high, low in part]})
 
 
-def _write(con: duckdb.DuckDBPyConnection, folder: Path, captions: tuple[str, ...]) -> Iterator[int]:
+def _write(con: duckdb.DuckDBPyConnection, folder: Path, captions: Sequence[str]) -> Iterator[int]:
     """Shard by shard, each in the order of its images; gives their rows. Shards without any are left out."""
     listed = ", ".join(("uid", "sha256", "file", "start", "bytes", "caption", *map(sql.identifier, captions)))
     ends = [0]
@@ -343,7 +417,7 @@ def _run_with(images: str, stage: str) -> Run:
     InputError: it is no run here, or has no such stage.
     """
     if "://" in images or not (Path(images) / RECIPE).exists():
-        raise InputError(f"images={images} is no run on this machine", "name the run that has the latents")
+        raise InputError(f"images={images} is no run on this machine", f"name the run that has {stage}")
     run = Run.open(images)
     if stage not in (one.name for one in run.recipe.stages):
         known = ", ".join(one.name for one in run.recipe.stages)
@@ -351,12 +425,21 @@ def _run_with(images: str, stage: str) -> Run:
     return run
 
 
-def _latents(images: str, stage: str) -> Iterator[tuple[Path, Path, Shard]]:
-    """(file, its table, what it says of itself) of every shard."""
+def _shards(images: str, stage: str, tensor: str) -> Iterator[tuple[Path, Path, Shard]]:
+    """(file, its table, what it says of itself) of every shard of tensors."""
     run = _run_with(images, stage)
     for record in run.done(stage):
         path = run.local(record.output(".safetensors"))
-        yield path, run.local(record.output(".parquet")), read_header(path)
+        yield path, run.local(record.output(".parquet")), read_header(path, tensor)
+
+
+def _check_alike(path: Path, of: dict[str, Any], before: dict[str, Any], what: str, by: str) -> None:
+    """Raises:
+    InputError: a shard says something else of itself than those before.
+    """
+    if differ := [name for name in of if before and before.get(name) != of[name]]:
+        reason = f"{path} has other {what} than the shards before: {differ[0]} is {of[differ[0]]}"
+        raise InputError(f"{reason}, was {before.get(differ[0])}", f"build the stage with one {by}")
 
 
 def _of_latents(
@@ -367,11 +450,9 @@ def _of_latents(
     Raises:
         InputError: they are of several kinds.
     """
-    for number, (path, table, shard) in enumerate(_latents(images, stage)):
+    for number, (path, table, shard) in enumerate(_shards(images, stage, LATENTS)):
         of = {**shard.about, "shape": list(shard.shape)}
-        if differ := [name for name in of if about and about.get(name) != of[name]]:
-            reason = f"{path} has other latents than the shards before: {differ[0]} is {of[differ[0]]}"
-            raise InputError(f"{reason}, was {about.get(differ[0])}", "build the stage with one VAE")
+        _check_alike(path, of, about, "latents", "VAE")
         about |= of
         columns = ["uid", "image_sha256", "status"]
         rows = [

@@ -201,6 +201,7 @@ def joined_in(
     subset: str | None,
     min_found: float,
     latents: str = "",
+    features: str = "",
 ) -> Joined:
     """The join in a training's folder: the first process joins, the others read what it wrote."""
     names = tuple(name for name in mix.captions if name != ORIGINAL)
@@ -209,7 +210,7 @@ def joined_in(
         with telling_of_a_full_disk(out):
             join(
                 version, images, out / "joined", captions=names, subset=chosen, min_found=min_found,
-                latents=latents,
+                latents=latents, features=features,
             )  # fmt: skip
     ranks.wait()
     found = read(out / "joined")

@@ -15,21 +15,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CLIP, ROOT, recap
 from PIL import Image
 from test_data import published_in
 from torch.distributions import Normal, kl_divergence
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from builder.errors import InputError
-from recipes.data import Batch, Mix
+from recipes.data import Batch, Mix, Picture
 from recipes.demo import reader, world
 from recipes.dit import model as dit
+from recipes.dit import trainings
 from recipes.dit.model import DiT, Net, Words
 from recipes.dit.objective import Objective
+from recipes.dit.plan import forward_flops, picture_flops, plan
 from recipes.dit.sample import Drawer, How, sample, seeds_of
 from recipes.dit.train import Step, Training, noise_of, train
+from recipes.join import join
 from recipes.training import ALONE
 
 TINY = Net(
@@ -80,6 +87,30 @@ def test_it_is_the_published_model_and_what_reads_the_text(size: dit.Size) -> No
     assert without // 10**6 == PUBLISHED[size] or round(without / 10**6) == PUBLISHED[size]
     if size == "XL":
         assert without == XL
+
+
+@pytest.mark.parametrize(("size", "gflops"), [("S", 6.06), ("B", 23.01), ("L", 80.71), ("XL", 118.64)])
+def test_its_operations_are_the_published_ones_and_those_that_torch_counts(
+    size: dit.Size, gflops: float
+) -> None:
+    """The paper's Gflops are multiplications alone, of a model that reads no text."""
+    assert picture_flops(Net(size=size, patch=2)) / 2e9 == pytest.approx(gflops, rel=1e-3)
+    net = Net(size="P", px=32, channels=3, context=48, text_width=64, text_layers=2, vocabulary=100)
+    model = DiT(net)
+    tokens, mask = torch.ones(2, 48).long(), torch.ones(2, 48).bool()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(2, 3, 32, 32), torch.ones(2), tokens, mask).sum().backward()
+    assert counter.get_total_flops() / 2 == pytest.approx(3 * forward_flops(net), rel=0.03)
+
+
+def test_a_plan_of_the_papers_training() -> None:
+    training = trainings.recap_dit(version="v", images="i")
+    told = plan(training, tflops=1000, utilisation=0.5)
+    by_hand = 3 * 2 * 5.56e9 * 1.33e9  # DiT-B/4's 5.56, and what reads the text
+    assert by_hand < told.flops < 1.5 * by_hand
+    assert told.lines[0].steps == 650_000
+    said = recap("plan", "dit:recap_dit", "version=v", "images=i", "size=L", "patch=2").stdout
+    assert "650,000 steps" in said
 
 
 def test_at_first_nothing_comes_out_and_a_block_changes_nothing() -> None:
@@ -288,6 +319,34 @@ def test_two_processes_have_ones_losses(
         assert done.returncode == 0, done.stderr[-3000:]
         assert losses(tmp_path / "two") == pytest.approx(ours, rel=1e-5)
         shutil.rmtree(tmp_path / "two" / "step-000000000096")
+
+
+@SLOW
+def test_sixteen_pictures_are_drawn_again_from_their_captions(demo_run: Path, tmp_path: Path) -> None:
+    """What it has seen often enough it knows by heart."""
+    version = published_in(demo_run)
+    there = (
+        join(str(version), str(demo_run), tmp_path / "all", min_found=0.9).shard(0).slice(0, 16).to_pylist()
+    )
+    subset = pa.table({"uid": [row["uid"] for row in there], "caption": ["re_caption"] * 16})
+    pq.write_table(subset, tmp_path / "subset.parquet")
+    training = a_training(
+        demo_run, subset=str(tmp_path / "subset.parquet"), samples=16 * 900, lr=2e-3, cosine=True, warmup=800,
+        mix=Mix(), ema=0.99, net=replace(TINY, context=80), workers=0, save_every=10**6,
+    )  # fmt: skip
+    model = train(training, tmp_path / "out", say=lambda _: None)
+    drawer = Drawer(model)
+    texts = [row["re_caption"] for row in there]
+    drawn = drawer.draw(texts, seeds_of(texts, 0), How(sampler="euler", steps=30, guidance=1.0, batch=16))
+    seen = Picture(16, centre=True)
+    real = []
+    for row in there:
+        with open(row["file"], "rb") as file:
+            file.seek(row["start"])
+            real.append(seen.of(file.read(row["bytes"]), ()).permute(1, 2, 0).numpy().astype(float))
+    apart = np.array([[np.abs(np.asarray(a, float) - b).mean() for b in real] for a in drawn])
+    assert (apart.argmin(1) == np.arange(16)).all()
+    assert np.median(apart.diagonal()) < 12  # of 255; to another's it is some 70
 
 
 # --- drawing ------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from builder.run import Run, build
 from builder.stages.dedup import Dedup
 from builder.stages.download import Download
 from builder.stages.imagetar import images
-from builder.stages.latents import Latents, Vae, centre, read_header
+from builder.stages.latents import TENSOR, Latents, Vae, centre
 from builder.stages.source import Source
+from builder.stages.tensors import read_header
 from recipes.data import Latent
 from recipes.dit.sample import Drawer, sample
 from recipes.dit.train import train
@@ -73,7 +74,7 @@ def test_a_latent_is_what_the_vae_says_of_its_image(run: Path, vae: Path) -> Non
         ok = [row for row in table if row["status"] == "ok"]
         assert len(ok) > 20
         path = opened.local(encoded.output(".safetensors"))
-        header, latents = read_header(path), load_file(path)["latents"]
+        header, latents = read_header(path, TENSOR), load_file(path)["latents"]
         assert (header.number, header.shape) == (len(ok), (4, PX // 2, PX // 2))
         assert (header.about["px"], header.about["factor"]) == (str(PX), "0.18215")
         about = pq.read_table(opened.local(download.output(".parquet"))).to_pylist()
@@ -141,4 +142,4 @@ def test_what_is_no_vae_and_no_file_of_latents_is_told(vae: Path, tmp_path: Path
         Vae(str(vae)).shape(33)
     shutil.copyfile(vae / "diffusion_pytorch_model.safetensors", tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="holds no latents"):
-        read_header(tmp_path / "a.safetensors")
+        read_header(tmp_path / "a.safetensors", TENSOR)

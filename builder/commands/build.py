@@ -211,13 +211,15 @@ def plan(
     utilisation: float,
     as_json: bool,
 ) -> None:
-    """What a build would do, and what is done already. Does nothing. clip:TRAINING is a training's.
+    """What a build would do, and what is done already. Does nothing. clip:TRAINING and dit:TRAINING are a
+    training's.
 
     Bytes and hours are measured on shards that are done: build a few first, with --limit. With --rows it is
     told what a build of that size would take, on which machines you like.
     """
-    if recipe.startswith("clip:"):
-        plan_training(recipe.removeprefix("clip:"), settings, tflops, utilisation, price, as_json)
+    what, _, training = recipe.partition(":")
+    if what in ("clip", "dit"):
+        plan_training(what, training, settings, tflops, utilisation, price, as_json)
         return
     resolved = _resolve(recipe, settings, limit)
     run = run or Path("runs", resolved.name)

@@ -78,6 +78,7 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
 )
 @click.option("--out", type=path_type, required=True, help="Folder of the pictures.")
 @click.option("--vae", help="Of a model that draws latents: the folder or Hub id@revision of their VAE.")
+@click.option("--encoder", help="Of a model that reads features of texts: the folder or id of their encoder.")
 @click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm.")
 @click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given.")
 @click.option("--guidance", type=float, help="10 of a diffusion, 4 of a flow, unless given; 1 is none.")
@@ -110,6 +111,7 @@ def sample(
 
 
 def plan_training(
+    what: str,
     training: str,
     settings: tuple[str, ...],
     tflops: float,
@@ -117,12 +119,11 @@ def plan_training(
     price: float | None,
     as_json: bool,
 ) -> None:
-    """Of `recap plan clip:TRAINING`."""
-    from recipes.clip.plan import plan
-    from recipes.clip.train import Training
-
-    chosen = resolve_training("clip", training, settings, Training)
-    told = plan(chosen, tflops=tflops, utilisation=utilisation, price=price)
+    """Of `recap plan WHAT:TRAINING`."""
+    kind = importlib.import_module(f"recipes.{what}.train").Training
+    chosen: Any = resolve_training(what, training, settings, kind)
+    planning = importlib.import_module(f"recipes.{what}.plan")
+    told = planning.plan(chosen, tflops=tflops, utilisation=utilisation, price=price)
     lines = [
         f"{line.samples:>15,} samples at {line.px} px: {line.steps:,} steps, {line.flops:.3g} operations, "
         f"{line.gpu_hours:,.1f} GPU hours"

@@ -6,7 +6,6 @@ import io
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
@@ -15,7 +14,7 @@ from builder.core import Task
 from builder.errors import InputError
 from builder.files import read_file, read_rows
 from builder.machine import gpus
-from builder.model import check_files, hub_model, model_folder
+from builder.model import check_files, fetched, hub_model, model_folder
 from builder.stages.imagetar import images
 from builder.typed import from_json
 
@@ -64,13 +63,7 @@ class Clip:
         import torch
 
         check_clip(model)
-        folder: Path | str | None = model_folder(model)
-        if folder is None:
-            repository, revision = hub_model(model)
-            from huggingface_hub import snapshot_download
-
-            folder = snapshot_download(repository, revision=revision)
-        name = f"local-dir:{folder}"
+        name = f"local-dir:{fetched(model)}"
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         made = open_clip.create_model_from_pretrained(name, precision=precision, device=self.device)

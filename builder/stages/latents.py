@@ -11,7 +11,6 @@ drawn: the same on every day.
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,18 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from safetensors.numpy import save_file
 
 from builder.core import Count, Json, Resources, Stage, Status, Task, Work
 from builder.errors import InputError
 from builder.files import read_file, read_rows, write_parquet
-from builder.model import check_files, hub_model, identity, model_folder
+from builder.model import check_files, fetched, hub_model, identity, model_folder
+from builder.stages import tensors
 from builder.stages.clip import clip_workers, map_ahead
 from builder.stages.imagetar import images
 from builder.typed import from_json
@@ -80,12 +78,10 @@ class Latents(Stage):
         about = {row["key"]: row for row in read_rows(task.input("download"), ["key", "uid", "image_sha256"])}
         jpgs = (jpg for key, jpg in images(task.input("download", ".tar")) if about[key]["uid"] in ok)
         decoded = map_ahead(pool, self._picture, jpgs, 2 * self.batch)
-        found = [np.empty((0, *vae.shape(self.px)), np.float16)]
-        while some := list(islice(decoded, self.batch)):
-            found.append(vae.encode(np.stack(some)))
-        latents = np.concatenate(found)
         told = {"vae": vae.identity, "px": str(self.px), "factor": f"{vae.factor:g}"}
-        save_file({TENSOR: latents}, task.output(".safetensors"), metadata=told)
+        with tensors.write(task.output(".safetensors"), TENSOR, vae.shape(self.px), told) as latents:
+            while some := list(islice(decoded, self.batch)):
+                latents.write(vae.encode(np.stack(some)))
         sha256 = {row["uid"]: row["image_sha256"] for row in about.values()}
         rows = [{**row, "image_sha256": sha256.get(row["uid"])} for row in table]
         fields = [(name, pa.string()) for name in ("uid", "image_sha256", "status", "error")]
@@ -134,12 +130,7 @@ class Vae:
             from diffusers import AutoencoderKL
         except ModuleNotFoundError as error:
             raise InputError("diffusers is not installed", "pip install 'recapkit[train]'") from error
-        folder: Path | str | None = model_folder(model)
-        if folder is None:
-            from huggingface_hub import snapshot_download
-
-            repository, revision = hub_model(model)
-            folder = snapshot_download(repository, revision=revision)
+        folder = fetched(model)
         self.torch, self.identity = torch, identity(model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -178,38 +169,3 @@ class Vae:
         with self.torch.inference_mode():
             latents = latents_BCpp.to(self.device) / self.factor + self.shift
             return self.model.decode(latents.to(self.model.dtype)).sample.float()
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a file of latents says of itself: `start` is where its first latent begins, each of so many
-    `bytes`.
-    """
-
-    about: Mapping[str, str]
-    shape: tuple[int, int, int]
-    number: int
-    start: int
-
-    @property
-    def bytes(self) -> int:
-        return 2 * self.shape[0] * self.shape[1] * self.shape[2]
-
-
-def read_header(path: Path) -> Shard:
-    """Raises:
-    InputError: it is no file of latents.
-    """
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < 1_000_000 else {}
-        tensor = header[TENSOR]
-        number, *shape = tensor["shape"]
-        channels, high, wide = shape
-        whole = path.stat().st_size == 8 + length + 2 * number * channels * high * wide
-        if tensor["dtype"] != "F16" or not whole:
-            raise ValueError("other sizes than it says")
-        return Shard(header["__metadata__"], (channels, high, wide), number, 8 + length)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no latents: {error}", "build the stage again") from error

@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +31,20 @@ from builder.model import identity
 from builder.stages.clip import Clip, Precision, check_clip, clip_workers, pictures
 from builder.stages.embed import Embed
 
-MAX_CHARACTERS = 20_000  # a caption is cut here before tokenizing; no CLIP reads that far
+MAX_CHARACTERS = 20_000  # a caption is cut here before tokenizing; no encoder reads that far
+
+
+def with_captions(task: Task, captions: Iterable[str]) -> list[dict[str, Any]]:
+    """A shard's rows: uid, status, error, and these captions. A row that has failed in one has failed."""
+    table = list(read_rows(task.input("dedup"), ["uid", "status", "error"]))
+    for name in captions:
+        is_made = name != "org_caption"
+        stage, columns = (name, ["status", "error", name]) if is_made else ("source", [name])
+        for row, given in zip(table, read_rows(task.input(stage), columns), strict=True):
+            row[name] = given[name]
+            if row["status"] == Status.OK and given.get("status", Status.OK) != Status.OK:
+                row |= {"status": given["status"], "error": given["error"]}
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +108,7 @@ class Score(Stage):
 
     def score(self, clip: Clip, pool: ThreadPoolExecutor, task: Task) -> Mapping[str, int]:
         captions = self.names_captions()
-        table = list(read_rows(task.input("dedup"), ["uid", "status", "error"]))
-        for name in captions:
-            is_made = name != "org_caption"
-            stage, columns = (name, ["status", "error", name]) if is_made else ("source", [name])
-            for row, given in zip(table, read_rows(task.input(stage), columns), strict=True):
-                row[name] = given[name]
-                if row["status"] == Status.OK and given.get("status", Status.OK) != Status.OK:
-                    row |= {"status": given["status"], "error": given["error"]}
+        table = with_captions(task, captions)
         wanted = (row for row in table if row["status"] == Status.OK)
         vectors = self._of_images(clip, pool, task, table)
         while batch := list(itertools.islice(wanted, self.batch)):

@@ -184,7 +184,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """(B, T, F)."""
-        found = self.layers(self.tokens(tokens_BT) + self.places, src_key_padding_mask=~mask_BT)
+        places = self.places[: tokens_BT.shape[1]]
+        found = self.layers(self.tokens(tokens_BT) + places, src_key_padding_mask=~mask_BT)
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -259,20 +260,24 @@ def tokenizer(folder: str, vocabulary: int) -> Path:
 def describe(
     net: Net,
     objective: Mapping[str, Any],
-    words: Path,
+    words: Path | None,
     folder: Path,
     latents: Mapping[str, Any] | None = None,
+    features: Mapping[str, Any] | None = None,
 ) -> None:
-    """A model's folder, without weights. `latents`: what it denoises, if no pictures."""
+    """A model's folder, without weights. `words`: the tokenizer, or `features`, what was read in the place of
+    tokens; `latents`: what it denoises, if no pictures.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"net": asdict(net), "objective": objective} | ({"latents": latents} if latents else {})
+    about = {"net": asdict(net), "objective": objective, "latents": latents, "features": features}
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-    shutil.copyfile(words, folder / TOKENIZER)
+    if words:
+        shutil.copyfile(words, folder / TOKENIZER)
 
 
-def load(folder: Path) -> tuple[DiT, dict[str, Any], dict[str, Any] | None]:
-    """A model, the objective that it was trained for, and what is said of the latents that it denoises, if
-    those are no pictures.
+def load(folder: Path) -> tuple[DiT, dict[str, Any]]:
+    """A model, and what is said of it: the objective that it was trained for; latents that it denoises, if
+    those are no pictures; features that it reads, if those are not its own.
 
     Raises:
         InputError: that is no model folder of `recap train dit`, or of another net.
@@ -281,10 +286,10 @@ def load(folder: Path) -> tuple[DiT, dict[str, Any], dict[str, Any] | None]:
         config = json.loads((folder / CONFIG).read_text())
         model = DiT(parse(Net, config["net"], what=f"{folder / CONFIG}"))
         model.load_state_dict(load_file(folder / WEIGHTS))
-        objective: dict[str, Any] = config["objective"]
+        config["objective"]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"{folder} holds no DiT: {str(error).partition(chr(10))[0]}"
         raise InputError(
             reason, "name a checkpoint of recap train dit, such as runs/dit-demo/latest"
         ) from error
-    return model.eval(), objective, config.get("latents")
+    return model.eval(), config

@@ -32,6 +32,7 @@ from builder.errors import InputError
 from builder.files import sha256_file, write_atomically
 from builder.model import identity
 from builder.stages.latents import Vae
+from builder.stages.textfeatures import Encoder
 from builder.typed import parse
 from recipes.dit import model as dit
 from recipes.dit.model import Words
@@ -67,17 +68,24 @@ class How:
 class Drawer:
     """A model of `recap train dit` that draws."""
 
-    def __init__(self, folder: Path, device: str | None = None, vae: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: str | None = None, vae: str | None = None, encoder: str | None = None
+    ) -> None:
         """Raises:
-        InputError: it is none, or it denoises latents and `vae` is not the one that they are of.
+        InputError: it is none, or it denoises latents and `vae` is not the one that they are of, or reads
+            features and `encoder` is not theirs.
         """
         with of_the_extra():
             import diffusers  # noqa: F401
         self.folder, self.device = folder, device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, objective, latents = dit.load(folder)
-        self.vae = _vae(folder, latents, vae)
+        model, about = dit.load(folder)
+        latents, features = about.get("latents"), about.get("features")
+        is_its = _is_its(folder, "latents", "vae", latents, vae)
+        self.vae = Vae(str(vae)) if is_its else None
+        is_its = _is_its(folder, "features of texts", "encoder", features, encoder)
+        self.encoder = Encoder(str(encoder), model.net.context) if is_its else None
         self.model = model.to(self.device)
-        self.objective = parse(Objective, objective, what=str(folder / dit.CONFIG))
+        self.objective = parse(Objective, about["objective"], what=str(folder / dit.CONFIG))
         self.words = Words(folder / dit.TOKENIZER, model.net.context)
 
     def usual(self, **given: Any) -> How:
@@ -95,10 +103,12 @@ class Drawer:
         if how.sampler not in known:
             reason = f"sampler={how.sampler} is not for a {self.objective.kind}"
             raise InputError(reason, f"there are: {', '.join(known)}")
-        if self.words(texts)[1]:
-            for text in (text for text in texts if self.words([text])[1]):
-                reason = f"a text has more than the model's {self.model.net.context} tokens: {text[:60]}..."
-                raise InputError(reason, "shorten it: what is cut would not be drawn")
+        for text in (text for text in texts if self._is_cut(text)):
+            reason = f"a text has more than the model's {self.model.net.context} tokens: {text[:60]}..."
+            raise InputError(reason, "shorten it: what is cut would not be drawn")
+
+    def _is_cut(self, text: str) -> bool:
+        return self.encoder.tower.tokens([text])[2][0] if self.encoder else self.words([text])[1] > 0
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:
@@ -108,8 +118,7 @@ class Drawer:
         net, scheduler = self.model.net, self._scheduler(how)
         shape = (net.channels, net.px, net.px)
         x = torch.stack([torch.randn(shape, generator=chance) for chance in chances]).to(self.device)
-        tokens, mask = self.words([*texts, *[""] * (fill + how.batch)])[0].to(self.device)
-        text, mask = self.features(tokens, mask), mask.bool()
+        text, mask = self.features([*texts, *[""] * (fill + how.batch)])
         noise = {"generator": chances} if how.sampler == "ddpm" else {}
         for at, moment in zip(scheduler.timesteps, self._times(scheduler), strict=True):
             out = self._out(x, moment, text, mask, how)
@@ -119,11 +128,18 @@ class Drawer:
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels[: len(texts)]]
 
-    def features(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """(B, T, F), the same at every step."""
+    @torch.no_grad()
+    def features(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, F), the same at every step, and (B, T) where there are any."""
+        if self.encoder:
+            found_BTF = torch.zeros(len(texts), self.encoder.context, self.encoder.width)
+            for place, (of, _) in enumerate(self.encoder.features(texts)):
+                found_BTF[place, : len(of)] = torch.from_numpy(of).float()
+            found_BTF = found_BTF.to(self.device)
+            return found_BTF, found_BTF.any(-1)
+        tokens_BT, mask_BT = self.words(texts)[0].to(self.device)
         assert self.model.text is not None
-        found: torch.Tensor = self.model.text(tokens_BT, mask_BT.bool())
-        return found
+        return self.model.text(tokens_BT, mask_BT.bool()), mask_BT.bool()
 
     def _out(
         self, x: torch.Tensor, at: float, text: torch.Tensor, mask: torch.Tensor, how: How
@@ -175,22 +191,22 @@ class Drawer:
         return [float(time) for time in scheduler.timesteps]
 
 
-def _vae(folder: Path, latents: dict[str, Any] | None, vae: str | None) -> Vae | None:
-    """The one that decodes what a model draws.
+def _is_its(folder: Path, what: str, kind: str, about: dict[str, Any] | None, given: str | None) -> bool:
+    """Whether a model needs a VAE, or an encoder, and this is the one.
 
     Raises:
-        InputError: it is not given, or another one.
+        InputError: it is not given, or another one, or not needed.
     """
-    if not latents:
-        if vae:
-            raise InputError(f"{folder} draws pictures, not latents", "leave --vae out")
-        return None
-    if not vae:
-        raise InputError(f"{folder} draws latents", "name the VAE that they are of: --vae FOLDER")
-    if identity(vae) != latents["vae"]:
-        reason = f"{folder} draws latents of another VAE than {vae}"
-        raise InputError(reason, f"name the one whose content is {latents['vae']}")
-    return Vae(vae)
+    if not about:
+        if given:
+            raise InputError(f"{folder} is of no {what}", f"leave --{kind} out")
+        return False
+    if not given:
+        raise InputError(f"{folder} is of {what}", f"name the model that made them: --{kind} FOLDER")
+    if identity(given) != about[kind]:
+        reason = f"{folder} is of {what} of another model than {given}"
+        raise InputError(reason, f"name the one whose content is {about[kind]}")
+    return True
 
 
 def seeds_of(texts: Sequence[str], seed: int) -> list[int]:
@@ -205,10 +221,11 @@ def seeds_of(texts: Sequence[str], seed: int) -> list[int]:
 
 
 def sample(
-    model: Path, texts: Sequence[str], out: Path, *, vae: str | None = None, say: Say = print, **given: Any
-) -> How:
+    model: Path, texts: Sequence[str], out: Path, *, vae: str | None = None, encoder: str | None = None,
+    say: Say = print, **given: Any,
+) -> How:  # fmt: skip
     """Draw what is not in the folder yet; `given` are settings of `How`. A model that denoises latents wants
-    their `vae`.
+    their `vae`, one that reads features of texts their `encoder`.
 
     Raises:
         InputError: the folder is of another model, of other texts, or drawn in another way.
@@ -216,7 +233,7 @@ def sample(
     if not texts:
         raise InputError("there are no texts to draw", "give some, or a file of them: --captions")
     model = model.resolve()  # `latest` may come to be another
-    drawer = Drawer(model, vae=vae)
+    drawer = Drawer(model, vae=vae, encoder=encoder)
     how = drawer.usual(**given)
     drawer.check(texts, how)
     seeds = seeds_of(texts, how.seed)

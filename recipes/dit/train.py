@@ -58,16 +58,16 @@ MOMENTS = "training.tensors"  # of a checkpoint: weights and the optimizer's sta
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """So many `samples` in steps of `batch`, at a rate of `lr` that rises over `warmup` samples, and falls to
-    0 by a cosine where that is wanted. `tokenizer` is a folder with a tokenizer.json. `ema` is the decay of
-    the moving average, which begins lower: (1 + n) / (10 + n) at step n. `sharded` spreads weights and
-    optimizer over the devices (FSDP2). `latents` names the stage of the run `images` whose latents are
-    denoised, in the place of pictures.
+    0 by a cosine where that is wanted. `ema` is the decay of the moving average, which begins lower:
+    (1 + n) / (10 + n) at step n. `sharded` spreads weights and optimizer over the devices (FSDP2). `latents`
+    names the stage of the run `images` whose latents are denoised, in the place of pictures. `tokenizer` is a
+    folder with a tokenizer.json, for a text encoder that is trained beside; or `features` names the stage of
+    the run that has those of a frozen one.
     """
 
     name: str
     version: str
     images: str
-    tokenizer: str
     net: Net
     objective: Objective
     samples: int
@@ -78,7 +78,9 @@ class Training:
     mix: Mix = field(default_factory=lambda: Mix(drop=0.1))
     subset: str | None = None
     min_found: float = 0.99
+    tokenizer: str = ""
     latents: str = ""
+    features: str = ""
     ema: float = 0.9999
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -100,9 +102,15 @@ class Training:
             raise InputError(
                 f"ema={self.ema:g} is no decay", "give a number from 0 to below 1, such as 0.9999"
             )
-        if not self.net.text_layers or (self.net.channels != 3 and not self.latents):
-            reason = "a training has a text encoder of its own, and on pictures 3 channels"
-            raise InputError(reason, "give text_layers and vocabulary; channels=3, or latents=STAGE")
+        own = bool(self.net.text_layers)
+        if own != bool(self.tokenizer) or own == bool(self.features):
+            reason = "a training has a text encoder of its own, with a tokenizer, or features of texts"
+            raise InputError(reason, "give text_layers, vocabulary and tokenizer, or features=STAGE")
+        if self.net.channels != 3 and not self.latents:
+            raise InputError("pictures have 3 channels", "give channels=3, or latents=STAGE")
+        if self.features and (self.mix.concat or self.mix.one_sentence):
+            reason = "features are of whole captions: there are none of a sentence, or of two together"
+            raise InputError(reason, "give neither concat nor one_sentence")
         if self.net.sigma != (self.objective.kind == "diffusion" and self.objective.learned_sigma):
             reason = f"a net with sigma={self.net.sigma} and learned_sigma={self.objective.learned_sigma}"
             raise InputError(reason, "the output has a variance where one is learned, and nowhere else")
@@ -126,16 +134,18 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         if training.batch % ranks.ranks:
             reason = f"a step of {training.batch} samples on {ranks.ranks} devices"
             raise InputError(reason, "make it a multiple of them")
-        words = dit.tokenizer(training.tokenizer, training.net.vocabulary)
+        own = bool(training.tokenizer)
+        words = dit.tokenizer(training.tokenizer, training.net.vocabulary) if own else None
         with of_the_extra():
             import diffusers  # noqa: F401
         settle(training, out, FREE, ranks)
         joined = joined_in(
             out, ranks, version=training.version, images=training.images, mix=training.mix,
             subset=training.subset, min_found=training.min_found, latents=training.latents,
+            features=training.features,
         )  # fmt: skip
-        _check_latents(training, joined)
-        settle_data(joined.about() | {"tokenizer": sha256_file(words)}, out, ranks)
+        _check_shapes(training.net, joined)
+        settle_data(joined.about() | {"tokenizer": sha256_file(words) if words else None}, out, ranks)
         if ranks.is_first:
             say(f"{joined.audit}")
         sample, there = latest(out)
@@ -147,21 +157,27 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         return there
 
 
-def _check_latents(training: Training, joined: Joined) -> None:
+def _check_shapes(net: Net, joined: Joined) -> None:
     """Raises:
-    InputError: they are not what the net denoises.
+    InputError: latents or features are not what the net denoises, or reads.
     """
     if about := joined.latents:
         channels, px, _ = about["shape"]
-        if (channels, px) != (training.net.channels, training.net.px):
-            has = f"{training.net.channels} channels of {training.net.px}"
+        if (channels, px) != (net.channels, net.px):
+            has = f"{net.channels} channels of {net.px}"
             reason = f"the latents are {channels} channels of {px} a side, the net denoises {has}"
             raise InputError(reason, f"give channels={channels} and px={px}")
+    if about := joined.features:
+        context, width = about["context"], about["width"]
+        if (context, width) != (net.context, net.text_width):
+            has = f"{net.context} of {net.text_width}"
+            reason = f"the features are of {context} tokens, each {width} wide, the net reads {has}"
+            raise InputError(reason, f"give context={context} and text_width={width}")
 
 
 def _train(
-    training: Training, joined: Joined, words: Path, out: Path, sample: int, there: Path | None, say: Say,
-    ranks: Ranks,
+    training: Training, joined: Joined, words: Path | None, out: Path, sample: int, there: Path | None,
+    say: Say, ranks: Ranks,
 ) -> Path:  # fmt: skip
     from diffusers.training_utils import EMAModel
 
@@ -191,15 +207,15 @@ def _train(
         else Picture(training.net.px, centre=True)
     )
     pairs = Pairs(
-        joined, training.mix, picture, Words(words, training.net.context), seed=training.seed,
-        batch=training.batch // ranks.ranks,
+        joined, training.mix, picture, Words(words, training.net.context) if words else None,
+        seed=training.seed, batch=training.batch // ranks.ranks,
     )  # fmt: skip
     total = training.steps * training.batch
     return run_steps(
         training, pairs, step, model=model, optimizer=optimizer, rate=training.rate,
         after=lambda: average.step(model.parameters()),
         save=lambda sample: _save(
-            training, joined.latents, words, out, model, optimizer, average, sample, ranks
+            training, joined, words, out, model, optimizer, average, sample, ranks
         ),
         sample=sample, first=0, last=total, total=total, out=out, there=there, say=say, ranks=ranks,
     )  # fmt: skip
@@ -224,9 +240,9 @@ class Step:
         noise, normal_B = noise_of(self.seed, first, clean.shape)
         noise, time_B = noise.to(device), self.objective.times(normal_B.to(device))
         noisy = self.objective.noisy(clean, noise, time_B)
-        tokens, mask = batch.texts.to(device)
+        text, mask = _text(batch.texts)
         with computing(device, self.precision):
-            out = self.module(noisy, time_B, tokens, mask.bool())
+            out = self.module(noisy, time_B, text.to(device), mask.to(device))
         loss_B = self.objective.loss(out.float(), clean, noise, noisy, time_B)
         ok_B = batch.ok.to(device)
         number = ok_B.sum()
@@ -238,6 +254,17 @@ class Step:
         if self.ranks.ranks > 1:
             dist.all_reduce(told)
         return float(told) / self.ranks.ranks
+
+
+def _text(texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, T) or features (B, T, F), and (B, T) where there are any: as far as the longest goes, in
+    sixteens, for each length is compiled anew.
+    """
+    is_features = texts.is_floating_point()
+    mask_BT = texts.any(-1) if is_features else texts[1].bool()
+    longest = -(-int(mask_BT.sum(1).max()) // 16) * 16
+    text = texts.float() if is_features else texts[0]
+    return text[:, :longest], mask_BT[:, :longest]
 
 
 def noise_of(seed: int, first: int, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,7 +297,7 @@ def _load_average(average: Any, model: DiT, weights: Mapping[str, torch.Tensor])
 
 
 def _save(
-    training: Training, latents: dict[str, Any] | None, words: Path, out: Path, model: DiT,
+    training: Training, joined: Joined, words: Path | None, out: Path, model: DiT,
     optimizer: torch.optim.AdamW, average: Any, sample: int, ranks: Ranks,
 ) -> Path:  # fmt: skip
     weights, moments = state_of(model, optimizer)
@@ -281,7 +308,8 @@ def _save(
     }
 
     def write(folder: Path) -> None:
-        dit.describe(training.net, asdict(training.objective), words, folder, latents)
+        objective = asdict(training.objective)
+        dit.describe(training.net, objective, words, folder, joined.latents, joined.features)
         save_file(drawing, folder / dit.WEIGHTS, metadata={"format": "pt"})
         kept = {f"weights:{n}": t for n, t in weights.items()} | {
             f"moments:{n}": t for n, t in moments.items()

@@ -1,0 +1,225 @@
+"""Features of texts are made once by a stage, joined with their own texts, trained on, drawn with their own
+encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import CLIP, recap, web_of
+from safetensors.numpy import load_file
+from test_data import published_in
+from test_dit import TINY, a_training, losses
+
+from builder.core import Recipe
+from builder.errors import InputError
+from builder.run import Run, build
+from builder.stages import tensors
+from builder.stages.clip import Clip
+from builder.stages.dedup import Dedup
+from builder.stages.download import Download
+from builder.stages.source import Source
+from builder.stages.textfeatures import TENSOR, Encoder, TextFeatures
+from recipes.data import Mix, Pairs, Picture
+from recipes.dit.sample import Drawer, sample
+from recipes.dit.train import train
+from recipes.join import join
+
+CONTEXT = 80
+MIX = Mix({}, p_original=1.0, drop=0.2)
+
+
+def lines(web: Path) -> Recipe:
+    """The demo's as far as it has originals."""
+    download = Download(image_px=128, timeout_s=5, allow_private=("127.0.0.1/32",))
+    source = Source(files=f"{web}/metadata", rows_per_shard=200)
+    stages = (source, download, Dedup(), TextFeatures(model=str(CLIP), context=CONTEXT, batch=7))
+    return Recipe("encoded", stages)
+
+
+@pytest.fixture(scope="module")
+def run(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("encoded") / "run"
+    with web_of(demo_run) as site:
+        assert build(lines(site), place).failed == {}
+    return place
+
+
+def a_folder(folder: Path, kind: str) -> Path:
+    """A tiny encoder of transformers, of random weights, with the demo's words."""
+    import transformers
+
+    torch.manual_seed(0)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(CLIP / "tokenizer.json"), pad_token="<pad>"
+    )
+    words.save_pretrained(folder)
+    vocabulary = len(words)
+    model: Any
+    if kind == "clip":
+        config = transformers.CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=16,
+        )  # fmt: skip
+        model = transformers.CLIPTextModel(config)
+    else:
+        t5 = transformers.T5Config(
+            vocab_size=vocabulary, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2
+        )
+        model = transformers.T5EncoderModel(t5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_towers_last_feature_is_what_it_pools() -> None:
+    encoder, clip = Encoder(str(CLIP), CONTEXT), Clip(str(CLIP))
+    texts = ["a red star", "", "The scene contains two objects over a plain white background. " * 9]
+    found = encoder.features(texts)
+    assert [cut for _, cut in found] == [False, False, True] == clip.texts(texts)[1]
+    assert [len(of) for of, _ in found][1:] == [2, CONTEXT]
+    assert len(found[0][0]) < 9
+    for text, (of, _) in zip(texts, found, strict=True):
+        pooled = torch.from_numpy(of[-1]).float() @ clip.model.text_projection
+        wanted = clip.texts([text])[0][0]
+        torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=0), wanted, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_transformers_encoders_say_what_they_say_alone(kind: str, tmp_path: Path) -> None:
+    """With others beside it, and with padding, a text has the features that it has alone, without."""
+    folder = a_folder(tmp_path / kind, kind)
+    encoder = Encoder(str(folder), 16)
+    found = encoder.features(["a red star", "a large blue circle at the top left"])
+    ids = encoder.tower.tokenizer("a red star")["input_ids"]
+    with torch.no_grad():
+        alone = encoder.tower.model(input_ids=torch.tensor([ids]))[0][0]
+    np.testing.assert_allclose(found[0][0], alone.numpy(), atol=2e-3)
+    assert len(found[0][0]) == len(ids) < len(found[1][0])
+    assert encoder.features(["word " * 40])[0][1]
+    if kind == "clip":
+        with pytest.raises(InputError, match=r"context=17, and .* reads 16 tokens"):
+            Encoder(str(folder), 17)
+
+
+def test_a_shard_has_what_the_encoder_says_of_its_texts(run: Path) -> None:
+    opened, encoder = Run.open(run), Encoder(str(CLIP), CONTEXT)
+    record = next(opened.done("text_features"))
+    path = opened.local(record.output(".safetensors"))
+    features, header = load_file(path)[TENSOR], tensors.read_header(path, TENSOR)
+    assert header.number == len(features)
+    empty = int(header.about["empty"])
+    np.testing.assert_array_equal(features[:empty], encoder.features([""])[0][0])
+    source = next(opened.done("source"))
+    rows = pq.read_table(opened.local(record.output(".parquet"))).to_pylist()
+    texts = pq.read_table(opened.local(source.output(".parquet")), columns=["org_caption"]).to_pylist()
+    checked = 0
+    for row, given in zip(rows, texts, strict=True):
+        text = given["org_caption"]
+        if row["status"] != "ok" or not text:
+            assert row["org_caption_start"] is None
+            continue
+        assert row["org_caption_sha256"] == sha256(text.encode()).hexdigest()
+        start, number = row["org_caption_start"], row["org_caption_tokens"]
+        ((wanted, cut),) = encoder.features([text])
+        assert cut == row["org_caption_cut"]
+        np.testing.assert_allclose(features[start : start + number], wanted, atol=4e-3)
+        checked += 1
+    assert checked > 20
+    assert sum(row["org_caption_tokens"] or 0 for row in rows) + empty == len(features)
+
+
+def test_a_training_sees_its_own_texts_features(run: Path, demo_run: Path, tmp_path: Path) -> None:
+    version = str(published_in(demo_run))
+    joined = join(version, str(run), tmp_path / "j", captions=(), min_found=0.9, features="text_features")
+    assert joined.features == {
+        "encoder": Encoder(str(CLIP), 8).identity, "context": CONTEXT, "empty": 2, "width": 128,
+        "start": 8 + tensors.HEADER,
+    }  # fmt: skip
+    assert joined.audit.other_text == 0
+    pairs = Pairs(joined, MIX, Picture(16), None, seed=0, batch=64)
+    texts = Pairs(joined, MIX, Picture(16), _kept, seed=0, batch=64)
+    encoder, seen = Encoder(str(CLIP), CONTEXT), pairs.at(0)
+    said = [bytes(row[row > 0].tolist()).decode() for row in texts.at(0).texts]
+    assert seen.texts.dtype == torch.float16
+    assert said.count("") in range(4, 30)
+    for features, (wanted, _) in zip(seen.texts, encoder.features(said), strict=True):
+        number = int(features.any(-1).sum())
+        np.testing.assert_allclose(features[:number].numpy(), wanted, atol=4e-3)
+
+
+def _kept(texts: list[str]) -> tuple[torch.Tensor, int]:
+    rows = [text.encode()[:400].ljust(400, b"\0") for text in texts]
+    return torch.tensor([list(row) for row in rows]), 0
+
+
+def test_a_training_on_features_draws_with_their_encoder_and_no_other(
+    run: Path, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.training.REPORT_S", 0.0)
+    net = replace(TINY, text_layers=0, vocabulary=0, context=CONTEXT, text_width=128)
+    chosen = {"images": str(run), "tokenizer": "", "features": "text_features", "net": net, "mix": MIX}
+    training = a_training(demo_run, samples=96, min_found=0.9, **chosen)
+    there = train(training, tmp_path / "out", say=lambda _: None)
+    assert json.loads((there / "config.json").read_text())["features"]["context"] == CONTEXT
+    two = train(replace(training, workers=0), tmp_path / "two", say=lambda _: None)
+    assert losses(tmp_path / "out") == losses(tmp_path / "two")
+    assert two.name == there.name
+    sample(there, ["a red star"], tmp_path / "drawn", encoder=str(CLIP), steps=2, say=lambda _: None)
+    with pytest.raises(InputError, match="is of features of texts\n"):
+        Drawer(there)
+    other = a_folder(tmp_path / "other", "t5")
+    said = recap("sample", there, "x", "--encoder", other, "--out", tmp_path / "b", check=2).stderr
+    assert "features of texts of another model" in said
+    drawer = Drawer(there, encoder=str(CLIP))
+    with pytest.raises(InputError, match="more than the model's 80 tokens"):
+        drawer.check(["word " * 90], drawer.usual())
+    with pytest.raises(InputError, match="80 tokens, each 128 wide, the net reads 32 of 128"):
+        train(replace(training, net=replace(net, context=32)), tmp_path / "c", say=lambda _: None)
+    with pytest.raises(InputError, match="or features of texts"):
+        replace(training, features="")
+    with pytest.raises(InputError, match="there are none of a sentence"):
+        replace(training, mix=Mix(one_sentence=True))
+
+
+def test_other_texts_have_no_features(run: Path, demo_run: Path, tmp_path: Path) -> None:
+    """A run of the same images whose alt text is another: none of its rows is trained on."""
+    version = str(published_in(demo_run))
+    with pytest.raises(InputError, match="has not the captions org_caption, re_caption"):
+        join(version, str(run), tmp_path / "a", min_found=0.9, features="text_features")
+    metadata = tmp_path / "metadata"
+    metadata.mkdir()
+    with web_of(demo_run) as site:
+        for path in (site / "metadata").glob("*.parquet"):
+            table = pq.read_table(path)
+            texts = [
+                f"{text} now" if place % 2 else text for place, text in enumerate(table["text"].to_pylist())
+            ]
+            table = table.set_column(table.column_names.index("text"), "text", pa.array(texts))
+            pq.write_table(table, metadata / path.name)
+        assert build(lines(tmp_path), tmp_path / "run").failed == {}
+    where = {"captions": (), "features": "text_features"}
+    with pytest.raises(InputError, match="have features of other texts"):
+        join(version, str(tmp_path / "run"), tmp_path / "b", **where)
+    joined = join(version, str(tmp_path / "run"), tmp_path / "b", min_found=0.1, **where)
+    assert 0.4 < joined.audit.other_text / joined.audit.rows < 0.6
+    assert joined.audit.found + joined.audit.other_text > 0.9 * joined.audit.rows
+
+
+def test_what_is_no_encoder_is_told(tmp_path: Path) -> None:
+    for name, text, said in (
+        ("none", None, "has neither"), ("other", '{"model_type": "bert"}', "is of bert"),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / "config.json").write_text(text)
+        with pytest.raises(InputError, match=said):
+            TextFeatures(model=str(tmp_path / name)).check()
