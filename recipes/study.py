@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from builder.errors import InputError
+from builder.files import write_atomically
 from builder.machine import Machine
 from builder.shown import echo
 from recipes.evaluate import results
@@ -208,6 +209,15 @@ def studied(
 def trainings_in(out: Path, samples: int) -> Path:
     """Where a study's trainings of so many samples lie."""
     return out / f"samples-{samples}"
+
+
+REMARKS = "## Remarks"
+
+
+def write(path: Path, text: str) -> None:
+    """A study's page. What somebody wrote below its remarks stays there."""
+    _, line, kept = path.read_text().partition(f"\n{REMARKS}\n") if path.exists() else ("", "", "")
+    write_atomically(path, text + line + kept)
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:

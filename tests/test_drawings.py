@@ -17,17 +17,19 @@ import torch
 from conftest import CLIP, recap
 from PIL import Image
 from safetensors.torch import save_file
-from test_dit import FLOW, TINY, WORDS
+from test_dit import FLOW, SLOW, TINY, WORDS
 
 from builder.errors import InputError
+from builder.stages.caption import Caption
 from recipes.demo import world
 from recipes.dit import model as dit
 from recipes.dit import prompts
 from recipes.dit.model import DiT
 from recipes.dit.sample import PROMPTS, SETTINGS, How, png
+from recipes.evaluate import asked, benchmarks
 from recipes.evaluate import frechet as distances
 from recipes.evaluate.clip_score import clip_score
-from recipes.evaluate.drawings import Drawer, load
+from recipes.evaluate.drawings import Artist, load
 from recipes.evaluate.model import Model, Picture
 from recipes.evaluate.results import Result, compare
 from recipes.evaluate.world_drawings import prompts as of_scenes
@@ -173,11 +175,11 @@ def test_a_folder_of_pictures_is_evaluated_by_one_command(tmp_path: Path) -> Non
 
 def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "a", [Image.new("RGB", (8, 8))] * 2, ["a", "b"])
-    assert Drawer(str(folder)).drawn(["a", "b"], tmp_path).prompts == ("a", "b")
+    assert Artist(str(folder)).drawn(["a", "b"], tmp_path).prompts == ("a", "b")
     with pytest.raises(InputError, match="pictures of other prompts"):
-        Drawer(str(folder)).drawn(["a", "c"], tmp_path)
+        Artist(str(folder)).drawn(["a", "c"], tmp_path)
     with pytest.raises(InputError, match="no pictures of recap sample and no model"):
-        Drawer(str(tmp_path)).drawn(["a"], tmp_path)
+        Artist(str(tmp_path)).drawn(["a"], tmp_path)
     (folder / "000001.png").unlink()
     with pytest.raises(InputError, match="1 of 2 pictures are missing"):
         load(folder)
@@ -186,7 +188,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
         load(folder)
     (tmp_path / "config.json").write_text("{}")  # as any model of the Hub has it
     with pytest.raises(InputError, match="no pictures of recap sample and no model"):
-        Drawer(str(tmp_path)).drawn(["a"], tmp_path)
+        Artist(str(tmp_path)).drawn(["a"], tmp_path)
     one = load(a_folder(tmp_path / "b", [Image.new("RGB", (8, 8))], ["a"]))
     features = distances.Features("x", lambda _: np.zeros((1, 2), "f4"), "d", "k")
     with pytest.raises(InputError, match="three pictures or more"):
@@ -206,11 +208,33 @@ def test_a_model_draws_what_it_is_asked_for(tmp_path: Path) -> None:
     settings = [f"folder={tmp_path}/drawn", "name=few"]
     told = recap("eval", model, "world_drawings", "scenes=4", *settings, "--json")
     assert [row["model"] for row in json.loads(told.stdout)] == [str(model)] * 3
-    drawer = Drawer(str(model))
+    few = recap("eval", model, "world_drawings", "scenes=4", *settings, "--steps", "3", "--json").stdout
+    assert "3 steps" in json.loads(few)[0]["protocol"]
+    said = recap("eval", CLIP, "demo", "--guidance", "2", check=2).stderr
+    assert "is of nothing that draws" in said
+    drawer = Artist(str(model))
     for texts in (["a red star"], ["a red star", "a ring"], ["a ring"]):
         assert drawer.drawn(texts, tmp_path / "drawn").prompts == tuple(texts)
     with pytest.raises(InputError, match="not told what to draw"):
         drawer.drawn(None, tmp_path)
+
+
+@SLOW
+def test_the_demos_captioner_reads_pictures_and_judges_them(tmp_path: Path) -> None:
+    """Of scenes that are what was asked for, and of others."""
+    weights = "recipes/demo/weights/captioner"
+    settings = {"model": weights, "dtype": "float32", "max_model_len": 768, "kv_cache_gib": 1}
+    scenes, texts = of_scenes(40, "described")
+    images = [scene_at(scene, 64) for scene in scenes]
+    right = load(a_folder(tmp_path / "a", images, texts))
+    wrong = load(a_folder(tmp_path / "b", images[1:] + images[:1], texts))
+    by = Caption(**settings)
+    assert asked.read_back("b", right, scenes, by).value() > 85
+    assert asked.read_back("b", wrong, scenes, by).value() < 20
+    judge = benchmarks.judge(model=weights, dtype="float32", max_model_len=768)
+    (ours,), (theirs,) = (judge.run(judge.subject(str(tmp_path / name))) for name in ("a", "b"))
+    assert 1 <= theirs.value() < ours.value() - 1 <= 4
+    assert ours.samples == {"pictures": 40, "without a rating": 0}
 
 
 def test_two_distances_are_compared_without_an_interval() -> None:

@@ -64,6 +64,24 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
         print_({"model": str(there)}, as_json, f"{there}")
 
 
+_DRAWING = (
+    click.option("--vae", help="Of a model that draws latents: the folder or Hub id@revision of their VAE."),
+    click.option("--encoder", help="Of a model that reads features of texts: their encoder, alike."),
+    click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm."),
+    click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given."),
+    click.option("--guidance", type=float, help="10 of a diffusion, 4 of a flow, unless given; 1 is none."),
+    click.option("--guided", type=click.Choice(["all", "three"]), help="Which channels guidance acts on."),
+    click.option("--seed", type=int, help="Another one draws others; 0 unless given."),
+)
+
+
+def drawing_options(function: Any) -> Any:
+    """How a model draws."""
+    for option in reversed(_DRAWING):
+        function = option(function)
+    return function
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("prompt", nargs=-1)
@@ -77,13 +95,7 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
     "--number", type=int, help="So many of the file's prompts, sampled at random; all unless given."
 )
 @click.option("--out", type=path_type, required=True, help="Folder of the pictures.")
-@click.option("--vae", help="Of a model that draws latents: the folder or Hub id@revision of their VAE.")
-@click.option("--encoder", help="Of a model that reads features of texts: the folder or id of their encoder.")
-@click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm.")
-@click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given.")
-@click.option("--guidance", type=float, help="10 of a diffusion, 4 of a flow, unless given; 1 is none.")
-@click.option("--guided", type=click.Choice(["all", "three"]), help="Which channels guidance acts on.")
-@click.option("--seed", type=int, help="Another one draws others; 0 unless given.")
+@drawing_options
 @click.option("--batch", type=int, help="Pictures at a time; 32 unless given. It enters what is drawn.")
 @click.option("--grid", is_flag=True, help="Also grid.png, of the first 36.")
 @as_json_option
@@ -147,6 +159,7 @@ def plan_training(
     type=path_type,
     help="Folder of a training, whose images are looked for; the model's own if it has one.",
 )
+@drawing_options
 @as_json_option
 def evaluate(
     model: str,
@@ -155,6 +168,7 @@ def evaluate(
     out: Path | None,
     training: Path | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Evaluate MODEL on each BENCHMARK: a function of recipes/evaluate/benchmarks.py, or my_file.py:function,
     with its settings behind it. MODEL is a folder that open_clip loads or a Hub id@revision; of what draws, a
@@ -198,7 +212,8 @@ def evaluate(
 
     chosen = [resolve_benchmark(name, settings, Benchmark) for name, settings in asked]
     subjects = {one.of: one for one in chosen}
-    evaluated = {of: one.subject(model, training) for of, one in subjects.items()}
+    given = {name: value for name, value in how.items() if value is not None}
+    evaluated = {of: one.subject(model, training, **given) for of, one in subjects.items()}
     found = []
     for one in chosen:
         for result in one.run(evaluated[one.of]):

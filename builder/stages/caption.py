@@ -476,7 +476,7 @@ class Captioning:
             columns = list(self.columns.values())
             self.is_loaded(False)
             try:
-                self._engine = _engine(columns)
+                self._engine = engine_of(columns)
             except UserError:
                 raise
             except Exception as error:  # whatever it was, every shard would meet it
@@ -527,7 +527,8 @@ class Captioning:
         return shard.job
 
 
-def _engine(columns: list[Caption]) -> Asking:
+def engine_of(columns: list[Caption]) -> Asking:
+    """The engine that asks for these columns, in this process or at their endpoint."""
     if columns[0].endpoint:
         from builder.captions.served import Served
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import click
 
-from builder.files import write_atomically
 from builder.machine import Machine
 from builder.shown import echo
 from recipes.clip import trainings
 from recipes.clip.train import Training
-from recipes.study import Found, markdown, options, studied
+from recipes.study import Found, markdown, options, studied, write
 
 # p_original -> IN1k top-1, COCO I2T and T2I R@1, Flickr I2T and T2I R@1: the paper's, ViT-B/16
 PAPER = {
@@ -57,7 +56,7 @@ def main(
     minutes = (time.monotonic() - begun) / 60
     docs.mkdir(parents=True, exist_ok=True)
     command = f"python -m recipes.clip.table3 --arms {arms} --seeds {seeds} --rows {rows} --samples {samples}"
-    write_atomically(docs / "table3.md", _told(found, names, command, minutes))
+    write(docs / "table3.md", _told(found, names, command, minutes))
     _plot(found, names, docs / "table3.png")
     echo(str(docs / "table3.md"))
 

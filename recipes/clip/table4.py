@@ -12,13 +12,12 @@ from typing import Any
 
 import click
 
-from builder.files import write_atomically
 from builder.machine import Machine
 from builder.shown import echo
 from recipes.clip import trainings
 from recipes.clip.table3 import SHOWN
 from recipes.clip.train import Training
-from recipes.study import Found, markdown, options, studied
+from recipes.study import Found, markdown, options, studied, write
 
 # vision, text, recaptions -> IN1k top-1, COCO I2T and T2I R@1, Flickr I2T and T2I R@1
 PAPER = (
@@ -53,7 +52,7 @@ def main(
     begun, found = studied(training, ARMS, seeds, rows, samples, scenes, version, images, port, out)
     command = f"python -m recipes.clip.table4 --seeds {seeds} --rows {rows} --samples {samples}"
     docs.mkdir(parents=True, exist_ok=True)
-    write_atomically(docs / "table4.md", _told(found, command, (time.monotonic() - begun) / 60))
+    write(docs / "table4.md", _told(found, command, (time.monotonic() - begun) / 60))
     echo(str(docs / "table4.md"))
 
 

@@ -23,10 +23,10 @@ from recipes.demo import world
 from recipes.dit import sample, trainings
 from recipes.dit.train import Training
 from recipes.evaluate.benchmarks import Benchmark, world_drawings
-from recipes.evaluate.drawings import Drawer
+from recipes.evaluate.drawings import Artist
 from recipes.evaluate.results import Result
 from recipes.evaluate.world_drawings import prompts
-from recipes.study import Found, markdown, options, studied, trainings_in
+from recipes.study import Found, markdown, options, studied, trainings_in, write
 
 # p_original -> of raw COCO captions FID and CLIP score; of recaptions FID, CLIP, Recap-CLIP and GPT-4V's 1-5
 PAPER = {
@@ -56,10 +56,10 @@ def benchmark(*, folder: str, scenes: int) -> Benchmark:
         world_drawings(scenes=scenes, style="alt", folder=folder, name=SHORT),
     ]
 
-    def run(drawer: Drawer) -> Iterable[Result]:
-        return (result for one in both for result in one.run(drawer))
+    def run(artist: Artist) -> Iterable[Result]:
+        return (result for one in both for result in one.run(artist))
 
-    return Benchmark(run, "drawer")
+    return Benchmark(run, "pictures")
 
 
 @click.command(help=__doc__)
@@ -77,7 +77,7 @@ def main(
     _grid({arm: trainings_in(out, samples) / arm / "0" / "latest" for arm in names}, docs / "table7.png")
     command = f"python -m recipes.dit.table7 --arms {arms} --seeds {seeds} --rows {rows} --samples {samples}"
     minutes = (time.monotonic() - begun) / 60
-    write_atomically(docs / "table7.md", _told(found, names, f"{command} --scenes {scenes}", minutes))
+    write(docs / "table7.md", _told(found, names, f"{command} --scenes {scenes}", minutes))
     echo(str(docs / "table7.md"))
 
 

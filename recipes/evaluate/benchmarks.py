@@ -11,14 +11,17 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from builder.captions import kinds
 from builder.errors import InputError
 from builder.files import read_file
+from builder.stages.caption import Caption
 from builder.stages.clip import check_clip
 from recipes.demo import world
 from recipes.dit import prompts as files_of_prompts
-from recipes.evaluate import choices
+from recipes.evaluate import asked, choices
 from recipes.evaluate import clip_score as by_cosine
 from recipes.evaluate import frechet as distances
+from recipes.evaluate import geneval as by_detector
 from recipes.evaluate import mmvp as pairs_of
 from recipes.evaluate import retrieval as by_captions
 from recipes.evaluate import sugarcrepe as crepe
@@ -26,7 +29,7 @@ from recipes.evaluate import vg_attribution as attributes
 from recipes.evaluate import world_drawings as of_the_world
 from recipes.evaluate import zeroshot as by_names
 from recipes.evaluate.datacomp import datacomp as tasks_of
-from recipes.evaluate.drawings import Drawer
+from recipes.evaluate.drawings import Artist
 from recipes.evaluate.model import Model, Picture
 from recipes.evaluate.results import Result
 from recipes.join import PICTURES
@@ -34,14 +37,22 @@ from recipes.join import PICTURES
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`of` a model that sees, or of one that draws."""
+    """`of` a model that sees, or of pictures, and a model that draws them."""
 
     run: Callable[[Any], Iterable[Result]]
-    of: Literal["model", "drawer"] = "model"
+    of: Literal["model", "pictures"] = "model"
 
-    def subject(self, name: str, training: Path | None = None) -> Model | Drawer:
-        """What it is run on."""
-        return Model(name, training) if self.of == "model" else Drawer(name)
+    def subject(self, name: str, training: Path | None = None, **how: Any) -> Model | Artist:
+        """What it is run on; `how` it draws is as of `recipes.dit.sample.sample`.
+
+        Raises:
+            InputError: it draws nothing, and is told how.
+        """
+        if self.of == "pictures":
+            return Artist(name, how)
+        if how:
+            raise InputError(f"{', '.join(how)}: this benchmark is of nothing that draws", "leave it out")
+        return Model(name, training)
 
 
 def retrieval(
@@ -147,7 +158,7 @@ def fid(
     named = distances.inception(Path(inception)) if inception else distances.of_model(Model(str(features)))
     texts = _prompts(prompts, column, number)
     return Benchmark(
-        lambda drawer: [distances.frechet(name, drawer.drawn(texts, Path(folder)), real, named)], "drawer"
+        lambda artist: [distances.frechet(name, artist.drawn(texts, Path(folder)), real, named)], "pictures"
     )
 
 
@@ -166,11 +177,55 @@ def clip_score(
     texts = _prompts(prompts, column, number)
     check_clip(model)
 
-    def run(drawer: Drawer) -> list[Result]:
-        drawings = drawer.drawn(texts, Path(folder))
+    def run(artist: Artist) -> list[Result]:
+        drawings = artist.drawn(texts, Path(folder))
         return [by_cosine.clip_score(Model(model), name, drawings, drawings.prompts)]
 
-    return Benchmark(run, "drawer")
+    return Benchmark(run, "pictures")
+
+
+def judge(
+    *,
+    model: str,
+    prompts: str | None = None,
+    column: str = "caption",
+    number: int | None = None,
+    folder: str = "runs/drawn",
+    endpoint: str = "",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    max_model_len: int | None = None,
+    name: str = "judge",
+) -> Benchmark:
+    """How well drawn pictures match their prompts, from 1 to 5, by a vision-language `model`: a folder, a Hub
+    id@revision, or a name at an `endpoint`; `prompts` and the others as of fid.
+    """
+    texts = _prompts(prompts, column, number)
+    kind = kinds.judge("re_caption", "judge")
+    asked_by = Caption.of(kind, model=model, endpoint=endpoint, dtype=dtype, max_model_len=max_model_len)
+    asked_by.check()
+
+    def run(artist: Artist) -> list[Result]:
+        return [asked.rated(name, artist.drawn(texts, Path(folder)), asked_by)]
+
+    return Benchmark(run, "pictures")
+
+
+def geneval(
+    *, metadata: str, detector: str, clip: str, folder: str = "runs/drawn", name: str = "geneval"
+) -> Benchmark:
+    """Objects, colours, counts and positions in drawn pictures, as GenEval checks them: `metadata` is its
+    evaluation_metadata.jsonl, `detector` a detector of transformers (a folder or a Hub id@revision), `clip`
+    an open_clip model that tells colours.
+    """
+    asked_for = by_detector.read(Path(metadata))
+    by_detector.check_detector(detector)
+    check_clip(clip)
+
+    def run(artist: Artist) -> list[Result]:
+        drawings = artist.drawn([one.prompt for one in asked_for], Path(folder))
+        return [by_detector.geneval(name, drawings, asked_for, by_detector.Detector(detector), Model(clip))]
+
+    return Benchmark(run, "pictures")
 
 
 def _prompts(path: str | None, column: str, number: int | None) -> list[str] | None:
@@ -185,18 +240,20 @@ def world_drawings(
     style: of_the_world.Style = "described",
     folder: str = "runs/drawn-world",
     clip: str = "recipes/demo/weights/clip",
+    captioner: str = "",
     name: str = "world, drawn",
 ) -> Benchmark:
     """What a model draws of scenes of the demo's world: what a reader that knows the world finds in it, the
-    Fréchet distance to the scenes themselves, and the CLIP score, both by the tiny `clip`.
+    Fréchet distance to the scenes themselves, and the CLIP score, both by the tiny `clip`; also what a
+    `captioner` reads in it, such as the demo's, recipes/demo/weights/captioner.
     """
     if scenes < 3:
         raise InputError(f"scenes={scenes} are too few for a distance", "give 3 or more")
     check_clip(clip)
     real, texts = of_the_world.prompts(scenes, style)
 
-    def run(drawer: Drawer) -> Iterable[Result]:
-        drawings = drawer.drawn(texts, Path(folder, style))
+    def run(artist: Artist) -> Iterable[Result]:
+        drawings = artist.drawn(texts, Path(folder, style))
         yield of_the_world.read_back(name, drawings, real, style)
         model = Model(clip)
         pictures = [Picture(f"scene {s.seed}", world.jpeg(world.draw(s, 128), 90)) for s in real]
@@ -204,8 +261,11 @@ def world_drawings(
             f"{name}: distance", drawings, pictures, distances.of_model(model), Image.Resampling.BILINEAR
         )  # as a training has made them small
         yield by_cosine.clip_score(model, f"{name}: CLIP score", drawings, drawings.prompts)
+        if captioner:
+            by = Caption(model=captioner, dtype="float32", max_model_len=768, kv_cache_gib=1)
+            yield asked.read_back(f"{name}: captions", drawings, real, by)
 
-    return Benchmark(run, "drawer")
+    return Benchmark(run, "pictures")
 
 
 def demo(*, folder: str = "runs/demo-benchmark", scenes: int = 1000) -> Benchmark:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -44,10 +44,13 @@ class Drawings:
 
 
 @dataclass(frozen=True)
-class Drawer:
-    """What is evaluated: a folder of `recap sample`, or a checkpoint of `recap train dit`."""
+class Artist:
+    """What is evaluated: a folder of `recap sample`, or a checkpoint of `recap train dit`, which draws as
+    `how` says: what `recap sample` can be told.
+    """
 
     name: str
+    how: Mapping[str, Any] = field(default_factory=dict)
 
     def drawn(self, prompts: Sequence[str] | None, folder: Path) -> Drawings:
         """Its pictures of these prompts; a model draws them in `folder`, where they are not there yet.
@@ -57,6 +60,9 @@ class Drawer:
         """
         place = Path(self.name)
         if (place / SETTINGS).is_file():
+            if self.how:
+                reason = f"{place} holds pictures, which are drawn already"
+                raise InputError(reason, f"leave out {', '.join(self.how)}")
             found = load(place)
             if prompts is not None and found.prompts != tuple(prompts):
                 reason = f"{place} holds pictures of other prompts than this benchmark's"
@@ -67,8 +73,9 @@ class Drawer:
             raise InputError(reason, "name a folder of recap sample, or a checkpoint of recap train dit")
         if not prompts:
             raise InputError("the model is not told what to draw", "give prompts=FILE")
-        out = folder / f"{sha256_file(place / dit.WEIGHTS)[:12]}-{_digest(prompts)}"
-        sample(place, prompts, out, say=partial(echo, err=True))
+        told = [f"{name}={value}" for name, value in sorted(self.how.items())]
+        out = folder / f"{sha256_file(place / dit.WEIGHTS)[:12]}-{_digest([*told, *prompts])}"
+        sample(place, prompts, out, say=partial(echo, err=True), **self.how)
         return replace(load(out), name=self.name)
 
 
