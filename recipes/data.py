@@ -294,7 +294,7 @@ class Pairs(Dataset[Batch | UserError]):
                 cut += row[f"{name}_cut"]
             data = bytearray(self._file(row["text_file"]).read(start, tokens * 2 * width))
             features_BTF[place, :tokens] = torch.frombuffer(data, dtype=torch.float16).view(tokens, width)
-        return features_BTF, cut
+        return to_the_longest(features_BTF), cut
 
     def _empty(self, *number: int) -> torch.Tensor:
         shape = (*number, self.picture.px, self.picture.px, self.picture.channels)
@@ -331,6 +331,12 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def to_the_longest(features_BTF: torch.Tensor) -> torch.Tensor:
+    """Without what is behind the longest text, in sixteens: each length is compiled anew."""
+    longest = int(features_BTF.any(-1).sum(1).max())
+    return features_BTF[:, : -(-longest // 16) * 16].contiguous()
 
 
 def _columns(joined: Joined, shard: int) -> dict[str, pa.Array]:

@@ -29,9 +29,11 @@ from builder.files import read_file, sha256_file, write_atomically, write_parque
 from builder.run import RECIPE, Run
 from builder.stages.imagetar import entries
 from builder.stages.latents import TENSOR as LATENTS
+from builder.stages.latents import Latents
 from builder.stages.source import read_subset
 from builder.stages.tensors import Shard, read_header
 from builder.stages.textfeatures import TENSOR as TEXTS
+from builder.stages.textfeatures import TextFeatures
 from builder.typed import from_json
 from builder.versions.targets import open_version
 from builder.versions.version import Version
@@ -52,8 +54,8 @@ _FOUND = pa.schema(
 @dataclass(frozen=True)
 class Audit:
     """Of a join: rows that are wanted, those whose image was found, those whose image is another one than the
-    row says, and images that no row has. Where features of texts are joined, a row without those of its own
-    texts is not found, and `other_text` counts those that have others'.
+    row says, and images that no row has. Where features of texts are joined, of the rows that found their
+    image those are not found that have no features, or features of other texts.
     """
 
     rows: int
@@ -61,12 +63,16 @@ class Audit:
     other_image: int
     images: int
     without_row: int
+    without_features: int = 0
     other_text: int = 0
 
     def __str__(self) -> str:
         share = 100 * self.found / self.rows if self.rows else 0.0
         other = f", {self.other_image:,} of them another one than the row's" if self.other_image else ""
-        other += f", {self.other_text:,} have features of other texts" if self.other_text else ""
+        if self.without_features:
+            other += f", {self.without_features:,} found no features of their texts"
+        if self.other_text:
+            other += f", {self.other_text:,} features of other texts"
         return (
             f"{self.found:,} of {self.rows:,} rows found their image ({share:.1f} %); "
             f"{self.rows - self.found:,} did not{other}; "
@@ -212,6 +218,10 @@ def _join(
 ) -> Joined:  # fmt: skip
     with sql.connect(folder, memory_limit=MEMORY) as con:
         _create_rows(con, version, captions, subset)
+        together = "select 1 from rows where contains(caption, '+') limit 1"
+        if features and con.sql(together).fetchall():
+            reason = f"{subset} wants two captions together, of which there are no features"
+            raise InputError(reason, "train with an encoder that reads on the way: encoder=MODEL")
         con.execute(
             "create table found(uid text, sha256 text, shard int, file text, start bigint, bytes bigint)"
         )
@@ -241,7 +251,7 @@ def _join(
             _join_features(con, images, features, captions, told)
             (found,) = con.sql("select count(*) from joined").fetchall()[0]
             (known,) = con.sql("select count(*) from before semi join features using (uid)").fetchall()[0]
-            numbers = [numbers[0], found, *numbers[2:], known - found]
+            numbers = [numbers[0], found, *numbers[2:], numbers[1] - known, known - found]
             listed += ["text_file", *(f"{name}_{kind}" for name in captions for kind in FEATURES)]
         rows = tuple(_write(con, folder, listed))
         return Joined(folder, rows, captions, Audit(*numbers), made_of, about or None, told or None)
@@ -422,6 +432,9 @@ def _run_with(images: str, stage: str) -> Run:
     if stage not in (one.name for one in run.recipe.stages):
         known = ", ".join(one.name for one in run.recipe.stages)
         raise InputError(f"the recipe of {images} has no stage {stage}", f"there are: {known}")
+    if not isinstance(run.recipe.stage(stage), Latents | TextFeatures):
+        reason = f"the stage {stage} of {images} makes no latents, and no features of texts"
+        raise InputError(reason, "name one that does")
     return run
 
 

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -158,6 +158,8 @@ def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> Non
     path = out / "training.json"
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(about)
+        then = {one.name: one.default for one in fields(training) if one.default is not MISSING}
+        before = then | before  # a setting that came later was as it is unless given
         differ = [name for name in now if name not in free and before.get(name) != now[name]]
         if differ:
             name, was = differ[0], before.get(differ[0])

@@ -14,7 +14,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pyarrow as pa
@@ -22,6 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 import yarl
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from builder.core import Stage
 
 ROOT = Path(__file__).parent.parent
 GUARD = Path(__file__).parent / "guard"
@@ -120,6 +125,16 @@ def demo_run() -> Path:
             done = recap("demo", "--rows", 240, "--port", 8651, "--no-train", "--run", run)
             (run.parent / "stdout.txt").write_text(done.stdout)
     return run
+
+
+def with_stage(run: Path, place: Path, stage: Stage) -> Path:
+    """A copy of a run, with one stage more."""
+    from builder.run import Run, build
+
+    shutil.copytree(run, place)
+    recipe = Run.open(place).recipe
+    assert build(replace(recipe, stages=(*recipe.stages, stage)), place).failed == {}
+    return place
 
 
 def output_of(run: Path, stage: str, suffix: str = ".parquet", number: int = 0) -> Path:

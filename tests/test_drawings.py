@@ -234,7 +234,7 @@ def test_the_demos_captioner_reads_pictures_and_judges_them(tmp_path: Path) -> N
     judge = benchmarks.judge(model=weights, dtype="float32", max_model_len=768)
     (ours,), (theirs,) = (judge.run(judge.subject(str(tmp_path / name))) for name in ("a", "b"))
     assert 1 <= theirs.value() < ours.value() - 1 <= 4
-    assert ours.samples == {"pictures": 40, "without a rating": 0}
+    assert ours.samples == {"pictures": 40, "without a rating": 0, "prompts cut": 0}
 
 
 def test_two_distances_are_compared_without_an_interval() -> None:

@@ -17,7 +17,7 @@ from builder.errors import InputError
 from recipes.demo import world
 from recipes.demo.world import Scene, Thing
 from recipes.evaluate import benchmarks
-from recipes.evaluate.geneval import Asked, Object, colours, positions, read, wrong
+from recipes.evaluate.geneval import Asked, Colours, Object, positions, read, wrong
 from recipes.evaluate.model import Model
 
 
@@ -62,7 +62,7 @@ def test_what_is_wrong_is_told(
     include: list[dict[str, Any]], exclude: list[dict[str, Any]], tag: str, said: str | None, clip: Model
 ) -> None:
     objects = [at(30, 30), at(70, 30, score=0.5), at(30, 80, "cup"), at(50, 50, "ring", score=0.2)]
-    found = wrong(Image.new("RGB", (100, 100)), Asked(tag, "p", include, exclude), objects, clip)
+    found = wrong(Image.new("RGB", (100, 100)), Asked(tag, "p", include, exclude), objects, Colours(clip))
     assert (found or "").startswith(said or "") if said else found is None
 
 
@@ -70,7 +70,14 @@ def test_colours_are_told_from_an_objects_box(clip: Model) -> None:
     red, blue = (Thing("circle", name, "large", "plain", at, 0, 0) for name, at in (("red", 0), ("blue", 8)))
     image = world.draw(Scene(0, world.GROUNDS[0], "white", (red, blue)), 96)
     boxes = [at(16, 16, "circle", side=30), at(80, 80, "circle", side=30)]
-    assert colours(image, boxes, "circle", clip) == ["red", "blue"]
+    colours = Colours(clip)
+    assert colours(image, boxes) == ["red", "blue"]
+    beyond = Object("circle", 0.9, (70.2, 70.2, 190, 190))  # what is not in the picture is no colour
+    assert colours(image, [beyond]) == ["blue"]
+    red_one = {"class": "circle", "count": 1, "color": "red"}
+    assert wrong(image, Asked("colors", "p", [red_one], []), boxes[:1], colours) is None
+    two = Asked("colors", "p", [red_one | {"count": 2}], [])
+    assert wrong(image, two, boxes, colours) == "circle is red, blue, not red"
 
 
 def a_detector(folder: Path) -> Path:
@@ -98,22 +105,27 @@ def test_a_detector_looks_at_every_picture(tmp_path: Path) -> None:
     texts = [str(line["prompt"]) for line in lines]
     images = [Image.effect_noise((64, 64), 90).convert("RGB")] * 2
     drawn = a_folder(tmp_path / "drawn", images, texts)
-    one = benchmarks.geneval(metadata=str(path), detector=str(detector), clip=str(CLIP))
+    one = benchmarks.geneval(metadata=str(path), detector=str(detector), clip=str(CLIP), pictures=1)
     (found,) = one.run(one.subject(str(drawn)))
     assert [metric.name for metric in found.metrics] == ["mean over tags", "counting", "single_object"]
     assert found.value("counting") == 0
     assert found.samples == {"pictures": 2}
-    path.write_text(json.dumps(asdict(Asked("x", "nine cups", [{"class": "dog"}], []))) + "\n")
-    drawn = a_folder(tmp_path / "one", images[:1], ["nine cups"])
-    unknown = benchmarks.geneval(metadata=str(path), detector=str(detector), clip=str(CLIP))
-    with pytest.raises(InputError, match="does not know 'dog'"):
-        list(unknown.run(unknown.subject(str(drawn))))
+    assert "as GenEval, 1 a prompt" in found.protocol
+    path.write_text(json.dumps(asdict(Asked("x", "nine cups", [{"class": "computer mouse"}], []))) + "\n")
+    with pytest.raises(InputError, match="does not know 'mouse'"):  # as COCO has it
+        benchmarks.geneval(metadata=str(path), detector=str(detector), clip=str(CLIP))
 
 
 def test_what_is_no_benchmark_is_told(tmp_path: Path) -> None:
     path = tmp_path / "metadata.jsonl"
-    for text, said in (("", "has no prompts"), ('{"tag": "x"}\n', "line 1 has not tag, prompt and include")):
-        path.write_text(text)
+    ours = {"tag": "x", "prompt": "p", "include": [{"class": "cup"}]}
+    for text, said in (
+        ("", "has no prompts"),
+        ('{"tag": "x"}', "line 1 has not tag, prompt, include"),
+        (json.dumps(ours | {"exclude": [{"class": "cup"}]}), "line 1 has not tag, prompt, include"),
+        (json.dumps(ours | {"include": [{"class": "cup", "position": ["above", 0]}]}), "an object before it"),
+    ):
+        path.write_text(text + "\n")
         with pytest.raises(InputError, match=said):
             read(path)
     path.write_text('{"tag": "x", "prompt": "p", "include": []}\n')

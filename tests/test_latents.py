@@ -12,20 +12,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap, web_of
+from conftest import CLIP, recap, with_stage
 from PIL import Image
 from safetensors.numpy import load_file
 from test_data import published_in
 from test_dit import TINY, a_training
 
-from builder.core import Recipe
 from builder.errors import InputError
-from builder.run import Run, build
-from builder.stages.dedup import Dedup
-from builder.stages.download import Download
+from builder.run import Run
 from builder.stages.imagetar import images
 from builder.stages.latents import TENSOR, Latents, Vae, centre
-from builder.stages.source import Source
 from builder.stages.tensors import read_header
 from recipes.data import Latent
 from recipes.dit.sample import Drawer, sample
@@ -46,13 +42,6 @@ def a_vae(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def lines(web: Path, vae: Path) -> Recipe:
-    """The demo's, as far as images are needed."""
-    download = Download(image_px=128, timeout_s=5, allow_private=("127.0.0.1/32",))
-    source = Source(files=f"{web}/metadata", rows_per_shard=200)
-    return Recipe("encoded", (source, download, Dedup(), Latents(model=str(vae), px=PX, batch=16)))
-
-
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("diffusers", reason="the extra recapkit[train] is not installed")
@@ -61,10 +50,9 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(demo_run: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("encoded") / "run"
-    with web_of(demo_run) as site:
-        assert build(lines(site, vae), place).failed == {}
-    return place
+    """The demo's, with one stage more."""
+    encoded = Latents(model=str(vae), px=PX, batch=16)
+    return with_stage(demo_run, tmp_path_factory.mktemp("encoded") / "run", encoded)
 
 
 def test_a_latent_is_what_the_vae_says_of_its_image(run: Path, vae: Path) -> None:
@@ -103,11 +91,11 @@ def test_a_training_on_latents_draws_with_their_vae_and_no_other(
         Drawer(there)
     other = a_vae(tmp_path / "other", seed=1)
     said = recap("sample", there, "x", "--vae", other, "--out", tmp_path / "b", check=2).stderr
-    assert "latents of another VAE" in said
+    assert "latents of another model" in said
     with pytest.raises(InputError, match="the latents are 4 channels of 16 a side"):
         train(replace(training, net=replace(net, px=32)), tmp_path / "b", say=lambda _: None)
     pictures = replace(training, latents="", net=TINY, images=str(demo_run))
-    with pytest.raises(InputError, match="draws pictures, not latents"):
+    with pytest.raises(InputError, match="needs no vae"):
         Drawer(train(pictures, tmp_path / "c", say=lambda _: None), vae=str(vae))
 
 

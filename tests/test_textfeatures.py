@@ -5,6 +5,8 @@ encoder.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,19 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap, web_of
+from conftest import CLIP, recap, with_stage
 from safetensors.numpy import load_file
 from test_data import published_in
 from test_dit import TINY, a_training, losses
 
-from builder.core import Recipe
+import recipes.join
 from builder.errors import InputError
-from builder.run import Run, build
+from builder.run import Run
 from builder.stages import tensors
 from builder.stages.clip import Clip
-from builder.stages.dedup import Dedup
-from builder.stages.download import Download
-from builder.stages.source import Source
 from builder.stages.textfeatures import TENSOR, Encoder, TextFeatures
 from recipes.data import Mix, Pairs, Picture
 from recipes.dit.sample import Drawer, sample
@@ -35,23 +34,17 @@ from recipes.dit.train import train
 from recipes.join import join
 
 CONTEXT = 80
-MIX = Mix({}, p_original=1.0, drop=0.2)
-
-
-def lines(web: Path) -> Recipe:
-    """The demo's as far as it has originals."""
-    download = Download(image_px=128, timeout_s=5, allow_private=("127.0.0.1/32",))
-    source = Source(files=f"{web}/metadata", rows_per_shard=200)
-    stages = (source, download, Dedup(), TextFeatures(model=str(CLIP), context=CONTEXT, batch=7))
-    return Recipe("encoded", stages)
+MIX = Mix(p_original=0.5, drop=0.2)
 
 
 @pytest.fixture(scope="module")
 def run(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("encoded") / "run"
-    with web_of(demo_run) as site:
-        assert build(lines(site), place).failed == {}
-    return place
+    """The demo's, with one stage more."""
+    return with_stage(
+        demo_run,
+        tmp_path_factory.mktemp("encoded") / "run",
+        TextFeatures(model=str(CLIP), context=CONTEXT, batch=7),
+    )
 
 
 def a_folder(folder: Path, kind: str) -> Path:
@@ -134,15 +127,16 @@ def test_a_shard_has_what_the_encoder_says_of_its_texts(run: Path) -> None:
         np.testing.assert_allclose(features[start : start + number], wanted, atol=4e-3)
         checked += 1
     assert checked > 20
-    assert sum(row["org_caption_tokens"] or 0 for row in rows) + empty == len(features)
+    names = ("org_caption_tokens", "re_caption_tokens")
+    assert sum(row[name] or 0 for row in rows for name in names) + empty == len(features)
 
 
 def test_a_training_sees_its_own_texts_features(run: Path, demo_run: Path, tmp_path: Path) -> None:
     version = str(published_in(demo_run))
-    joined = join(version, str(run), tmp_path / "j", captions=(), min_found=0.9, features="text_features")
+    joined = join(version, str(run), tmp_path / "j", min_found=0.9, features="text_features")
     assert joined.features == {
         "encoder": Encoder(str(CLIP), 8).identity, "context": CONTEXT, "empty": 2, "width": 128,
-        "start": 8 + tensors.HEADER,
+        "precision": "fp32", "start": 8 + tensors.HEADER,
     }  # fmt: skip
     assert joined.audit.other_text == 0
     pairs = Pairs(joined, MIX, Picture(16), None, seed=0, batch=64)
@@ -173,8 +167,16 @@ def test_a_training_on_features_draws_with_their_encoder_and_no_other(
     two = train(replace(training, workers=0), tmp_path / "two", say=lambda _: None)
     assert losses(tmp_path / "out") == losses(tmp_path / "two")
     assert two.name == there.name
+    shutil.rmtree(tmp_path / "out" / "step-000000000096")
+    again = train(training, tmp_path / "out", say=lambda _: None)
+    assert losses(tmp_path / "out") == losses(tmp_path / "two")
+    assert (again / "training.tensors").read_bytes() == (two / "training.tensors").read_bytes()
+    way = replace(training, features="", encoder=str(CLIP))
+    train(way, tmp_path / "way", say=lambda _: None)
+    assert losses(tmp_path / "way") == pytest.approx(losses(tmp_path / "out"), rel=1e-3)
+    Drawer(tmp_path / "way" / "latest")  # finds it where it was
     sample(there, ["a red star"], tmp_path / "drawn", encoder=str(CLIP), steps=2, say=lambda _: None)
-    with pytest.raises(InputError, match="is of features of texts\n"):
+    with pytest.raises(InputError, match="reads features of texts\n"):
         Drawer(there)
     other = a_folder(tmp_path / "other", "t5")
     said = recap("sample", there, "x", "--encoder", other, "--out", tmp_path / "b", check=2).stderr
@@ -184,33 +186,36 @@ def test_a_training_on_features_draws_with_their_encoder_and_no_other(
         drawer.check(["word " * 90], drawer.usual())
     with pytest.raises(InputError, match="80 tokens, each 128 wide, the net reads 32 of 128"):
         train(replace(training, net=replace(net, context=32)), tmp_path / "c", say=lambda _: None)
-    with pytest.raises(InputError, match="or features of texts"):
-        replace(training, features="")
+    for both in ({"features": ""}, {"encoder": "x"}, {"tokenizer": "x"}):
+        with pytest.raises(InputError, match="features of texts, or a frozen encoder"):
+            replace(training, **both)
     with pytest.raises(InputError, match="there are none of a sentence"):
         replace(training, mix=Mix(one_sentence=True))
 
 
-def test_other_texts_have_no_features(run: Path, demo_run: Path, tmp_path: Path) -> None:
-    """A run of the same images whose alt text is another: none of its rows is trained on."""
+def test_other_texts_have_no_features(
+    run: Path, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows whose features are of another text than the version's are not trained on."""
     version = str(published_in(demo_run))
-    with pytest.raises(InputError, match="has not the captions org_caption, re_caption"):
-        join(version, str(run), tmp_path / "a", min_found=0.9, features="text_features")
-    metadata = tmp_path / "metadata"
-    metadata.mkdir()
-    with web_of(demo_run) as site:
-        for path in (site / "metadata").glob("*.parquet"):
-            table = pq.read_table(path)
-            texts = [
-                f"{text} now" if place % 2 else text for place, text in enumerate(table["text"].to_pylist())
-            ]
-            table = table.set_column(table.column_names.index("text"), "text", pa.array(texts))
-            pq.write_table(table, metadata / path.name)
-        assert build(lines(tmp_path), tmp_path / "run").failed == {}
-    where = {"captions": (), "features": "text_features"}
-    with pytest.raises(InputError, match="have features of other texts"):
-        join(version, str(tmp_path / "run"), tmp_path / "b", **where)
-    joined = join(version, str(tmp_path / "run"), tmp_path / "b", min_found=0.1, **where)
-    assert 0.4 < joined.audit.other_text / joined.audit.rows < 0.6
+    kept, changed = recipes.join._shards, 0
+
+    def others(*what: str) -> Iterator[tuple[Path, Path, tensors.Shard]]:
+        nonlocal changed
+        for path, table, shard in kept(*what):
+            rows = pq.read_table(table).to_pylist()
+            for row in rows[::2]:
+                changed += row["re_caption_sha256"] is not None
+                row["re_caption_sha256"] = row["re_caption_sha256"] and "0" * 64
+            copy = tmp_path / table.name
+            pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(table)), copy)
+            yield path, copy, shard
+
+    monkeypatch.setattr("recipes.join._shards", others)
+    with pytest.raises(InputError, match="features of other texts"):
+        join(version, str(run), tmp_path / "b", features="text_features")
+    joined = join(version, str(run), tmp_path / "b", min_found=0.1, features="text_features")
+    assert 2 * joined.audit.other_text == changed > 40  # joined twice
     assert joined.audit.found + joined.audit.other_text > 0.9 * joined.audit.rows
 
 
@@ -223,3 +228,11 @@ def test_what_is_no_encoder_is_told(tmp_path: Path) -> None:
             (tmp_path / name / "config.json").write_text(text)
         with pytest.raises(InputError, match=said):
             TextFeatures(model=str(tmp_path / name)).check()
+    bare = a_folder(tmp_path / "t5", "t5")
+    for path in bare.glob("tokenizer*"):
+        path.unlink()  # as diffusers has them, beside it
+    with pytest.raises(InputError, match="has no tokenizer"):
+        Encoder(str(bare), 16)
+    with pytest.raises(InputError, match="context=2 holds no text"):
+        Encoder(str(CLIP), 2)
+    assert [cut for _, cut in Encoder(str(CLIP), 3).features(["", "a red star"])] == [False, True]

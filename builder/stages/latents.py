@@ -135,7 +135,11 @@ class Vae:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         loading: Any = AutoencoderKL.from_pretrained
-        self.model = loading(folder, torch_dtype=dtype, use_safetensors=True).to(self.device).eval()
+        self.model = (
+            loading(folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+            .to(self.device)
+            .eval()
+        )
         self.factor = float(self.model.config.scaling_factor)
         self.shift = float(self.model.config.shift_factor or 0)
 

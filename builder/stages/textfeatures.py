@@ -33,6 +33,7 @@ from builder.typed import from_json
 
 TENSOR = "features"
 ORIGINAL = "org_caption"
+LEAST = 3  # tokens: one of a text, between those that begin and end it
 KINDS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
 OPEN_CLIP = "open_clip_config.json"
 
@@ -58,6 +59,8 @@ class TextFeatures(Stage):
         captions = self.captions or ()
         for name in (name for name in captions if captions.count(name) > 1):
             raise RecipeError(f"{self.name}.captions names '{name}' twice", "leave one of them out")
+        if self.context < LEAST:
+            raise RecipeError(f"{self.name}.context={self.context} holds no text", f"give {LEAST} or more")
 
     def after(self, earlier: tuple[Stage, ...]) -> Stage:
         made = (name for stage in earlier for name in stage.makes_captions())
@@ -90,13 +93,14 @@ class TextFeatures(Stage):
         captions = self.names_captions()
         table = with_captions(task, captions)
         ok = [row for row in table if row["status"] == Status.OK]
-        wanted = ((row, name) for row in ok for name in captions if row[name])
+        wanted = ((row, name) for row in ok for name in captions if (row[name] or "").strip())
         empty, _ = encoder.features([""])[0]
-        about = {"encoder": encoder.identity, "context": str(self.context), "empty": str(len(empty))}
-        with tensors.write(task.output(".safetensors"), TENSOR, (encoder.width,), about) as features:
+        about = {**encoder.about(), "empty": len(empty)}
+        told = {name: str(value) for name, value in about.items()}
+        with tensors.write(task.output(".safetensors"), TENSOR, (encoder.width,), told) as features:
             features.write(empty)
             while some := list(islice(wanted, self.batch)):
-                found = encoder.features([row[name][:MAX_CHARACTERS] for row, name in some])
+                found = encoder.features([row[name].strip()[:MAX_CHARACTERS] for row, name in some])
                 for (row, name), (of, cut) in zip(some, found, strict=True):
                     row |= {f"{name}_start": features.number, f"{name}_tokens": len(of), f"{name}_cut": cut,
                             f"{name}_sha256": sha256(row[name].encode()).hexdigest()}  # fmt: skip
@@ -117,8 +121,12 @@ def check_encoder(model: str) -> None:
     if folder is None:
         hub_model(model)
         return
-    _kind(folder)
+    kind = _kind(folder)
     check_files(folder)
+    words = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+    if kind != "open_clip" and not any(all((folder / name).exists() for name in way) for way in words):
+        hint = "copy tokenizer.json into it: of a checkpoint of diffusers it lies in the folder beside it"
+        raise InputError(f"model folder {folder} has no tokenizer", hint)
 
 
 def _kind(folder: Path) -> str:
@@ -137,7 +145,7 @@ def _kind(folder: Path) -> str:
 class Encoder:
     """A text encoder for inference: of a text its features, a vector a token."""
 
-    def __init__(self, model: str, context: int, precision: str = "fp32") -> None:
+    def __init__(self, model: str, context: int, precision: str = "fp32", device: str = "") -> None:
         """Raises:
         InputError: it is none, or reads fewer tokens.
         """
@@ -145,8 +153,11 @@ class Encoder:
         import torch
 
         folder = fetched(model)
-        self.torch, self.context, self.identity = torch, context, identity(model)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_encoder(str(folder))
+        if context < LEAST:
+            raise InputError(f"context={context} holds no text", f"give {LEAST} or more")
+        self.torch, self.context, self.identity, self.precision = torch, context, identity(model), precision
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         kind = _kind(folder)
         tower = _OpenClip(folder, context) if kind == "open_clip" else _Transformers(folder, context, kind)
@@ -156,6 +167,10 @@ class Encoder:
         self.tower = tower
         tower.model.to(self.device, dtype).eval()
         self.width = int(self.features(["a"])[0][0].shape[1])
+
+    def about(self) -> dict[str, Json]:
+        """What makes its features what they are."""
+        return {"encoder": self.identity, "context": self.context, "precision": self.precision}
 
     def features(self, texts: Sequence[str]) -> list[tuple[Any, bool]]:
         """Of each text (tokens, F) float16, and whether it is longer than the context.
@@ -173,6 +188,14 @@ class Encoder:
         found = found_BTF.clamp(-65504, 65504).half().cpu().numpy()
         kept = (one[:length] for one, length in zip(found, lengths, strict=True))
         return [(np.array(one), was) for one, was in zip(kept, cut, strict=True)]
+
+    def padded(self, texts: Sequence[str]) -> tuple[Any, int]:
+        """(B, context, F) float16 features, 0 behind each text's, and how many texts are longer."""
+        found = self.features(texts)
+        features_BTF = self.torch.zeros(len(found), self.context, self.width, dtype=self.torch.float16)
+        for place, (of, _) in enumerate(found):
+            features_BTF[place, : len(of)] = self.torch.from_numpy(of)
+        return features_BTF, sum(cut for _, cut in found)
 
 
 class _OpenClip:
@@ -192,7 +215,7 @@ class _OpenClip:
         self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         inner: Any = getattr(self.tokenizer, "tokenizer", None)
         self.ends_as_it_pads = inner is not None and inner.pad_token_id == inner.eos_token_id
-        self.pad = int(self.tokenizer([""], context_length=context)[0, -1])
+        self.pad = int(self.tokenizer([""], context_length=self.longest)[0, -1])
 
     def _heard(self, _: Any, __: Any, out: Any) -> None:
         self.said = out

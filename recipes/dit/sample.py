@@ -30,7 +30,7 @@ from PIL import Image
 
 from builder.errors import InputError
 from builder.files import sha256_file, write_atomically
-from builder.model import identity
+from builder.model import identity, model_folder
 from builder.stages.latents import Vae
 from builder.stages.textfeatures import Encoder
 from builder.typed import parse
@@ -80,10 +80,12 @@ class Drawer:
         self.folder, self.device = folder, device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, about = dit.load(folder)
         latents, features = about.get("latents"), about.get("features")
-        is_its = _is_its(folder, "latents", "vae", latents, vae)
+        is_its = _is_its(folder, "draws latents", "vae", latents, vae)
         self.vae = Vae(str(vae)) if is_its else None
-        is_its = _is_its(folder, "features of texts", "encoder", features, encoder)
-        self.encoder = Encoder(str(encoder), model.net.context) if is_its else None
+        encoder = encoder or _there((features or {}).get("model", ""))
+        is_its = _is_its(folder, "reads features of texts", "encoder", features, encoder)
+        precision = (features or {}).get("precision", "fp32")
+        self.encoder = Encoder(str(encoder), model.net.context, precision) if is_its else None
         self.model = model.to(self.device)
         self.objective = parse(Objective, about["objective"], what=str(folder / dit.CONFIG))
         self.words = Words(folder / dit.TOKENIZER, model.net.context)
@@ -132,10 +134,7 @@ class Drawer:
     def features(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, F), the same at every step, and (B, T) where there are any."""
         if self.encoder:
-            found_BTF = torch.zeros(len(texts), self.encoder.context, self.encoder.width)
-            for place, (of, _) in enumerate(self.encoder.features(texts)):
-                found_BTF[place, : len(of)] = torch.from_numpy(of).float()
-            found_BTF = found_BTF.to(self.device)
+            found_BTF = self.encoder.padded(texts)[0].float().to(self.device)
             return found_BTF, found_BTF.any(-1)
         tokens_BT, mask_BT = self.words(texts)[0].to(self.device)
         assert self.model.text is not None
@@ -191,6 +190,14 @@ class Drawer:
         return [float(time) for time in scheduler.timesteps]
 
 
+def _there(model: str) -> str | None:
+    """A folder that is still where it was; nothing is downloaded that was not asked for."""
+    try:
+        return model if model and model_folder(model) else None
+    except InputError:
+        return None
+
+
 def _is_its(folder: Path, what: str, kind: str, about: dict[str, Any] | None, given: str | None) -> bool:
     """Whether a model needs a VAE, or an encoder, and this is the one.
 
@@ -199,12 +206,12 @@ def _is_its(folder: Path, what: str, kind: str, about: dict[str, Any] | None, gi
     """
     if not about:
         if given:
-            raise InputError(f"{folder} is of no {what}", f"leave --{kind} out")
+            raise InputError(f"{folder} needs no {kind}", f"leave --{kind} out")
         return False
     if not given:
-        raise InputError(f"{folder} is of {what}", f"name the model that made them: --{kind} FOLDER")
+        raise InputError(f"{folder} {what}", f"name the model that made them: --{kind} FOLDER")
     if identity(given) != about[kind]:
-        reason = f"{folder} is of {what} of another model than {given}"
+        reason = f"{folder} {what} of another model than {given}"
         raise InputError(reason, f"name the one whose content is {about[kind]}")
     return True
 

@@ -12,8 +12,8 @@ a sample too. On a CPU a training that was killed goes on to the same losses, bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from builder.errors import InputError
 from builder.files import sha256_file
-from recipes.data import Batch, Latent, Mix, Pairs, Picture, drawn
+from builder.stages.textfeatures import Encoder
+from recipes.data import Batch, Latent, Mix, Pairs, Picture, Tokenize, drawn, to_the_longest
 from recipes.dit import model as dit
 from recipes.dit.model import DiT, Net, Words
 from recipes.dit.objective import Objective
@@ -60,9 +61,11 @@ class Training:
     """So many `samples` in steps of `batch`, at a rate of `lr` that rises over `warmup` samples, and falls to
     0 by a cosine where that is wanted. `ema` is the decay of the moving average, which begins lower:
     (1 + n) / (10 + n) at step n. `sharded` spreads weights and optimizer over the devices (FSDP2). `latents`
-    names the stage of the run `images` whose latents are denoised, in the place of pictures. `tokenizer` is a
-    folder with a tokenizer.json, for a text encoder that is trained beside; or `features` names the stage of
-    the run that has those of a frozen one.
+    names the stage of the run `images` whose latents are denoised, in the place of pictures.
+
+    Where the text's features come from is one of three: `tokenizer`, a folder with a tokenizer.json, for an
+    encoder that is trained beside; `features`, the stage of the run that has those of a frozen one; or
+    `encoder`, a frozen one that reads on the way, on the CPU, in the processes that load.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Training:
     tokenizer: str = ""
     latents: str = ""
     features: str = ""
+    encoder: str = ""
     ema: float = 0.9999
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -102,10 +106,11 @@ class Training:
             raise InputError(
                 f"ema={self.ema:g} is no decay", "give a number from 0 to below 1, such as 0.9999"
             )
-        own = bool(self.net.text_layers)
-        if own != bool(self.tokenizer) or own == bool(self.features):
-            reason = "a training has a text encoder of its own, with a tokenizer, or features of texts"
-            raise InputError(reason, "give text_layers, vocabulary and tokenizer, or features=STAGE")
+        ways = [bool(way) for way in (self.tokenizer, self.features, self.encoder)]
+        if sum(ways) != 1 or bool(self.net.text_layers) != ways[0]:
+            reason = "a training has a text encoder of its own, features of texts, or a frozen encoder"
+            hint = "give text_layers, vocabulary and tokenizer, or features=STAGE, or encoder=MODEL"
+            raise InputError(reason, hint)
         if self.net.channels != 3 and not self.latents:
             raise InputError("pictures have 3 channels", "give channels=3, or latents=STAGE")
         if self.features and (self.mix.concat or self.mix.one_sentence):
@@ -136,6 +141,7 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
             raise InputError(reason, "make it a multiple of them")
         own = bool(training.tokenizer)
         words = dit.tokenizer(training.tokenizer, training.net.vocabulary) if own else None
+        frozen = Frozen(training.encoder, training.net.context) if training.encoder else None
         with of_the_extra():
             import diffusers  # noqa: F401
         settle(training, out, FREE, ranks)
@@ -144,6 +150,8 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
             subset=training.subset, min_found=training.min_found, latents=training.latents,
             features=training.features,
         )  # fmt: skip
+        if frozen:
+            joined = replace(joined, features=frozen.about())
         _check_shapes(training.net, joined)
         settle_data(joined.about() | {"tokenizer": sha256_file(words) if words else None}, out, ranks)
         if ranks.is_first:
@@ -152,9 +160,31 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         if ranks.is_first:
             shorten_log(out, sample)
         if sample < training.steps * training.batch:
-            there = _train(training, joined, words, out, sample, there, say, ranks)
+            read = Words(words, training.net.context) if words else frozen
+            there = _train(training, joined, words, read, out, sample, there, say, ranks)
         assert there is not None
         return there
+
+
+class Frozen:
+    """Texts -> (B, T, F) features of a frozen encoder, float16, 0 behind a text's, and how many of the texts
+    are longer than the context. Loaded in each worker process, when there is something to read.
+    """
+
+    def __init__(self, model: str, context: int) -> None:
+        self.model, self.context = model, context
+        self.encoder: Encoder | None = None
+
+    def about(self) -> dict[str, Any]:
+        """As of features that are joined."""
+        encoder = Encoder(self.model, self.context, device="cpu")
+        return {**encoder.about(), "width": encoder.width}
+
+    def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
+        if self.encoder is None:
+            self.encoder = Encoder(self.model, self.context, device="cpu")
+        features_BTF, cut = self.encoder.padded(texts)
+        return to_the_longest(features_BTF), cut
 
 
 def _check_shapes(net: Net, joined: Joined) -> None:
@@ -176,8 +206,8 @@ def _check_shapes(net: Net, joined: Joined) -> None:
 
 
 def _train(
-    training: Training, joined: Joined, words: Path | None, out: Path, sample: int, there: Path | None,
-    say: Say, ranks: Ranks,
+    training: Training, joined: Joined, words: Path | None, read: Tokenize | None, out: Path, sample: int,
+    there: Path | None, say: Say, ranks: Ranks,
 ) -> Path:  # fmt: skip
     from diffusers.training_utils import EMAModel
 
@@ -207,8 +237,7 @@ def _train(
         else Picture(training.net.px, centre=True)
     )
     pairs = Pairs(
-        joined, training.mix, picture, Words(words, training.net.context) if words else None,
-        seed=training.seed, batch=training.batch // ranks.ranks,
+        joined, training.mix, picture, read, seed=training.seed, batch=training.batch // ranks.ranks,
     )  # fmt: skip
     total = training.steps * training.batch
     return run_steps(
@@ -240,9 +269,9 @@ class Step:
         noise, normal_B = noise_of(self.seed, first, clean.shape)
         noise, time_B = noise.to(device), self.objective.times(normal_B.to(device))
         noisy = self.objective.noisy(clean, noise, time_B)
-        text, mask = _text(batch.texts)
+        text, mask = _text(batch.texts, device)
         with computing(device, self.precision):
-            out = self.module(noisy, time_B, text.to(device), mask.to(device))
+            out = self.module(noisy, time_B, text, mask)
         loss_B = self.objective.loss(out.float(), clean, noise, noisy, time_B)
         ok_B = batch.ok.to(device)
         number = ok_B.sum()
@@ -256,15 +285,16 @@ class Step:
         return float(told) / self.ranks.ranks
 
 
-def _text(texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _text(texts: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (B, T) or features (B, T, F), and (B, T) where there are any: as far as the longest goes, in
-    sixteens, for each length is compiled anew.
+    sixteens.
     """
-    is_features = texts.is_floating_point()
-    mask_BT = texts.any(-1) if is_features else texts[1].bool()
-    longest = -(-int(mask_BT.sum(1).max()) // 16) * 16
-    text = texts.float() if is_features else texts[0]
-    return text[:, :longest], mask_BT[:, :longest]
+    if texts.is_floating_point():
+        features_BTF = texts.to(device)
+        return features_BTF.float(), features_BTF.any(-1)
+    longest = -(-int(texts[1].sum(1).max()) // 16) * 16
+    tokens_BT, mask_BT = texts[:, :, :longest].to(device)
+    return tokens_BT, mask_BT.bool()
 
 
 def noise_of(seed: int, first: int, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,7 +339,10 @@ def _save(
 
     def write(folder: Path) -> None:
         objective = asdict(training.objective)
-        dit.describe(training.net, objective, words, folder, joined.latents, joined.features)
+        features = joined.features
+        if training.encoder:
+            features = {**(features or {}), "model": training.encoder}  # where a drawer looks for it
+        dit.describe(training.net, objective, words, folder, joined.latents, features)
         save_file(drawing, folder / dit.WEIGHTS, metadata={"format": "pt"})
         kept = {f"weights:{n}": t for n, t in weights.items()} | {
             f"moments:{n}": t for n, t in moments.items()

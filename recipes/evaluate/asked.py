@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from builder.captions.asking import Request
+from builder.captions.replies import Reply
 from builder.errors import InputError
 from builder.stages.caption import Caption, engine_of
 from recipes.demo import world
@@ -19,18 +20,21 @@ LEAST_PX = 128  # smaller pictures are shown larger: what a demo's captioner has
 
 
 def rated(benchmark: str, drawings: Drawings, judge: Caption) -> Result:
-    """The mean rating. A picture that gets none, for the model says something else, is counted and left out.
+    """The mean rating. A picture that gets none, for the model says something else or nothing, is counted
+    and left out; of prompts that were cut to fit a part was judged.
 
     Raises:
         InputError: none gets one.
     """
-    texts = said(drawings, judge)
+    replies = said(drawings, judge)
+    texts = [reply.text.strip() for reply in replies]
     ratings = [judge.read(text, "stop")[0] for text in texts]
     found = [rating for rating in ratings if isinstance(rating, int)]
     if not found:
         reason = f"{judge.model} rated none of {len(texts):,} pictures: it said {texts[0][:60]!r}"
         raise InputError(reason, "judge by a model that follows instructions")
-    counts = {"pictures": len(texts), "without a rating": len(texts) - len(found)}
+    cut = sum(reply.prompt_cut for reply in replies)
+    counts = {"pictures": len(texts), "without a rating": len(texts) - len(found), "prompts cut": cut}
     by = f"rating of 1 to 5 by {judge.model}; {drawings.how}"
     metrics = (metric("rating", [rating / 100 for rating in found]),)
     return Result(benchmark, by, drawings.name, counts, metrics, main="rating")
@@ -38,8 +42,7 @@ def rated(benchmark: str, drawings: Drawings, judge: Caption) -> Result:
 
 def read_back(benchmark: str, drawings: Drawings, scenes: Sequence[Scene], captioner: Caption) -> Result:
     """Of the (colour, shape) pairs of the scenes, those that a captioner of this world names."""
-    texts = said(drawings, captioner)
-    named = [world.named_pairs(text) for text in texts]
+    named = [world.named_pairs(reply.text) for reply in said(drawings, captioner)]
     wanted = [scene.pairs for scene in scenes]
     both = list(zip(wanted, named, strict=True))
     pairs = metric("pairs", [len(a & b) for a, b in both], list(map(len, wanted)))
@@ -48,8 +51,12 @@ def read_back(benchmark: str, drawings: Drawings, scenes: Sequence[Scene], capti
     return Result(benchmark, how, drawings.name, {"pictures": len(scenes)}, (pairs, more), main="pairs")
 
 
-def said(drawings: Drawings, kind: Caption) -> list[str]:
-    """Of each picture, its prompt being the caption that the kind quotes."""
+def said(drawings: Drawings, kind: Caption) -> list[Reply]:
+    """Of each picture, its prompt being the caption that the kind quotes.
+
+    Raises:
+        InputError: nothing of any of them.
+    """
     requests = []
     for number, (image, prompt) in enumerate(zip(drawings.images(), drawings.prompts, strict=True)):
         larger = -(-LEAST_PX // image.width)
@@ -58,6 +65,7 @@ def said(drawings: Drawings, kind: Caption) -> list[str]:
         requests.append(Request(str(number), world.jpeg(shown, 95), row))
     with closing(engine_of([kind])) as engine:
         replies = engine.replies(kind, requests)
-    if failed := [reply.error for reply in replies.values() if reply.error]:
-        raise InputError(f"{kind.model} said nothing of {len(failed)} pictures: {failed[0]}", "ask again")
-    return [replies[str(number)].text.strip() for number in range(len(requests))]
+    found = [replies[str(number)] for number in range(len(requests))]
+    if all(reply.error for reply in found):
+        raise InputError(f"{kind.model} said nothing of {len(found)} pictures: {found[0].error}", "see why")
+    return found

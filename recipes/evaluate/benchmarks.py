@@ -211,14 +211,20 @@ def judge(
 
 
 def geneval(
-    *, metadata: str, detector: str, clip: str, folder: str = "runs/drawn", name: str = "geneval"
+    *,
+    metadata: str,
+    detector: str,
+    clip: str,
+    pictures: int = 4,
+    folder: str = "runs/drawn",
+    name: str = "geneval",
 ) -> Benchmark:
     """Objects, colours, counts and positions in drawn pictures, as GenEval checks them: `metadata` is its
-    evaluation_metadata.jsonl, `detector` a detector of transformers (a folder or a Hub id@revision), `clip`
-    an open_clip model that tells colours.
+    evaluation_metadata.jsonl, of each prompt so many `pictures`, one behind the other; `detector` a detector
+    of transformers (a folder or a Hub id@revision), `clip` an open_clip model that tells colours.
     """
-    asked_for = by_detector.read(Path(metadata))
-    by_detector.check_detector(detector)
+    asked_for = [one for one in by_detector.read(Path(metadata)) for _ in range(pictures)]
+    by_detector.check_detector(detector, asked_for)
     check_clip(clip)
 
     def run(artist: Artist) -> list[Result]:
@@ -250,6 +256,9 @@ def world_drawings(
     if scenes < 3:
         raise InputError(f"scenes={scenes} are too few for a distance", "give 3 or more")
     check_clip(clip)
+    by = Caption(model=captioner, dtype="float32", max_model_len=768, kv_cache_gib=1) if captioner else None
+    if by:
+        by.check()
     real, texts = of_the_world.prompts(scenes, style)
 
     def run(artist: Artist) -> Iterable[Result]:
@@ -261,8 +270,7 @@ def world_drawings(
             f"{name}: distance", drawings, pictures, distances.of_model(model), Image.Resampling.BILINEAR
         )  # as a training has made them small
         yield by_cosine.clip_score(model, f"{name}: CLIP score", drawings, drawings.prompts)
-        if captioner:
-            by = Caption(model=captioner, dtype="float32", max_model_len=768, kv_cache_gib=1)
+        if by:
             yield asked.read_back(f"{name}: captions", drawings, real, by)
 
     return Benchmark(run, "pictures")

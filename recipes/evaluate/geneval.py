@@ -1,15 +1,16 @@
 """Objects, colours, counts and positions, checked by a detector: as GenEval (arXiv 2310.11513), of whose
 evaluation_metadata.jsonl every line is a prompt with what its picture is to have.
 
-Its thresholds and its rules for positions; colours are told by an open_clip model from an object's box, where
-GenEval cuts it out by its mask. Any detector that transformers loads will do: it is named in the protocol,
-and numbers of two detectors are not comparable.
+Its thresholds, its rules for positions, and four pictures a prompt unless told; colours are told by an
+open_clip model from an object's box, where GenEval cuts it out by its mask. Any detector that transformers
+loads will do: it is named in the protocol, and numbers of two detectors are not comparable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from builder.errors import InputError
 from builder.files import read_file
 from builder.model import check_files, fetched, hub_model, model_folder
 from builder.typed import from_json
-from recipes.demo.world import jpeg
 from recipes.evaluate.drawings import Drawings
-from recipes.evaluate.model import Model, Picture
+from recipes.evaluate.model import Model, Vectors
 from recipes.evaluate.results import Result, metric
 from recipes.evaluate.zeroshot import weights
 
 SURE, SURE_TO_COUNT, AT_MOST = 0.3, 0.9, 16  # of a detection; objects of a class
 APART = 0.1  # of both objects' sizes: a position within it is none
+NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}  # COCO's
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {{c}} {}", "a photo of a {{c}}-colored {}", "a photo of a {{c}} object")
 
@@ -60,27 +61,47 @@ def read(path: Path) -> list[Asked]:
         if line.strip():
             about = from_json(dict[str, Any], line, what=f"{path}, line {number}")
             try:
-                include = [{"count": 1, **one, "class": one["class"]} for one in about["include"]]
-                found.append(Asked(about["tag"], about["prompt"], include, about.get("exclude", [])))
-            except (KeyError, TypeError) as error:
-                reason = f"{path}, line {number} has not tag, prompt and include: {error}"
+                include = [_object(one) for one in about["include"]]
+                exclude = [_object(one) | {"count": one["count"]} for one in about.get("exclude", [])]
+                if any(one["position"][1] >= place for place, one in enumerate(include) if "position" in one):
+                    raise ValueError("a position is to an object before it")
+                found.append(Asked(about["tag"], about["prompt"], include, exclude))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                reason = f"{path}, line {number} has not tag, prompt, include and exclude: {error}"
                 raise InputError(reason, "give GenEval's evaluation_metadata.jsonl") from error
     if not found:
         raise InputError(f"{path} has no prompts", "give GenEval's evaluation_metadata.jsonl")
     return found
 
 
-def check_detector(model: str) -> None:
-    """Raises:
-    InputError: it is no folder of a model, and no Hub id.
+def _object(one: dict[str, Any]) -> dict[str, Any]:
+    return {"count": 1, **one, "class": NAMES.get(one["class"], one["class"])}
+
+
+def check_detector(model: str, asked: Sequence[Asked]) -> None:
+    """Before anything is drawn. Of one from the Hub its classes are looked at when it is there.
+
+    Raises:
+        InputError: it is no detector, or does not know a class that is asked for.
     """
-    folder = model_folder(model)
+    folder, hint = model_folder(model), "name a detector of transformers, such as DETR"
     if folder is None:
         hub_model(model)
-    elif not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json", "name a detector of transformers, such as DETR")
-    else:
-        check_files(folder)
+        return
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}", hint)
+    path = folder / "config.json"
+    known = from_json(dict[str, Any], read_file(path), what=str(path)).get("id2label") or {}
+    _check_classes(model, set(known.values()), asked)
+    check_files(folder)
+
+
+def _check_classes(model: str, known: set[str], asked: Sequence[Asked]) -> None:
+    classes = {one["class"] for of in asked for one in (*of.include, *of.exclude)}
+    if unknown := sorted(classes - known):
+        reason = f"{model} does not know '{unknown[0]}', which is asked for"
+        raise InputError(reason, "give a detector of COCO's classes, by these names")
 
 
 class Detector:
@@ -90,7 +111,6 @@ class Detector:
         """Raises:
         InputError: it detects nothing.
         """
-        check_detector(model)
         import torch
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -129,26 +149,24 @@ def geneval(
     Raises:
         InputError: the detector does not know a class that is asked for.
     """
-    known = set(detector.names.values())
-    classes = {one["class"] for of in asked for one in (*of.include, *of.exclude)}
-    if unknown := sorted(classes - known):
-        reason = f"{detector.name} does not know '{unknown[0]}', which is asked for"
-        raise InputError(reason, "give a detector of COCO's classes, by these names")
+    _check_classes(detector.name, set(detector.names.values()), asked)
     right = []
+    colours = Colours(clip)
     for image, one in zip(drawings.images(), asked, strict=True):
-        right.append(wrong(image, one, detector(image), clip) is None)
+        right.append(wrong(image, one, detector(image), colours) is None)
     tags = sorted({one.tag for one in asked})
     groups = [tags.index(one.tag) for one in asked]
     found = [metric("mean over tags", right, groups=groups, statistic="macro")]
     for number, tag in enumerate(tags):
         of = np.array(groups) == number
         found.append(metric(tag, np.array(right) * of, of))
-    how = f"as GenEval, by {detector.name}, colours by {clip.name}; {drawings.how}"
+    each = len(asked) / len({one.prompt for one in asked})
+    how = f"as GenEval, {each:g} a prompt, by {detector.name}, colours by {clip.name}; {drawings.how}"
     counts = {"pictures": len(right)}
     return Result(benchmark, how, drawings.name, counts, tuple(found), main="mean over tags")
 
 
-def wrong(image: Image.Image, asked: Asked, objects: Sequence[Object], clip: Model) -> str | None:
+def wrong(image: Image.Image, asked: Asked, objects: Sequence[Object], colours: Colours) -> str | None:
     """What is not as it was asked for, first."""
     sure = SURE_TO_COUNT if asked.tag == "counting" else SURE
     groups: list[list[Object]] = []
@@ -158,7 +176,7 @@ def wrong(image: Image.Image, asked: Asked, objects: Sequence[Object], clip: Mod
         if len(found) < one["count"]:
             return f"{len(found)} of {one['count']} {one['class']}"
         if colour := one.get("color"):
-            seen = colours(image, found, one["class"], clip)
+            seen = colours(image, found)
             if seen.count(colour) < one["count"]:
                 return f"{one['class']} is {', '.join(seen)}, not {colour}"
         if position := one.get("position"):
@@ -187,16 +205,22 @@ def positions(ours: Object, theirs: Object) -> set[str]:
     return {name for name, is_so in found.items() if is_so}
 
 
-def colours(image: Image.Image, objects: Sequence[Object], name: str, clip: Model) -> list[str]:
-    """Of each the nearest."""
-    crops = []
-    for number, one in enumerate(objects):
-        left, top, right, bottom = one.box
-        part = image.crop(
-            (int(left), int(top), max(int(right), int(left) + 1), max(int(bottom), int(top) + 1))
-        )
-        crops.append(Picture(f"{name} {number}", jpeg(part, 95)))
-    image_NE, _ = clip.images(crops)
-    templates = [template.format(name) for template in TEMPLATES]
-    class_CE = weights(clip, COLOURS, templates)
-    return [COLOURS[best] for best in (image_NE @ class_CE.T).argmax(1)]
+class Colours:
+    """Of objects in a picture, by their classes' names in three templates."""
+
+    def __init__(self, clip: Model) -> None:
+        self.clip = clip
+        self._of_class = lru_cache(100)(self._weights)
+
+    def _weights(self, name: str) -> Vectors:
+        return weights(self.clip, COLOURS, [template.format(name) for template in TEMPLATES])
+
+    def __call__(self, image: Image.Image, objects: Sequence[Object]) -> list[str]:
+        found = []
+        for one in objects:
+            left, top = (max(0, round(edge)) for edge in one.box[:2])
+            right, bottom = min(image.width, round(one.box[2])), min(image.height, round(one.box[3]))
+            part = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+            near = self.clip.vectors([part]) @ self._of_class(one.name).T
+            found.append(COLOURS[int(near.argmax())])
+        return found
