@@ -20,7 +20,8 @@ from PIL import Image
 from builder.errors import InputError
 from builder.stages.imagetar import images
 from recipes.data import Mix, Order, Pairs, Picture, batches
-from recipes.join import Joined, images_of, join
+from recipes.images import images_of
+from recipes.join import Joined, join
 
 ROW = {
     "uid": "0" * 32,
@@ -354,5 +355,5 @@ def test_a_file_of_images_that_is_gone_is_no_picture_that_cannot_be_decoded(
         table.set_column(table.column_names.index("file"), "file", gone), tmp_path / "00000.parquet"
     )
     moved = Joined(tmp_path, joined.rows[:1], joined.captions, joined.audit, joined.of)
-    with pytest.raises(InputError, match=r"gone\.tar is gone, in which there were images"):
+    with pytest.raises(InputError, match=r"gone\.tar is gone, which was joined"):
         list(batches(a_dataset(moved, 4), start=0, samples=4, workers=0))

@@ -198,7 +198,7 @@ def test_other_texts_have_no_features(
 ) -> None:
     """Rows whose features are of another text than the version's are not trained on."""
     version = str(published_in(demo_run))
-    kept, changed = recipes.join._shards, 0
+    kept, changed = recipes.join.shards_of, 0
 
     def others(*what: str) -> Iterator[tuple[Path, Path, tensors.Shard]]:
         nonlocal changed
@@ -211,7 +211,7 @@ def test_other_texts_have_no_features(
             pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(table)), copy)
             yield path, copy, shard
 
-    monkeypatch.setattr("recipes.join._shards", others)
+    monkeypatch.setattr("recipes.join.shards_of", others)
     with pytest.raises(InputError, match="features of other texts"):
         join(version, str(run), tmp_path / "b", features="text_features")
     joined = join(version, str(run), tmp_path / "b", min_found=0.1, features="text_features")

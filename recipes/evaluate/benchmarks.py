@@ -32,7 +32,7 @@ from recipes.evaluate.datacomp import datacomp as tasks_of
 from recipes.evaluate.drawings import Artist
 from recipes.evaluate.model import Model, Picture
 from recipes.evaluate.results import Result
-from recipes.join import PICTURES
+from recipes.images import PICTURES
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from builder.typed import from_json
 from recipes.evaluate.model import Model, Picture, Vectors, inside, missing
 from recipes.evaluate.results import Metric, Result, metric
 from recipes.evaluate.webdatasets import samples
-from recipes.join import PICTURES
+from recipes.images import PICTURES
 
 
 @dataclass(frozen=True)

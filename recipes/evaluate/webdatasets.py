@@ -14,7 +14,7 @@ import numpy as np
 
 from builder.errors import InputError
 from recipes.evaluate.model import Picture
-from recipes.join import PICTURES
+from recipes.images import PICTURES
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from builder.files import read_lines
 from recipes.evaluate.model import Model, Picture, Vectors
 from recipes.evaluate.results import Metric, Result, metric
 from recipes.evaluate.webdatasets import samples
-from recipes.join import PICTURES
+from recipes.images import PICTURES
 
 Labelled = tuple[Picture, Any]
 """A picture and its class's number; of several labels a classes' row of 0 and 1."""
