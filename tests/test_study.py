@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from test_data import published_in
 
+from recipes import study
 from recipes.clip import table3
 from recipes.demo import demo
 from recipes.dit import table7
@@ -47,6 +48,14 @@ def test_a_value_is_the_mean_over_seeds_and_a_difference_is_of_the_same_draws(tm
     assert value.high - value.low > 20  # three seeds, far apart
     assert 0 < difference.low < difference.value < difference.high
     assert difference.high - difference.low < value.high - value.low
+
+
+def test_what_was_written_below_a_page_stays(tmp_path: Path) -> None:
+    page = tmp_path / "table.md"
+    study.write(page, "# One\n")
+    page.write_text(page.read_text() + "\n## Remarks\n\nLook at the third row.\n")
+    study.write(page, "# Two\n")
+    assert page.read_text() == "# Two\n\n## Remarks\n\nLook at the third row.\n"
 
 
 @SLOW
