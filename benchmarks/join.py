@@ -72,7 +72,8 @@ def one(rows: int) -> None:
         out.mkdir()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is the join's alone
         begun = time.monotonic()
-        shards, audit = join._join(version, "", out, ("org_caption", "re_caption"), None)
+        found = join._join(version, "", out, ("org_caption", "re_caption"), None, "", "", "{}")
+        shards, audit = found.rows, found.audit
         seconds = time.monotonic() - begun
         assert sum(shards) == audit.found == rows - 2 * (rows // 50)
         size = sum(path.stat().st_size for path in out.glob("*.parquet"))

@@ -96,6 +96,10 @@ class Mix:
         there = [name for name in known if (row.get(name) or "").strip()]
         return [name for name in there if name in chosen] or there[:1]
 
+    def has_text(self, row: Mapping[str, Any]) -> bool:
+        """In any column that a sample's text may come from."""
+        return any((row.get(name) or "").strip() for name in (*self.captions, ORIGINAL))
+
     def caption(self, row: Mapping[str, Any]) -> str:
         """The whole of the first caption that there is, by the order of the weights: what a decoder is to
         say.
@@ -213,8 +217,9 @@ class Picture:
 @dataclass(frozen=True)
 class Batch:
     """`images` (B, 3, px, px) uint8, or latents; `texts` (..., B, T) int64, or features (B, T, F) float16, 0
-    behind a text's last; `ok` (B) is False where an image cannot be decoded, whose pixels are 0; `cut` counts
-    texts that are longer than the context. `captions` (B, C) are for a decoder.
+    behind a text's last; `ok` (B) is False where an image cannot be decoded, whose pixels are 0, or, of so
+    many as are `textless`, its row has no text at all; `cut` counts texts that are longer than the context.
+    `captions` (B, C) are for a decoder.
     """
 
     uids: list[str]
@@ -223,6 +228,7 @@ class Batch:
     ok: torch.Tensor
     cut: int
     captions: torch.Tensor | None = None
+    textless: int = 0
 
     def pin_memory(self) -> Batch:
         images, texts, ok = (tensor.pin_memory() for tensor in (self.images, self.texts, self.ok))
@@ -261,7 +267,7 @@ class Pairs(Dataset[Batch | UserError]):
 
     def at(self, number: int) -> Batch:
         rows: Rows = []
-        images, ok = [], []
+        images, ok, textless = [], [], 0
         for sample in range(number, number + self.batch):
             epoch, shard, place = self.order.at(sample)
             row = {name: column[place].as_py() for name, column in self._tables(shard).items()}
@@ -273,28 +279,32 @@ class Pairs(Dataset[Batch | UserError]):
                 images.append(self._empty().permute(2, 0, 1))
                 ok.append(False)
             else:
-                ok.append(True)
+                ok.append(self.mix.has_text(row))
+                textless += not ok[-1]
         texts, cut = self._texts(rows)
         captions = self.captions([self.mix.caption(row) for row, _ in rows])[0] if self.captions else None
         uids = [row["uid"] for row, _ in rows]
         pixels = torch.stack([image.permute(1, 2, 0) for image in images], out=self._pixels())
-        return Batch(uids, pixels.permute(0, 3, 1, 2), texts, torch.tensor(ok), cut, captions)
+        return Batch(uids, pixels.permute(0, 3, 1, 2), texts, torch.tensor(ok), cut, captions, textless)
 
     def _texts(self, rows: Rows) -> tuple[torch.Tensor, int]:
         if self.tokenize:
             return self.tokenize([self.mix.text(row, self.seed, epoch) for row, epoch in rows])
         about, cut = self.joined.features, 0
         assert about is not None
-        width = about["width"]
-        features_BTF = torch.zeros(len(rows), about["context"], width, dtype=torch.float16)
-        for place, (row, epoch) in enumerate(rows):
+        width, where = about["width"], []
+        for row, epoch in rows:
             start, tokens = about["start"], about["empty"]
-            for name in self.mix.columns(row, self.seed, epoch):
+            for name in self.mix.columns(row, self.seed, epoch):  # one: of two together there are none
                 start, tokens = row[f"{name}_start"], row[f"{name}_tokens"]
                 cut += row[f"{name}_cut"]
-            data = bytearray(self._file(row["text_file"]).read(start, tokens * 2 * width))
+            where.append((row["text_file"], start, tokens))
+        longest = in_sixteens(max(tokens for _, _, tokens in where))
+        features_BTF = torch.zeros(len(rows), longest, width, dtype=torch.float16)
+        for place, (file, start, tokens) in enumerate(where):
+            data = bytearray(self._file(file).read(start, tokens * 2 * width))
             features_BTF[place, :tokens] = torch.frombuffer(data, dtype=torch.float16).view(tokens, width)
-        return to_the_longest(features_BTF), cut
+        return features_BTF, cut
 
     def _empty(self, *number: int) -> torch.Tensor:
         shape = (*number, self.picture.px, self.picture.px, self.picture.channels)
@@ -333,10 +343,9 @@ class _File:
             os.close(self.descriptor)
 
 
-def to_the_longest(features_BTF: torch.Tensor) -> torch.Tensor:
-    """Without what is behind the longest text, in sixteens: each length is compiled anew."""
-    longest = int(features_BTF.any(-1).sum(1).max())
-    return features_BTF[:, : -(-longest // 16) * 16].contiguous()
+def in_sixteens(tokens: int) -> int:
+    """To which length texts are filled up: each is compiled anew."""
+    return -(-tokens // 16) * 16
 
 
 def _columns(joined: Joined, shard: int) -> dict[str, pa.Array]:

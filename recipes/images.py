@@ -139,10 +139,15 @@ def _of_tars(tars: list[Path]) -> Iterator[Found]:
     """img2dataset's: beside a tar its table, with the sha256 of the download, and uid where it was kept."""
     for shard, path in enumerate(tars):
         beside = path.with_suffix(".parquet")
-        there = pq.read_schema(beside).names if beside.exists() else []
+        there = _names(beside) if beside.exists() else []
         if not {"key", "sha256"} <= set(there):
             raise InputError(f"{beside} is missing, or has not key and sha256", HASHED)
-        table = pq.read_table(beside, columns=[name for name in ("key", "sha256", "uid") if name in there])
+        try:
+            table = pq.read_table(
+                beside, columns=[name for name in ("key", "sha256", "uid") if name in there]
+            )
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"{beside} is damaged: {str(error)[:100]}", "write that tar again") from error
         known = {row["key"]: row for row in table.to_pylist()}
         with tarfile.open(path) as tar:
             for member in tar:
@@ -152,13 +157,18 @@ def _of_tars(tars: list[Path]) -> Iterator[Found]:
                     yield row.get("uid"), row["sha256"], shard, str(path), member.offset_data, member.size
 
 
+def _names(path: Path) -> list[str]:
+    try:
+        names: list[str] = pq.read_schema(path).names
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path} cannot be read: {error}", "delete it, or write it again") from error
+    return names
+
+
 def _with_pictures(folder: Path) -> Iterator[tuple[Path, str]]:
     """Tables that hold pictures, and in which column."""
     for path in sorted(folder.glob("*.parquet")):
-        try:
-            there = pq.read_schema(path).names
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{path} cannot be read: {error}", "delete it, or write it again") from error
+        there = _names(path)
         yield from ((path, kind[1:]) for kind in PICTURES if kind[1:] in there)
 
 

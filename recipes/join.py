@@ -9,6 +9,8 @@ It is made once, before the first step, out of core: what is held of a data set 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -44,8 +46,9 @@ _FOUND = pa.schema(
 @dataclass(frozen=True)
 class Audit:
     """Of a join: rows that are wanted, those whose image was found, those whose image is another one than the
-    row says, and images that no row has. Where features of texts are joined, of the rows that found their
-    image those are not found that have no features, or features of other texts.
+    row says, and images that no row has; of what a subset wants, rows that the version has not. Where
+    features of texts are joined, of the rows that found their image those are not found that have no
+    features, or features of other texts.
     """
 
     rows: int
@@ -55,10 +58,13 @@ class Audit:
     without_row: int
     without_features: int = 0
     other_text: int = 0
+    not_in_version: int = 0
 
     def __str__(self) -> str:
         share = 100 * self.found / self.rows if self.rows else 0.0
         other = f", {self.other_image:,} of them another one than the row's" if self.other_image else ""
+        if self.not_in_version:
+            other += f", {self.not_in_version:,} of them are not in the version"
         if self.without_features:
             other += f", {self.without_features:,} found no features of their texts"
         if self.other_text:
@@ -75,6 +81,7 @@ class Joined:
     """`rows`: of each shard. `of` names what it was made of; `latents`, where those were joined in the place
     of the images, their VAE, its factor, the pictures' size, and their shape; `features`, where those were
     joined in the place of the texts, their encoder, its context and width, and what there is of no text.
+    `order` is of the uids, as they come.
     """
 
     folder: Path
@@ -84,6 +91,7 @@ class Joined:
     of: str
     latents: dict[str, Any] | None = None
     features: dict[str, Any] | None = None
+    order: str = ""
 
     def about(self) -> dict[str, Any]:
         """What was joined, by content."""
@@ -92,7 +100,7 @@ class Joined:
             "version": f"{of['version']['name']} {of['version']['version']}",
             "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
             "subset": of.get("subset"), "rows": list(self.rows), "found": self.audit.found,
-            "latents": self.latents, "features": self.features,
+            "latents": self.latents, "features": self.features, "order": self.order,
         }  # fmt: skip
 
     def shard(self, number: int) -> pa.Table:
@@ -138,20 +146,27 @@ def join(
     if subset:
         given["subset"] = sha256_file(subset)
     made_of = json.dumps(given, sort_keys=True)
+    before = folder.with_name(f"{folder.name}.before")  # a join that is refused takes no other's place
+    if before.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(before, folder)
     there = read(folder)
     if there is None or there.of != made_of:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / "join.json", *folder.glob("[0-9]*.*")):
-            old.unlink(missing_ok=True)
+        if there:
+            os.replace(folder, before)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         try:
             there = _join(opened, images, folder, columns, subset, latents, features, made_of)
             _check(there, images, version, min_found)
+            written = {name: value for name, value in vars(there).items() if name != "folder"}
+            write_atomically(folder / "join.json", json.dumps(written | {"audit": asdict(there.audit)}))
         except BaseException:
-            for copied in folder.glob("*.images"):
-                copied.unlink()
+            shutil.rmtree(folder)
+            if before.exists():
+                os.replace(before, folder)
             raise
-        written = {name: value for name, value in vars(there).items() if name != "folder"}
-        write_atomically(folder / "join.json", json.dumps(written | {"audit": asdict(there.audit)}))
+        shutil.rmtree(before, ignore_errors=True)
     _check(there, images, version, min_found)
     return there
 
@@ -192,6 +207,7 @@ def read(folder: Path) -> Joined | None:
         str(found["of"]),
         found.get("latents"),
         found.get("features"),
+        found.get("order", ""),
     )
 
 
@@ -200,7 +216,7 @@ def _join(
     features: str, made_of: str,
 ) -> Joined:  # fmt: skip
     with sql.connect(folder, memory_limit=MEMORY) as con:
-        _create_rows(con, version, captions, subset)
+        unknown = _create_rows(con, version, captions, subset)
         together = "select 1 from rows where contains(caption, '+') limit 1"
         if features and con.sql(together).fetchall():
             reason = f"{subset} wants two captions together, of which there are no features"
@@ -214,14 +230,14 @@ def _join(
         while some := list(islice(images_found, 50_000)):
             con.register("batch", pa.table(list(map(pa.array, zip(*some, strict=True))), schema=_FOUND))
             con.execute("insert into found from batch")
-        # Of images without a uid those of one sha256 are one image.
+        # An image that is there twice is one; of those without a uid, images of one sha256 are.
         con.execute(
             """
             create table images as
-                from found where uid is not null union all
-                select null, sha256, min(shard), arg_min(file, (shard, file)), arg_min(start, (shard, file)),
-                       arg_min(bytes, (shard, file))
-                from found where uid is null group by sha256;
+                select uid, sha256, min(shard) as shard, arg_min(file, (shard, file, start)) as file,
+                       arg_min(start, (shard, file, start)) as start,
+                       arg_min(bytes, (shard, file, start)) as bytes
+                from found group by uid, sha256;
             create table joined as
                 select rows.*, images.shard, images.file, images.start, images.bytes
                 from rows join images
@@ -229,15 +245,20 @@ def _join(
             """
         )
         numbers = _numbers(con)
+        numbers[0] += unknown
+        numbers += [0, 0]
         listed = list(captions)
         if features:
             _join_features(con, images, features, captions, told)
             (found,) = con.sql("select count(*) from joined").fetchall()[0]
             (known,) = con.sql("select count(*) from before semi join features using (uid)").fetchall()[0]
-            numbers = [numbers[0], found, *numbers[2:], numbers[1] - known, known - found]
+            numbers[5:] = [numbers[1] - known, known - found]
+            numbers[1] = found
             listed += ["text_file", *(f"{name}_{kind}" for name in captions for kind in FEATURES)]
-        rows = tuple(_write(con, folder, listed))
-        return Joined(folder, rows, captions, Audit(*numbers), made_of, about or None, told or None)
+        order = sha256()
+        rows = tuple(_write(con, folder, listed, order))
+        audit = Audit(*[*numbers, unknown])
+        return Joined(folder, rows, captions, audit, made_of, about or None, told or None, order.hexdigest())
 
 
 FEATURES = {"start": pa.int64(), "tokens": pa.int32(), "cut": pa.bool_()}  # of each caption
@@ -303,8 +324,10 @@ def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
 
 def _create_rows(
     con: duckdb.DuckDBPyConnection, version: Version, captions: tuple[str, ...], subset: Path | None
-) -> None:
-    """The table `rows(uid, sha256, caption, ...)`: of each caption a column, some of which has a text."""
+) -> int:
+    """The table `rows(uid, sha256, caption, ...)`: of each caption a column, some of which has a text. Gives
+    how many uids of the subset the version has not.
+    """
     files = [f"{version.root}/{name}" for name in version.manifest["files"] if name.startswith("data/train-")]
     if not version.is_local:
         con.register_filesystem(version.fs)
@@ -322,8 +345,9 @@ def _create_rows(
             con.execute("insert into uids from part")
         of = "semi join uids using (uid)"
     elif subset:
-        chosen, of = "subset.caption", f"join {sql.table(subset)} subset using (uid)"
+        chosen, of = "uids.caption", "join uids using (uid)"
         _check_subset(con, subset, captions)
+        con.execute(f"create table uids as select distinct uid, caption from {sql.table(subset)}")
     con.execute(
         f"create table rows as select uid, sha256, {chosen} as caption, {listed} from {sql.table(files)} {of}"
     )
@@ -332,6 +356,9 @@ def _create_rows(
     for name in captions:
         if con.sql(f"select 1 from rows where {sql.identifier(name)} <> '' limit 1").fetchall() == []:
             raise InputError(f"the captions '{name}' are empty in every row", "train on another column")
+    if not subset:
+        return 0
+    return int(con.sql("select count(distinct uid) from uids anti join rows using (uid)").fetchall()[0][0])
 
 
 def _check_subset(con: duckdb.DuckDBPyConnection, subset: Path, captions: tuple[str, ...]) -> None:
@@ -357,8 +384,12 @@ def _uids(subset: Path) -> Iterator[pa.Table]:
         yield pa.table({"uid": [f"{int(high):016x}{int(low):016x}" for high, low in part]})
 
 
-def _write(con: duckdb.DuckDBPyConnection, folder: Path, captions: Sequence[str]) -> Iterator[int]:
-    """Shard by shard, each in the order of its images; gives their rows. Shards without any are left out."""
+def _write(
+    con: duckdb.DuckDBPyConnection, folder: Path, captions: Sequence[str], order: Any
+) -> Iterator[int]:
+    """Shard by shard, each in the order of its images; gives their rows. Shards without any are left out. Of
+    the uids `order` is told.
+    """
     listed = ", ".join(("uid", "sha256", "file", "start", "bytes", "caption", *map(sql.identifier, captions)))
     ends = [0]
     for (rows,) in con.sql("select count(*) from joined group by shard order by shard").fetchall():
@@ -373,6 +404,8 @@ def _write(con: duckdb.DuckDBPyConnection, folder: Path, captions: Sequence[str]
             waiting.append(reader.read_next_batch())
             here += len(waiting[-1])
         table = pa.Table.from_batches(waiting)
-        write_parquet(table.slice(0, stop - start), folder / f"{number:05d}.parquet")
+        shard = table.slice(0, stop - start)
+        order.update("\n".join(shard["uid"].to_pylist()).encode() + b"\n")
+        write_parquet(shard, folder / f"{number:05d}.parquet")
         waiting = table.slice(stop - start).to_batches()
         yield stop - start

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from builder.errors import InputError, telling_of_a_full_disk
-from builder.files import sync, write_atomically
+from builder.files import lock, sync, write_atomically
 from recipes.data import Batch, Mix, Pairs, batches
 from recipes.join import ORIGINAL, Joined, join, read
 
@@ -86,6 +88,25 @@ def processes() -> Iterator[Ranks]:
         yield Ranks(rank, ranks, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
+    """A folder is trained in by one training at a time.
+
+    Raises:
+        InputError: another one is at it.
+    """
+    if not ranks.is_first:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    busy = f"another process trains in {out}"
+    with ExitStack() as stack:
+        with suppress(NotImplementedError):  # a file system without locks
+            hint = "wait until it has ended, or train into another folder: --out"
+            stack.enter_context(lock(out / ".lock", busy, hint))
+        yield
 
 
 def spread(
@@ -160,7 +181,8 @@ def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> Non
         before, now = json.loads(path.read_text()), json.loads(about)
         then = {one.name: one.default for one in fields(training) if one.default is not MISSING}
         before = then | before  # a setting that came later was as it is unless given
-        differ = [name for name in now if name not in free and before.get(name) != now[name]]
+        # Also in which order captions are named: it decides what is drawn.
+        differ = [name for name in now if name not in free and not _same(before.get(name), now[name])]
         if differ:
             name, was = differ[0], before.get(differ[0])
             hint = f"give {name}={was}, or " if isinstance(was, str | int | float) else ""
@@ -174,6 +196,11 @@ def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> Non
     ranks.wait()
 
 
+def _same(before: Any, now: Any) -> bool:
+    """Mappings in the same order too."""
+    return before == now and json.dumps(before) == json.dumps(now)
+
+
 def settle_data(about: Mapping[str, Any], out: Path, ranks: Ranks) -> None:
     """What a training reads stays: a version that is not named by its number, and files, may change.
 
@@ -183,7 +210,7 @@ def settle_data(about: Mapping[str, Any], out: Path, ranks: Ranks) -> None:
     path, now = out / "data.json", json.loads(json.dumps(about))
     if latest(out)[1] and path.exists():
         before = json.loads(path.read_text())
-        if differ := [name for name in now if before.get(name) != now[name]]:
+        if differ := [name for name in before if name in now and before[name] != now[name]]:
             was, is_ = before.get(differ[0]), now[differ[0]]
             reason = f"{out} was trained on other data: {differ[0]} was {was}, and is {is_}"
             raise InputError(reason, "name the version by its number (@v1.0.0), or train into another folder")
@@ -229,6 +256,19 @@ def latest(out: Path) -> tuple[int, Path | None]:
     return (int(found[-1].name.partition("-")[2]), found[-1]) if found else (0, None)
 
 
+def tensors_in(path: Path) -> Tensors:
+    """Of a checkpoint.
+
+    Raises:
+        InputError: the file is damaged, or gone.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = f"{path} is damaged: {str(error).splitlines()[0]}"
+        raise InputError(reason, f"rm -r {path.parent}: it goes on from the checkpoint before") from error
+
+
 def checkpoint(out: Path, sample: int, write: Callable[[Path], None]) -> Path:
     """A checkpoint, whole or not at all; those before the last two go.
 
@@ -242,6 +282,7 @@ def checkpoint(out: Path, sample: int, write: Callable[[Path], None]) -> Path:
             write(part)
             for file in part.iterdir():
                 sync(file)
+            sync(part)
             os.replace(part, there)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -362,10 +403,11 @@ class Seen:
     """Of all processes' samples since the training began or went on."""
 
     def __init__(self) -> None:
-        self.numbers = [0, 0, 0]
+        self.numbers = [0, 0, 0, 0]
 
     def add(self, batch: Batch, ranks: Ranks) -> None:
-        numbers = [len(batch.uids), batch.cut, int((~batch.ok).sum())]
+        failed = int((~batch.ok).sum()) - batch.textless
+        numbers = [len(batch.uids), batch.cut, failed, batch.textless]
         if ranks.ranks > 1:
             of_all = torch.tensor(numbers, device=ranks.device)
             dist.all_reduce(of_all)
@@ -373,8 +415,10 @@ class Seen:
         self.numbers = [a + b for a, b in zip(self.numbers, numbers, strict=True)]
 
     def about(self) -> dict[str, float]:
-        texts, cut, failed = self.numbers
-        return {"undecodable": failed, "cut_percent": round(100 * cut / texts, 2)}
+        texts, cut, failed, textless = self.numbers
+        return {
+            "undecodable": failed, "without_text": textless, "cut_percent": round(100 * cut / texts, 2),
+        }  # fmt: skip
 
 
 class Report:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import open_clip
@@ -33,7 +33,7 @@ from recipes.clip.plan import forward_flops, parameters, plan
 from recipes.clip.train import MOMENTS, Phase, Training, train
 from recipes.data import Mix
 from recipes.push import push_model
-from recipes.training import checkpoint
+from recipes.training import ALONE, alone_in, checkpoint
 
 TINY = Towers(vision="T", text="T", patch=8, context=48, tokenizer=str(CLIP))
 
@@ -247,8 +247,27 @@ def test_a_checkpoint_is_a_model_of_open_clip(demo_run: Path, tmp_path: Path) ->
 
 def test_another_training_is_not_mixed_with_it(demo_run: Path, tmp_path: Path) -> None:
     train(a_training(demo_run), tmp_path / "out", say=lambda _: None)
+    both = a_training(demo_run, mix=Mix({"re_caption": 1.0, "org_caption": 1.0}))
+    told = tmp_path / "order" / "training.json"
+    told.parent.mkdir()
+    told.write_text(json.dumps(asdict(both)))
+    with pytest.raises(InputError, match="holds another training: mix was"):  # the order decides the draw
+        train(replace(both, mix=Mix({"org_caption": 1.0, "re_caption": 1.0})), told.parent)
+    with (
+        alone_in(tmp_path / "order", ALONE),
+        pytest.raises(InputError, match="another process trains in"),
+        alone_in(tmp_path / "order", ALONE),
+    ):
+        pass
     with pytest.raises(InputError, match="holds another training: seed was 0"):
         train(a_training(demo_run, seed=1), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "step-000000000192")
+    (last,) = (tmp_path / "out").glob("step-*")
+    whole = (last / "training.tensors").read_bytes()
+    (last / "training.tensors").write_bytes(whole[:1000])
+    with pytest.raises(InputError, match=r"training\.tensors is damaged.*\n.*rm -r"):
+        train(a_training(demo_run), tmp_path / "out", say=lambda _: None)
+    (last / "training.tensors").write_bytes(whole)
     larger = a_training(demo_run, towers=replace(TINY, text="S"))
     (tmp_path / "out" / "training.json").unlink()
     longer = replace(larger, phases=(replace(larger.phases[0], samples=1280), *larger.phases[1:]))
@@ -487,7 +506,7 @@ def test_what_a_worker_refuses_is_told_as_it_is(demo_run: Path, tmp_path: Path) 
         pq.write_table(table.set_column(table.column_names.index("file"), "file", places), path)
     with pytest.raises(InputError) as told:
         train(training, tmp_path / "out", say=lambda _: None)
-    assert told.value.message == "/nowhere.tar is gone, in which there were images"
+    assert told.value.message == "/nowhere.tar is gone, which was joined"
     assert "put it back" in told.value.hint
 
 

@@ -21,7 +21,7 @@ from builder.errors import InputError
 from builder.stages.imagetar import images
 from recipes.data import Mix, Order, Pairs, Picture, batches
 from recipes.images import images_of
-from recipes.join import Joined, join
+from recipes.join import Joined, join, read
 
 ROW = {
     "uid": "0" * 32,
@@ -202,6 +202,76 @@ def test_a_subset_says_which_rows_and_with_which_caption(
     found = join(str(version), str(tmp_path / "photos"), tmp_path / "b", subset=tmp_path / "subset.parquet")
     texts = [Mix(p_original=0.5).text(row, 0, 0) for row in found.shard(0).to_pylist()]
     assert texts == ["alt 1", "caption 1", "alt 3, caption 3"]
+
+
+def test_a_row_comes_once_however_often_it_is_named(
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """Its image in two tars, its uid twice in a subset; and uids that the version has not are told."""
+    version, rows = few
+    for copy in range(2):
+        tars_of(tmp_path / "images", rows, first=copy)
+    found = join(str(version), str(tmp_path / "images"), tmp_path / "joined")
+    assert (found.audit.found, found.audit.rows, sum(found.rows), found.audit.images) == (6, 6, 6, 12)
+    named = [(rows[n]["uid"], "re_caption") for n in (1, 1, 2)] + [("f" * 32, "re_caption")]
+    subset = tmp_path / "subset.parquet"
+    pq.write_table(pa.table(list(zip(*named, strict=True)), ["uid", "caption"]), subset)
+    with pytest.raises(InputError, match=r"2 of 3 rows found .* 1 of them are not in the version"):
+        join(str(version), str(tmp_path / "images"), tmp_path / "some", subset=subset)
+    some = join(str(version), str(tmp_path / "images"), tmp_path / "some", subset=subset, min_found=0.5)
+    assert [row["uid"] for row in some.shard(0).to_pylist()] == [rows[n]["uid"] for n in (1, 2)]
+
+
+def tars_of(folder: Path, rows: list[dict[str, str]], first: int = 0) -> None:
+    """As img2dataset writes them: a tar, and a table beside it."""
+    folder.mkdir(exist_ok=True)
+    about = []
+    with tarfile.open(folder / f"{first:05d}.tar", "w") as tar:
+        for n, row in enumerate(rows):
+            data = picture(10 * min(int(row["uid"], 16), 4))
+            member = tarfile.TarInfo(f"{n:09d}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+            about.append({"key": f"{n:09d}", "sha256": row["sha256"], "uid": row["uid"]})
+    pq.write_table(pa.Table.from_pylist(about), folder / f"{first:05d}.parquet")
+
+
+def test_the_order_of_what_is_joined_is_part_of_what_it_is(
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    version, rows = few
+    tars_of(tmp_path / "a", rows)
+    tars_of(tmp_path / "b", rows[::-1])
+    ours, theirs = (join(str(version), str(tmp_path / n), tmp_path / f"{n}-joined") for n in ("a", "b"))
+    differ = {name for name, value in ours.about().items() if theirs.about()[name] != value}
+    assert differ == {"order"}
+
+
+def test_a_join_that_is_refused_takes_no_others_place(
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    version, rows = few
+    tars_of(tmp_path / "a", rows)
+    tars_of(tmp_path / "b", rows[:2])
+    ours = join(str(version), str(tmp_path / "a"), tmp_path / "joined")
+    with pytest.raises(InputError, match="2 of 6 rows found their image"):
+        join(str(version), str(tmp_path / "b"), tmp_path / "joined")
+    assert read(tmp_path / "joined") == ours
+    assert len(ours.shard(0)) == 6
+    assert [path.name for path in tmp_path.glob("joined*")] == ["joined"]
+
+
+def test_a_row_without_any_text_teaches_nothing_and_is_counted(joined: Joined, tmp_path: Path) -> None:
+    table = joined.shard(0)
+    for name in ("org_caption", "re_caption"):
+        texts = [None, " ", *table[name].to_pylist()[2:]]
+        table = table.set_column(table.column_names.index(name), name, pa.array(texts, pa.string()))
+    pq.write_table(table, tmp_path / "00000.parquet")
+    less = Joined(tmp_path, joined.rows[:1], joined.captions, joined.audit, joined.of)
+    seen = list(batches(a_dataset(less, 1), start=0, samples=joined.rows[0], workers=0))
+    without = {batch.uids[0] for batch in seen if batch.textless}
+    assert without == set(table["uid"].to_pylist()[:2])
+    assert all(bool(batch.ok[0]) == (not batch.textless) for batch in seen)
 
 
 def test_what_cannot_be_joined_is_told_in_one_line(

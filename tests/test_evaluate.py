@@ -76,6 +76,8 @@ def test_two_models_are_compared_on_the_same_draws(tmp_path: Path) -> None:
     assert (same["low"], same["high"]) == (0, 0)
     with pytest.raises(InputError, match="protocol is p and q: not to be compared"):
         compare(a_result(ours), a_result(theirs, protocol="q"))
+    with pytest.raises(InputError, match="of other images or texts"):
+        compare(a_result(ours, data="a"), a_result(theirs, data="b"))
     results.write([a_result(ours)], tmp_path / "results.json")
     assert results.read(tmp_path / "results.json") == [a_result(ours)]
     (tmp_path / "results.json").write_text("[{}]")
@@ -205,6 +207,11 @@ def test_urban1k_and_docci_are_read_as_they_are_published(pictures: Path, tmp_pa
         )
     urban = [(Path(p.name).name, texts) for p, texts in one_caption(place).pictures()]
     assert urban == [(f"{n}.png", [f"scene {n}"]) for n in range(3)]
+    (place / "image" / "2.png").unlink()
+    (place / "images" / "2.png").rename(place / "2.png")
+    with pytest.raises(InputError, match="1 of 3 captions have no image"):
+        one_caption(place)
+    (place / "2.png").rename(place / "images" / "2.png")
     (place / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, rows)))
     docci = [(Path(p.name).name, texts) for p, texts in by_captions.docci(place).pictures()]
     assert docci == [(f"{n}.png", [f"scene {n}"]) for n in (1, 2)]
@@ -239,6 +246,9 @@ def test_classes_are_named_by_folder_or_by_order(pictures: Path, tmp_path: Path,
     assert image_folder(pictures, tmp_path / "names.txt").names == tuple(folders)
     (tmp_path / "names.txt").write_text("one\n")
     with pytest.raises(InputError, match=rf"has 1 names, .* {len(folders)} folders"):
+        image_folder(pictures, tmp_path / "names.txt")
+    (tmp_path / "names.txt").write_text("".join(f"{f}\t{f}\n" for f in (*folders, "more")))
+    with pytest.raises(InputError, match=r"names 1 classes that .* has no folder of"):
         image_folder(pictures, tmp_path / "names.txt")
     (tmp_path / "names.txt").write_text("other\tname\n")
     with pytest.raises(InputError, match=f"has no name for {folders[0]}"):
@@ -364,6 +374,7 @@ def test_datacomps_tasks_that_are_there_are_asked(model: Model, tmp_path: Path) 
 
     found = {result.benchmark: result for result in datacomp.datacomp(model, tmp_path)}
     names = ["Oxford-IIIT Pet", "Flickr", "WinoGAViL", "iWildCam", "FMoW", "Dollar Street", "FairFace"]
+    average = found.pop("DataComp, average")
     assert list(found) == names
     assert found["Oxford-IIIT Pet"].main == "mean per class"
     classes = by_names.classified(model, by_names.webdataset(tmp_path / "wds_wilds-iwildcam_test"))
@@ -381,15 +392,39 @@ def test_datacomps_tasks_that_are_there_are_asked(model: Model, tmp_path: Path) 
     assert found["Flickr"].samples == {"images": 12, "captions": 24}
     assert found["FairFace"].main is None
     assert found["FairFace"].value("gender, worst race and gender") <= found["FairFace"].value("gender")
-    assert datacomp.average(list(found.values())) == pytest.approx(
-        np.mean([found[name].value() for name in names[:-1]])
-    )
-    with pytest.raises(InputError, match=r"wds_mnist_test is missing, of MNIST"):
+    assert average.value() == pytest.approx(np.mean([found[name].value() for name in names[:-1]]))
+    assert average.samples == {"tasks": 6, "missing": 32}
+    (tmp_path / "hf_cache").mkdir()
+    (tmp_path / "wds_flickr30k_test").rename(tmp_path / "hf_cache" / "wds_flickr30k_test")  # as downloaded
+    assert [found.benchmark for found in datacomp.datacomp(model, tmp_path, ["Flickr"])] == ["Flickr"]
+    with pytest.raises(InputError, match="wds_mnist_test is missing, of MNIST"):
         list(datacomp.datacomp(model, tmp_path, ["MNIST"]))
     with pytest.raises(InputError, match="DataComp has no task 'MNIS'"):
         list(datacomp.datacomp(model, tmp_path, ["MNIS"]))
     with pytest.raises(InputError, match="has none of DataComp's tasks"):
         list(datacomp.datacomp(model, tmp_path / "winogavil"))
+
+
+def test_files_that_are_damaged_or_of_another_layout_are_told(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"images": [{"filename": "a.jpg"}]}')
+    with pytest.raises(InputError, match=r"is not laid out as Karpathy's .*'split' is missing"):
+        karpathy(tmp_path / "dataset.json", tmp_path)
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,one, two\nb.jpg,three, four, five\n")
+    with pytest.raises(InputError, match=r"captions\.csv cannot be read"):
+        table(tmp_path / "captions.csv", tmp_path)
+    place = written(tmp_path / "dotted", [{"jpg": jpeg(0), "txt": b"a text"}], dataset_type="retrieval\n")
+    tar = place / "test" / "0.tar"
+    with tarfile.open(tar, "w") as file:
+        for name, data in (("./v1.0/a.jpg", jpeg(0)), ("./v1.0/a.txt", b"a text")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    found = retrieval(model, "b", by_captions.webdataset(place))
+    assert found.samples == {"images": 1, "captions": 1}
+    assert found.cut == 0
+    tar.write_bytes(tar.read_bytes()[:700])
+    with pytest.raises(InputError, match="is damaged"):
+        retrieval(model, "b", by_captions.webdataset(place))
 
 
 def test_datacomp_has_38_tasks_with_a_main_metric() -> None:

@@ -188,6 +188,8 @@ def evaluate(
             if name in theirs
             for row in results.compare(ours[name], theirs[name])
         ]
+        if alone := sorted(ours.keys() ^ theirs.keys()):
+            echo(f"only one of them has: {', '.join(alone)}", err=True)
         if not rows:
             raise UserError("they have no benchmark in common", f"{model} has: {', '.join(ours)}")
         print_(rows, as_json, columns(rows))

@@ -11,7 +11,7 @@ Writes  `<shard>.safetensors`: `features`, (tokens, F) float16: first those of n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -189,10 +189,13 @@ class Encoder:
         kept = (one[:length] for one, length in zip(found, lengths, strict=True))
         return [(np.array(one), was) for one, was in zip(kept, cut, strict=True)]
 
-    def padded(self, texts: Sequence[str]) -> tuple[Any, int]:
-        """(B, context, F) float16 features, 0 behind each text's, and how many texts are longer."""
+    def padded(self, texts: Sequence[str], length: Callable[[int], int] | None = None) -> tuple[Any, int]:
+        """(B, T, F) float16 features, 0 behind each text's, and how many texts are longer than the context. T
+        is the context, or what `length` says of the longest text.
+        """
         found = self.features(texts)
-        features_BTF = self.torch.zeros(len(found), self.context, self.width, dtype=self.torch.float16)
+        longest = length(max(len(of) for of, _ in found)) if length else self.context
+        features_BTF = self.torch.zeros(len(found), longest, self.width, dtype=self.torch.float16)
         for place, (of, _) in enumerate(found):
             features_BTF[place, : len(of)] = self.torch.from_numpy(of)
         return features_BTF, sum(cut for _, cut in found)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from builder.errors import InputError
 from builder.files import sha256_file
@@ -32,6 +32,7 @@ from recipes.training import (
     Precision,
     Ranks,
     Say,
+    alone_in,
     at_least,
     checkpoint,
     cosine,
@@ -45,6 +46,7 @@ from recipes.training import (
     shorten_log,
     spread,
     state_of,
+    tensors_in,
 )
 
 FREE = ("workers", "save_every", "micro", "tensorboard", "compile", "sharded", "min_found")
@@ -130,7 +132,7 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
     Raises:
         InputError: something is not as it should be, the loss is no number, or the disk is full.
     """
-    with processes() as ranks:
+    with processes() as ranks, alone_in(out, ranks):
         if wrong := [phase.batch for phase in training.phases if phase.batch % ranks.ranks]:
             reason = f"a step of {wrong[0]} samples on {ranks.ranks} devices"
             raise InputError(reason, "make it a multiple of them")
@@ -182,7 +184,7 @@ def _phase(
         module.compile()
     optimizer = _optimizer(training, model)
     if there is not None and sample > first:
-        moments = load_file(there / MOMENTS)
+        moments = tensors_in(there / MOMENTS)
         load_moments(model, optimizer, {n: t for n, t in moments.items() if not n.startswith("decoder:")})
     of = Step(
         module, model, loss=training.loss, captioning=training.captioning, size=training.micro,
@@ -230,7 +232,7 @@ def _model(training: Training, config: dict[str, Any], folder: Path, there: Path
     if begun:
         made.load_state_dict(clip.weights(begun, made))
     if there and decoder:
-        moments = load_file(there / MOMENTS)
+        moments = tensors_in(there / MOMENTS)
         own = {n.partition(":")[2]: t for n, t in moments.items() if n.startswith("decoder:")}
         decoder.load_state_dict(own)
     return Trained(made, decoder, Tokenizer(folder).padding() if decoder else 0)

@@ -25,6 +25,7 @@ def demo(
     lr: float = 1e-3,
     loss: Loss = "clip",
     precision: Precision | None = None,
+    min_found: float = 0.9,
     workers: int = 1,
     tensorboard: bool = False,
     seed: int = 0,
@@ -34,7 +35,8 @@ def demo(
     """
     rate = lr * 256 / max(1, batch)
     return Training(
-        name="demo", version=version, images=images, seed=seed, loss=loss, workers=workers, min_found=0.9,
+        name="demo", version=version, images=images, seed=seed, loss=loss, min_found=min_found,
+        workers=workers,
         towers=Towers(
             vision=vision, text=text, patch=8, context=80, tokenizer="recipes/demo/weights/clip",
             sigmoid=loss == "siglip",
@@ -56,7 +58,9 @@ def recap_clip(
     concat: bool = False,
     one_sentence: bool = False,
     captions: tuple[str, ...] = ("re_caption",),
+    weights: tuple[float, ...] = (),
     subset: str | None = None,
+    min_found: float = 0.99,
     context: int = 128,
     keep: float = 1.0,
     loss: Loss = "clip",
@@ -76,7 +80,8 @@ def recap_clip(
     """Recap-CLIP (arXiv 2406.08478): CLIPA's two phases, at 112 px and, with a twentieth of the samples, at
     224. Rates are those of the authors' next code (UCSC-VLAA/OpenVision, src/configs/openvision.py).
     `tokenizer` is a folder, for the paper's numbers with bert-base-uncased. H is of patches of 14, the others
-    of 16. With fewer `samples` all else shrinks alike.
+    of 16. With fewer `samples` all else shrinks alike. Of several `captions` one is drawn, by their
+    `weights`: evenly, unless given.
     """
     first = Phase(px=112, samples=samples, warmup=samples // 50, batch=batch, lr=8e-6)
     second = Phase(px=224, samples=samples // 20, warmup=samples // 100, batch=max(1, batch // 2), lr=4e-7)
@@ -84,11 +89,12 @@ def recap_clip(
         name="recap_clip", version=version, images=images, subset=subset, seed=seed, micro=micro, loss=loss,
         workers=workers, save_every=save_every, captioning=captioning, precision=precision, start=start,
         compile=compile, sharded=sharded, tensorboard=tensorboard, phases=(first, second),
+        min_found=min_found,
         towers=Towers(
             vision=vision, text=text, patch=14 if vision == "H" else 16, tokenizer=tokenizer, keep=keep,
             context=context, sigmoid=loss == "siglip", decoder_layers=TEXT[text][0] if captioning else 0,
         ),
-        mix=Mix(dict.fromkeys(captions, 1.0), p_original, concat, one_sentence),
+        mix=Mix(_weighted(captions, weights), p_original, concat, one_sentence),
     )  # fmt: skip
 
 
@@ -100,9 +106,14 @@ def clips(
     vision: Size = "L",
     text: Size = "L",
     p_original: float = 0.5,
+    captions: tuple[str, ...] = ("re_caption",),
+    weights: tuple[float, ...] = (),
+    subset: str | None = None,
+    min_found: float = 0.99,
     samples: int = 2_560_000_000,
     batch: int = 32_768,
     micro: int | None = None,
+    precision: Precision = "bf16",
     compile: bool = False,
     sharded: bool = False,
     workers: int = 8,
@@ -114,8 +125,9 @@ def clips(
     """
     return recap_clip(
         version=version, images=images, tokenizer=tokenizer, vision=vision, text=text, p_original=p_original,
-        one_sentence=True, context=80, captioning=2.0, samples=samples, batch=batch, micro=micro,
-        compile=compile, sharded=sharded, workers=workers, seed=seed,
+        captions=captions, weights=weights, subset=subset, min_found=min_found, one_sentence=True, context=80,
+        captioning=2.0, samples=samples, batch=batch, micro=micro, precision=precision, compile=compile,
+        sharded=sharded, workers=workers, seed=seed,
     )  # fmt: skip
 
 
@@ -126,8 +138,13 @@ def datacomp(
     tokenizer: str,
     scale: Literal["small", "medium", "large"] = "small",
     p_original: float = 0.0,
+    concat: bool = False,
+    captions: tuple[str, ...] = ("re_caption",),
+    weights: tuple[float, ...] = (),
     subset: str | None = None,
+    min_found: float = 0.99,
     micro: int | None = None,
+    precision: Precision = "bf16",
     compile: bool = False,
     workers: int = 8,
     seed: int = 0,
@@ -145,6 +162,14 @@ def datacomp(
     phase = Phase(px=224, samples=int(samples), warmup=500 * batch, batch=batch, lr=5e-4 * 256 / batch)
     return Training(
         name=f"datacomp_{scale}", version=version, images=images, subset=subset, seed=seed, micro=micro,
-        compile=compile, workers=workers, phases=(phase,), mix=Mix(p_original=p_original), area=0.9,
+        compile=compile, workers=workers, phases=(phase,), area=0.9, min_found=min_found, precision=precision,
+        mix=Mix(_weighted(captions, weights), p_original, concat),
         towers=Towers(vision="B", text="B", patch=patch, context=77, tokenizer=tokenizer), betas=(0.9, 0.98),
     )  # fmt: skip
+
+
+def _weighted(captions: tuple[str, ...], weights: tuple[float, ...]) -> dict[str, float]:
+    if weights and len(weights) != len(captions):
+        reason = f"{len(weights)} weights of {len(captions)} captions"
+        raise RecipeError(reason, "give one for each, in their order, or none")
+    return dict(zip(captions, weights or (1.0,) * len(captions), strict=True))

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from builder.errors import InputError
 from builder.files import sha256_file
 from builder.stages.textfeatures import Encoder
-from recipes.data import Batch, Latent, Mix, Pairs, Picture, Tokenize, drawn, to_the_longest
+from recipes.data import Batch, Latent, Mix, Pairs, Picture, Tokenize, drawn, in_sixteens
 from recipes.dit import model as dit
 from recipes.dit.model import DiT, Net, Words
 from recipes.dit.objective import Objective
@@ -33,6 +33,7 @@ from recipes.training import (
     Precision,
     Ranks,
     Say,
+    alone_in,
     at_least,
     checkpoint,
     computing,
@@ -48,6 +49,7 @@ from recipes.training import (
     shorten_log,
     spread,
     state_of,
+    tensors_in,
     warmed,
     whole_tensor,
 )
@@ -135,7 +137,7 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
     Raises:
         InputError: something is not as it should be, the loss is no number, or the disk is full.
     """
-    with processes() as ranks:
+    with processes() as ranks, alone_in(out, ranks):
         if training.batch % ranks.ranks:
             reason = f"a step of {training.batch} samples on {ranks.ranks} devices"
             raise InputError(reason, "make it a multiple of them")
@@ -183,8 +185,7 @@ class Frozen:
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
         if self.encoder is None:
             self.encoder = Encoder(self.model, self.context, device="cpu")
-        features_BTF, cut = self.encoder.padded(texts)
-        return to_the_longest(features_BTF), cut
+        return self.encoder.padded(texts, in_sixteens)
 
 
 def _check_shapes(net: Net, joined: Joined) -> None:
@@ -214,7 +215,7 @@ def _train(
     torch.manual_seed(training.seed)
     model = DiT(training.net)
     if there is not None:
-        known = load_file(there / MOMENTS)
+        known = tensors_in(there / MOMENTS)
         model.load_state_dict(_of("weights:", known))
     model = model.to(ranks.device).train()
     module = spread(model, model.blocks, ranks, sharded=training.sharded)
@@ -228,7 +229,7 @@ def _train(
     if there is not None:
         load_moments(model, optimizer, _of("moments:", known))
         del known
-        _load_average(average, model, load_file(there / dit.WEIGHTS))
+        _load_average(average, model, tensors_in(there / dit.WEIGHTS))
         average.optimization_step = sample // training.batch
     step = Step(training.objective, module, precision=training.precision, seed=training.seed, ranks=ranks)
     picture = (
@@ -291,8 +292,8 @@ def _text(texts: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]
     """
     if texts.is_floating_point():
         features_BTF = texts.to(device)
-        return features_BTF.float(), features_BTF.any(-1)
-    longest = -(-int(texts[1].sum(1).max()) // 16) * 16
+        return features_BTF.float(), features_BTF.view(torch.int16).any(-1)  # of halves it takes longer
+    longest = in_sixteens(int(texts[1].sum(1).max()))
     tokens_BT, mask_BT = texts[:, :, :longest].to(device)
     return tokens_BT, mask_BT.bool()
 

@@ -31,6 +31,8 @@ def recap_dit(
     batch: int = 2048,
     lr: float = 1e-4,
     precision: Precision = "bf16",
+    subset: str | None = None,
+    min_found: float = 0.99,
     compile: bool = False,
     sharded: bool = False,
     workers: int = 8,
@@ -51,7 +53,8 @@ def recap_dit(
         ),
         objective=Objective(kind=kind, predict=predict, learned_sigma=learned, min_snr=min_snr),
         samples=samples, batch=batch, lr=lr, mix=Mix(p_original=p_original, drop=0.1), precision=precision,
-        compile=compile, sharded=sharded, workers=workers, tensorboard=tensorboard,
+        compile=compile, sharded=sharded, workers=workers, tensorboard=tensorboard, subset=subset,
+        min_found=min_found,
     )  # fmt: skip
 
 
@@ -70,6 +73,7 @@ def demo(
     batch: int = 16,
     lr: float = 1e-3,
     precision: Precision | None = None,
+    min_found: float = 0.9,
     workers: int = 1,
     tensorboard: bool = False,
     seed: int = 0,
@@ -84,6 +88,6 @@ def demo(
         net=Net(size=size, patch=patch, px=px, channels=3, sigma=learned, context=80, text_width=128),
         objective=Objective(kind=kind, predict=predict, learned_sigma=learned, floor=0.3),
         samples=samples, batch=batch, lr=lr, warmup=samples // 20, cosine=True, ema=0.999,
-        mix=Mix(p_original=p_original, drop=0.1), min_found=0.9, precision=precision or best_precision(),
-        workers=workers, save_every=1000, tensorboard=tensorboard,
+        mix=Mix(p_original=p_original, drop=0.1), min_found=min_found, workers=workers,
+        precision=precision or best_precision(), save_every=1000, tensorboard=tensorboard,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 
 from builder.errors import InputError
 from recipes.evaluate.model import Model, Picture, missing
-from recipes.evaluate.results import Result, metric
+from recipes.evaluate.results import Result, metric, named
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,8 @@ def chosen(model: Model, benchmark: str, protocol: str, choices: Sequence[Choice
         found += [metric(kind, hits[groups == place]) for kind, place in number.items()]
     samples = {"choices": int(of.sum()), "kinds": len(kinds)}
     seen = model.in_training(hashes)
-    return Result(benchmark, protocol, model.name, samples, tuple(found), seen, "mean over kinds")
+    texts = [text for choice in choices for text in (choice.right, choice.wrong)]
+    return Result(
+        benchmark, protocol, model.name, samples, tuple(found), seen, "mean over kinds", model.cut(texts),
+        named(hashes, texts),
+    )  # fmt: skip

@@ -101,7 +101,7 @@ def datacomp(model: Model, folder: Path, tasks: Sequence[str] = ()) -> Iterator[
     known = {task.name: task for task in TASKS}
     if unknown := [name for name in tasks if name not in known]:
         raise InputError(f"DataComp has no task '{unknown[0]}'", f"it has: {', '.join(known)}")
-    there = [task for task in TASKS if (folder / task.folder).is_dir()]
+    there = [task for task in TASKS if _place(folder, task)]
     if gone := [name for name in tasks if known[name] not in there]:
         raise InputError(f"{folder}/{known[gone[0]].folder} is missing, of {gone[0]}", "download it")
     chosen = [known[name] for name in tasks] or there
@@ -110,13 +110,31 @@ def datacomp(model: Model, folder: Path, tasks: Sequence[str] = ()) -> Iterator[
         raise InputError(
             reason, f"they are folders like {TASKS[0].folder}: see DataComp's download_evalsets.py"
         )
+    results = []
     for task in chosen:
-        yield replace(_asked(model, task, folder / task.folder), benchmark=task.name)
+        place = _place(folder, task)
+        assert place
+        results.append(replace(_asked(model, task, place), benchmark=task.name))
+        yield results[-1]
+    if len(results) > 1:
+        yield average(results)
 
 
-def average(results: Sequence[Result]) -> float:
-    """DataComp's: the mean of the tasks' main metrics, in percent."""
-    return float(np.mean([result.value() for result in results if result.main]))
+def _place(folder: Path, task: Task) -> Path | None:
+    """DataComp's download puts what comes from the Hub into a folder of its own."""
+    places = (folder / task.folder, folder / "hf_cache" / task.folder)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def average(results: Sequence[Result]) -> Result:
+    """DataComp's: the mean of the tasks' main metrics, in percent; how many of those that have one are
+    missing is told. A unit of its interval is a task.
+    """
+    values = [result.value() / 100 for result in results if result.main]
+    counted = sum(bool(task.main) for task in TASKS)
+    counts = {"tasks": len(values), "missing": counted - len(values)}
+    mean = (metric("mean of tasks", values),)
+    return Result("DataComp, average", "datacomp", results[0].model, counts, mean, main="mean of tasks")
 
 
 def _asked(model: Model, task: Task, folder: Path) -> Result:
@@ -133,6 +151,8 @@ def _asked(model: Model, task: Task, folder: Path) -> Result:
 
     def noted() -> Iterator[tuple[Picture, Any]]:
         for sample in samples(folder):
+            if sample.label is None:
+                raise InputError(f"{sample.picture.name} has no .cls", "see clip_benchmark's layout")
             groups.append(int(sample.about[task.group[1]]) if task.group else 0)
             yield sample.picture, sample.label
 

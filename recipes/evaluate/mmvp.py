@@ -14,7 +14,7 @@ import numpy as np
 
 from builder.errors import InputError
 from recipes.evaluate.model import Model, Picture, inside, missing
-from recipes.evaluate.results import Metric, Result, metric
+from recipes.evaluate.results import Metric, Result, metric, named
 
 PROMPT = "a photo of "
 
@@ -53,4 +53,5 @@ def both(model: Model, benchmark: str, pairs: Sequence[Both]) -> Result:
     found += [metric(kind, (first & second)[groups == place]) for place, kind in enumerate(kinds)]
     samples = {"pairs": len(pairs), "kinds": len(kinds)}
     seen = model.in_training(hashes)
-    return Result(benchmark, "mmvp-vlm", model.name, samples, tuple(found), seen, "both right")
+    data = named(hashes, [text for pair in pairs for text in pair.texts])
+    return Result(benchmark, "mmvp-vlm", model.name, samples, tuple(found), seen, "both right", data=data)

@@ -144,7 +144,9 @@ def _trained_on(training: Path) -> list[str]:
     Raises:
         InputError: it does not say that.
     """
-    found = sorted((training / "joined").glob("[0-9]*.parquet")) if training.is_dir() else [training]
+    joined = training / "joined"
+    whole = sorted(joined.glob("[0-9]*.parquet")) if (joined / "join.json").is_file() else []
+    found = whole if training.is_dir() else [training]
     if not found or any(
         path.suffix != ".parquet" or not path.is_file() or "sha256" not in pq.read_schema(path).names
         for path in found

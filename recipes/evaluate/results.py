@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,8 @@ class Metric:
 class Result:
     """Of a model on a benchmark. `protocol` names how it was asked; `samples` what was asked; `in_training`
     how many of the images are in the training set by sha256, where that is known; `main` the metric that
-    stands for all, where there is one.
+    stands for all, where there is one; `cut` how many texts are longer than the model's context; `data` names
+    the images and texts, by content.
     """
 
     benchmark: str
@@ -60,10 +62,13 @@ class Result:
     metrics: tuple[Metric, ...]
     in_training: int | None = None
     main: str | None = None
+    cut: int | None = None
+    data: str = ""
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.metrics))
-        return f"{self.benchmark} ({self.protocol}): {shown}; images trained on: {self.seen}"
+        cut = f"; texts cut: {self.cut:,}" if self.cut else ""
+        return f"{self.benchmark} ({self.protocol}): {shown}; images trained on: {self.seen}{cut}"
 
     @property
     def seen(self) -> str:
@@ -139,6 +144,11 @@ _STATISTICS: dict[Statistic, Callable[[Numbers, Numbers, Numbers | None, Numbers
 }
 
 
+def named(hashes: Sequence[str], *texts: Sequence[str]) -> str:
+    """What a benchmark's images, by sha256, and texts are called."""
+    return sha256(json.dumps([list(hashes), *map(list, texts)]).encode()).hexdigest()[:16]
+
+
 def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
     """A row a metric: both values, the difference and its paired interval, where it is of units.
 
@@ -149,6 +159,9 @@ def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
         if getattr(ours, name) != getattr(theirs, name):
             reason = f"{name} is {getattr(ours, name)} and {getattr(theirs, name)}: not to be compared"
             raise InputError(reason, "evaluate both on the same: recap eval MODEL BENCHMARK")
+    if ours.data and theirs.data and ours.data != theirs.data:
+        reason = f"{ours.benchmark} was asked of other images or texts: not to be compared"
+        raise InputError(reason, "evaluate both on the same: recap eval MODEL BENCHMARK")
     rows = []
     known = {metric.name: metric for metric in theirs.metrics}
     for one in ours.metrics:

@@ -29,7 +29,7 @@ from builder.errors import InputError
 from builder.files import read_file, read_lines
 from builder.typed import from_json
 from recipes.evaluate.model import Model, Picture, Vectors, inside, missing
-from recipes.evaluate.results import Metric, Result, metric
+from recipes.evaluate.results import Metric, Result, metric, named
 from recipes.evaluate.webdatasets import samples
 from recipes.images import PICTURES
 
@@ -45,9 +45,14 @@ class Pairs:
 def karpathy(dataset: Path, images: Path, split: str = "test") -> Pairs:
     """COCO (5,000 of the test split, 25,010 captions), Flickr30K (1,000 and 5,000), Flickr8k."""
     read = from_json(dict[str, Any], read_file(dataset), what=str(dataset))
-    chosen = [image for image in read["images"] if image["split"] == split]
-    where = [inside(images, os.path.join(image.get("filepath", ""), image["filename"])) for image in chosen]
-    captions = [[sentence["raw"] for sentence in image["sentences"]] for image in chosen]
+    try:
+        chosen = [image for image in read["images"] if image["split"] == split]
+        names = [os.path.join(image.get("filepath", ""), image["filename"]) for image in chosen]
+        captions = [[sentence["raw"] for sentence in image["sentences"]] for image in chosen]
+    except (KeyError, TypeError) as error:
+        reason = f"{dataset} is not laid out as Karpathy's dataset.json: {error} is missing"
+        raise InputError(reason, "get it again, or give a table of image and caption") from error
+    where = [inside(images, name) for name in names]
     return _pairs(f"karpathy-{split}", where, captions)
 
 
@@ -55,6 +60,9 @@ def one_caption(folder: Path) -> Pairs:
     """Urban1K's: the first line of `<name>.txt` is the caption of `<name>.jpg`."""
     texts = sorted(folder.rglob("*.txt"))
     found = [(image, text) for text in texts if (image := _image_of(text))]
+    if gone := sorted({*texts} - {text for _, text in found}):
+        reason = f"{len(gone):,} of {len(texts):,} captions have no image, the first is {gone[0]}"
+        raise InputError(reason, "get the images again: a benchmark is asked whole or not at all")
     captions = [[text.read_text(encoding="utf-8").partition("\n")[0].strip()] for _, text in found]
     return _pairs("one-caption", [image for image, _ in found], captions)
 
@@ -82,11 +90,15 @@ def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
         given = from_json(dict[str, list[str]], read_file(path), what=str(path))
         rows = [(image, caption) for image, captions in given.items() for caption in captions]
     else:
-        table = (
-            pd.read_parquet(path)
-            if path.suffix == ".parquet"
-            else pd.read_csv(path, keep_default_na=False, dtype=str)
-        )
+        try:
+            table = (
+                pd.read_parquet(path)
+                if path.suffix == ".parquet"
+                else pd.read_csv(path, keep_default_na=False, dtype=str)
+            )
+        except (ValueError, OSError) as error:  # pandas' and pyarrow's own are ValueErrors
+            reason = f"{path} cannot be read: {str(error).splitlines()[0][:200]}"
+            raise InputError(reason, "a caption with a comma in it stands in quotes") from error
         if not {"image", "caption"} <= set(table.columns):
             reason = f"{path} has not the columns image and caption"
             raise InputError(reason, "name them so in its first line")
@@ -97,6 +109,8 @@ def table(path: Path, images: Path, only: Path | None = None) -> Pairs:
         if image in chosen:
             captions.setdefault(image, []).append(caption)
     protocol = f"table-{only.stem}" if only else "table"
+    if gone := len(chosen - captions.keys()):
+        protocol += f", {gone:,} listed images have no caption"
     return _pairs(protocol, [inside(images, str(name)) for name in captions], list(captions.values()))
 
 
@@ -137,7 +151,10 @@ def retrieval(model: Model, benchmark: str, pairs: Pairs) -> Result:
     counts = {"images": len(image_NE), "captions": len(text_ME)}
     found = recalls(image_NE, text_ME, np.array(of))
     seen = model.in_training(hashes)
-    return Result(benchmark, pairs.protocol, model.name, counts, found, seen, "mean R@1")
+    return Result(
+        benchmark, pairs.protocol, model.name, counts, found, seen, "mean R@1", model.cut(captions),
+        named(hashes, captions),
+    )  # fmt: skip
 
 
 def recalls(

@@ -51,12 +51,22 @@ def samples(folder: Path, split: str = "test") -> Iterator[Sample]:
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(name, kind -> content): of one name up to its first dot, one behind the other."""
-    with tarfile.open(path) as tar:
-        members = (member for member in tar if member.isfile())
-        for key, group in groupby(members, lambda member: member.name.partition(".")[0]):
-            sample = {}
-            for member in group:
-                content = tar.extractfile(member)
-                assert content is not None
-                sample[member.name.partition(".")[2].lower()] = content.read()
-            yield f"{path}:{key}", sample
+    try:
+        with tarfile.open(path) as tar:
+            members = (member for member in tar if member.isfile())
+            for key, group in groupby(members, lambda member: _parts(member)[0]):
+                sample = {}
+                for member in group:
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    sample[_parts(member)[1]] = content.read()
+                yield f"{path}:{key}", sample
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{path} is damaged: {error}", "get it again") from error
+
+
+def _parts(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Its sample's name, and its kind: what is behind the first dot of the file's own name."""
+    folder, slash, name = member.name.rpartition("/")
+    key, _, kind = name.partition(".")
+    return f"{folder}{slash}{key}", kind.lower()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from builder.errors import InputError
 from builder.files import read_lines
 from recipes.evaluate.model import Model, Picture, Vectors
-from recipes.evaluate.results import Metric, Result, metric
+from recipes.evaluate.results import Metric, Result, metric, named
 from recipes.evaluate.webdatasets import samples
 from recipes.images import PICTURES
 
@@ -54,6 +54,11 @@ def image_folder(folder: Path, names: Path, templates: Path | None = None) -> Cl
         named = dict(line.split("\t", 1) for line in lines)
         if missing := [name for name in folders if name not in named]:
             raise InputError(f"{names} has no name for {missing[0]}", f"it is a folder of {folder}")
+        if extra := [name for name in named if name not in folders]:
+            reason = (
+                f"{names} names {len(extra):,} classes that {folder} has no folder of, such as {extra[0]}"
+            )
+            raise InputError(reason, "an empty folder is a class without pictures; or leave the name out")
         chosen = [named[name] for name in folders]
     elif len(lines) == len(folders):
         chosen = lines
@@ -112,7 +117,8 @@ def zeroshot(model: Model, benchmark: str, classes: Classes, main: str = "top-1"
         metrics = accuracies(found.scores_NC, found.labels_N, number)
     samples = {"images": len(found.hashes), "classes": number, "templates": len(classes.templates)}
     seen = model.in_training(found.hashes)
-    return Result(benchmark, classes.protocol, model.name, samples, metrics, seen, main)
+    data = named(found.hashes, classes.names, classes.templates)
+    return Result(benchmark, classes.protocol, model.name, samples, metrics, seen, main, data=data)
 
 
 @dataclass(frozen=True)
