@@ -19,7 +19,7 @@ from builder.core import Recipe
 from builder.errors import RecipeError, UserError, command
 from builder.files import read_file
 from builder.store import store_of
-from builder.typed import parse
+from builder.typed import from_json, parse
 
 Kind = TypeVar("Kind")
 
@@ -46,9 +46,18 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
 
 def resolve_training(what: str, text: str, settings: Iterable[str], kind: type[Kind]) -> Kind:
     """The training of a `what`, `clip`, that `text` names: a function of recipes/WHAT/trainings.py, or
-    `my_file.py:function`, with these parameters. Raises as `resolve`.
+    `my_file.py:function`, with these parameters; or a training.json, with its own settings changed. Raises
+    as `resolve`.
     """
     pairs = pairs_of(settings)
+    if text.endswith(".json"):
+        training: Any = from_json(kind, read_file(Path(text)), what=text)
+        hints = get_type_hints(kind)
+        for key in (key for key in pairs if key not in hints):
+            raise _unknown(f"training {text}", "setting", key, hints)
+        given = {key: _value(hints[key], value, key) for key, value in pairs.items()}
+        changed: Kind = replace(training, **given)
+        return changed
     return _call(text, *_find(text, f"recipes.{what}.trainings", kind), pairs, kind, f"train {what}")
 
 
@@ -98,7 +107,7 @@ def _find(text: str, ours: str, kind: type) -> tuple[str, Callable[..., Any]]:
             f"there is no recipe '{name}'{where}",
             f"there are: {', '.join(functions)}; "
             f"or my_file.py:function (public, -> {kind.__name__})"
-            + (", or a recipe.json" if kind is Recipe else ""),
+            + (", or a recipe.json" if kind is Recipe else ", or a training.json" if "train" in ours else ""),
         )
     return name, functions[name]
 

@@ -493,6 +493,13 @@ def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
         "--grid",
         "--json",
     ]
+    again = [tmp_path / "out" / "training.json", "samples=32", "--out", tmp_path / "less", "--json"]
+    less = json.loads(recap("train", "dit", *again).stdout)["model"]
+    assert less.endswith("step-000000000032")
+    assert (
+        "has no setting 'sample'"
+        in recap("train", "dit", again[0], "sample=3", "--out", tmp_path / "x", check=2).stderr
+    )
     told = json.loads(recap("sample", model, "a red star", *words).stdout)
     assert (told["pictures"], told["sampler"], told["guidance"]) == (3, "euler", 4)
     with Image.open(tmp_path / "drawn" / "grid.png") as sheet:

@@ -159,7 +159,7 @@ def test_a_training_on_features_draws_with_their_encoder_and_no_other(
     run: Path, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.training.REPORT_S", 0.0)
-    net = replace(TINY, text_layers=0, vocabulary=0, context=CONTEXT, text_width=128)
+    net = replace(TINY, text_layers=1, vocabulary=0, context=CONTEXT, text_width=128)
     chosen = {"images": str(run), "tokenizer": "", "features": "text_features", "net": net, "mix": MIX}
     training = a_training(demo_run, samples=96, min_found=0.9, **chosen)
     there = train(training, tmp_path / "out", say=lambda _: None)

@@ -44,7 +44,8 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 class Net:
     """`px` is of what is denoised: pixels, or latents of a VAE, of so many `channels`; with `sigma` the
     output has as many again. The text comes as `text_width` wide features of `context` tokens: of an encoder
-    of its own, of so many `text_layers`, that is trained beside it, or of a frozen one, if 0.
+    of its own, of so many `text_layers`, with a `vocabulary`; or of a frozen one, where so many layers, if
+    any, that are trained beside it look at what that says.
     """
 
     size: Size = "B"
@@ -64,8 +65,8 @@ class Net:
         if self.px % self.patch:
             reason = f"{self.px} pixels are no whole number of patches of {self.patch}"
             raise InputError(reason, "give px a multiple of patch")
-        if bool(self.text_layers) != bool(self.vocabulary):
-            raise InputError("a text encoder of its own needs a vocabulary, and only it", "give both or none")
+        if self.vocabulary and not self.text_layers:
+            raise InputError("a text encoder of its own has layers", "give text_layers, or no vocabulary")
 
 
 class DiT(nn.Module):
@@ -87,12 +88,13 @@ class DiT(nn.Module):
 
     def forward(
         self, noisy_BCPP: torch.Tensor, time_B: torch.Tensor, text: torch.Tensor,
-        mask_BT: torch.Tensor | None = None,
+        mask_BT: torch.Tensor | None = None, *, encoded: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """(B, C or 2C, P, P). `time_B` goes from 0 to 1000. `text` is (B, T) tokens, and `mask_BT` is False
-        where there are none; or (B, T, F) their features.
+        """(B, C or 2C, P, P). `time_B` goes from 0 to 1000. `text` is (B, T) tokens or (B, T, F) features,
+        and `mask_BT` is False where there are none; `encoded` says that `text` has been through the net's own
+        encoder.
         """
-        text_BTF = text if self.text is None or text.ndim == 3 else self.text(text, mask_BT)
+        text_BTF = text if encoded or self.text is None else self.text(text, mask_BT)
         text_BTW = self.text_in(text_BTF)
         x_BNW = self.patches(noisy_BCPP).flatten(2).transpose(1, 2) + self.places
         time_BW = self.time(frequencies(time_B))
@@ -167,13 +169,14 @@ class Attention(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A small one, trained beside the rest."""
+    """A small one, trained beside the rest: of tokens, or of what a frozen one says of them."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(net.vocabulary, net.text_width)
+        self.tokens = nn.Embedding(net.vocabulary, net.text_width) if net.vocabulary else None
         self.places = nn.Parameter(torch.randn(net.context, net.text_width) * 0.02)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        if self.tokens:
+            nn.init.normal_(self.tokens.weight, std=0.02)
         layer = nn.TransformerEncoderLayer(
             net.text_width, net.text_width // 32, 4 * net.text_width, dropout=0.0, activation="gelu",
             batch_first=True, norm_first=True,
@@ -182,10 +185,10 @@ class TextEncoder(nn.Module):
             layer, net.text_layers, nn.LayerNorm(net.text_width), enable_nested_tensor=False
         )
 
-    def forward(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """(B, T, F)."""
-        places = self.places[: tokens_BT.shape[1]]
-        found = self.layers(self.tokens(tokens_BT) + places, src_key_padding_mask=~mask_BT)
+    def forward(self, text: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T, F) of (B, T) tokens, or of (B, T, F)."""
+        text_BTF = self.tokens(text) if self.tokens else text
+        found = self.layers(text_BTF + self.places[: text.shape[1]], src_key_padding_mask=~mask_BT)
         assert isinstance(found, torch.Tensor)
         return found
 

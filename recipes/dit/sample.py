@@ -134,11 +134,12 @@ class Drawer:
     def features(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, F), the same at every step, and (B, T) where there are any."""
         if self.encoder:
-            found_BTF = self.encoder.padded(texts)[0].float().to(self.device)
-            return found_BTF, found_BTF.any(-1)
-        tokens_BT, mask_BT = self.words(texts)[0].to(self.device)
-        assert self.model.text is not None
-        return self.model.text(tokens_BT, mask_BT.bool()), mask_BT.bool()
+            text = self.encoder.padded(texts)[0].float().to(self.device)
+            mask_BT = text.any(-1)
+        else:
+            text, mask_BT = self.words(texts)[0].to(self.device)
+            mask_BT = mask_BT.bool()
+        return self.model.text(text, mask_BT) if self.model.text else text, mask_BT
 
     def _out(
         self, x: torch.Tensor, at: float, text: torch.Tensor, mask: torch.Tensor, how: How
@@ -149,7 +150,7 @@ class Drawer:
         both = torch.cat([x, x]) if guided else x
         time_B = torch.full((len(both),), at, device=self.device)
         with computing(self.device, "fp32"):
-            out = self.model(both, time_B, text[: len(both)], mask[: len(both)])
+            out = self.model(both, time_B, text[: len(both)], mask[: len(both)], encoded=True)
         if guided:
             with_text, without = out[:number], out[number:]
             told = without + how.guidance * (with_text - without)

@@ -109,7 +109,7 @@ class Training:
                 f"ema={self.ema:g} is no decay", "give a number from 0 to below 1, such as 0.9999"
             )
         ways = [bool(way) for way in (self.tokenizer, self.features, self.encoder)]
-        if sum(ways) != 1 or bool(self.net.text_layers) != ways[0]:
+        if sum(ways) != 1 or bool(self.net.vocabulary) != ways[0]:
             reason = "a training has a text encoder of its own, features of texts, or a frozen encoder"
             hint = "give text_layers, vocabulary and tokenizer, or features=STAGE, or encoder=MODEL"
             raise InputError(reason, hint)
