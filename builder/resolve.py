@@ -40,7 +40,7 @@ def resolve(text: str, settings: Iterable[str] = ()) -> Recipe:
             raise RecipeError(reason, "name the stage: download.timeout_s=5")
         recipe = Recipe.from_json(_read(text), text)
     else:
-        recipe = _call(text, *_find(text, "recipes.datasets", Recipe), pairs, Recipe, "build")
+        recipe = _call(text, *_find(text, "recipes.datasets", Recipe, "recipe.json"), pairs, Recipe, "build")
     return _with_stage_settings(recipe, of_stages)
 
 
@@ -58,7 +58,8 @@ def resolve_training(what: str, text: str, settings: Iterable[str], kind: type[K
         given = {key: _value(hints[key], value, key) for key, value in pairs.items()}
         changed: Kind = replace(training, **given)
         return changed
-    return _call(text, *_find(text, f"recipes.{what}.trainings", kind), pairs, kind, f"train {what}")
+    found = _find(text, f"recipes.{what}.trainings", kind, "training.json")
+    return _call(text, *found, pairs, kind, f"train {what}")
 
 
 def _read(text: str) -> bytes:
@@ -96,7 +97,7 @@ def recipe_functions(module: ModuleType, kind: type) -> dict[str, Callable[..., 
     }
 
 
-def _find(text: str, ours: str, kind: type) -> tuple[str, Callable[..., Any]]:
+def _find(text: str, ours: str, kind: type, file: str = "") -> tuple[str, Callable[..., Any]]:
     path, _, name = text.rpartition(":")
     with _telling_of_users_code(path):
         module = _load(Path(path)) if path else importlib.import_module(ours)
@@ -106,8 +107,7 @@ def _find(text: str, ours: str, kind: type) -> tuple[str, Callable[..., Any]]:
         raise RecipeError(
             f"there is no recipe '{name}'{where}",
             f"there are: {', '.join(functions)}; "
-            f"or my_file.py:function (public, -> {kind.__name__})"
-            + (", or a recipe.json" if kind is Recipe else ", or a training.json" if "train" in ours else ""),
+            f"or my_file.py:function (public, -> {kind.__name__})" + (f", or a {file}" if file else ""),
         )
     return name, functions[name]
 

@@ -100,7 +100,8 @@ class Joined:
             "version": f"{of['version']['name']} {of['version']['version']}",
             "files": sha256(json.dumps(of["version"]["files"], sort_keys=True).encode()).hexdigest(),
             "subset": of.get("subset"), "rows": list(self.rows), "found": self.audit.found,
-            "latents": self.latents, "features": self.features, "order": self.order,
+            "latents": self.latents, "features": self.features,
+            **({"order": self.order} if self.order else {}),  # a join of before has none
         }  # fmt: skip
 
     def shard(self, number: int) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -71,7 +71,7 @@ class Clip:
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(name)
         self.context = int(self.model.context_length)
-        self.is_cut = cutter(self.tokenizer, self.context)
+        self.tokens = Tokens(self.tokenizer, self.context)
         picture = self.preprocess(Image.new("RGB", (64, 64)))
         image_1E = self.images([picture])
         self.width = int(image_1E.shape[1])
@@ -91,21 +91,28 @@ class Clip:
 
     def texts(self, texts: list[str]) -> tuple[Any, list[bool]]:
         """(B, E) unit vectors, and which texts are longer than the context."""
-        longer = self.tokenizer(texts, context_length=self.context + 1)
-        cut = self.is_cut(longer).tolist()
+        tokens, cut = self.tokens(texts)
         with self.torch.inference_mode():
-            tokens = self.tokenizer(texts, context_length=self.context) if any(cut) else longer[:, :-1]
-            return self.model.encode_text(tokens.to(self.device), normalize=True).float(), cut
+            return self.model.encode_text(tokens.to(self.device), normalize=True).float(), cut.tolist()
 
 
-def cutter(tokenizer: Any, context: int) -> Callable[[Any], Any]:
-    """From (B, context + 1) tokens of texts: which of them (B) are longer than the context.
+class Tokens:
+    """Texts -> (B, context) tokens, and which of the texts (B) are longer than that; by a tokenizer of
+    open_clip, once where none is.
 
-    Of those the last place is taken, or the one before, where a tokenizer takes the end token away.
+    Of those the last of `context + 1` places is taken, or the one before, where a tokenizer takes the end
+    token away.
     """
-    empty, full = tokenizer(["", "word " * 2 * context], context_length=context + 1)
-    place = context if full[context] != empty[context] else context - 1
-    return lambda tokens: tokens[:, place] != empty[place]
+
+    def __init__(self, tokenizer: Any, context: int) -> None:
+        self.tokenizer, self.context = tokenizer, context
+        self.empty, full = tokenizer(["", "word " * 2 * context], context_length=context + 1)
+        self.place = context if full[context] != self.empty[context] else context - 1
+
+    def __call__(self, texts: list[str]) -> tuple[Any, Any]:
+        longer = self.tokenizer(texts, context_length=self.context + 1)
+        cut = longer[:, self.place] != self.empty[self.place]
+        return self.tokenizer(texts, context_length=self.context) if cut.any() else longer[:, :-1], cut
 
 
 def clip_workers() -> int:

@@ -27,7 +27,7 @@ from builder.errors import InputError, RecipeError
 from builder.files import read_file, write_parquet
 from builder.model import check_files, fetched, hub_model, identity, model_folder
 from builder.stages import tensors
-from builder.stages.clip import clip_workers
+from builder.stages.clip import Tokens, clip_workers
 from builder.stages.score import MAX_CHARACTERS, with_captions
 from builder.typed import from_json
 
@@ -149,7 +149,6 @@ class Encoder:
         """Raises:
         InputError: it is none, or reads fewer tokens.
         """
-        check_encoder(model)
         import torch
 
         folder = fetched(model)
@@ -215,30 +214,26 @@ class _OpenClip:
         self.longest: int | None = int(self.model.context_length)
         self.context, self.said = context, None
         text.ln_final.register_forward_hook(self._heard)
-        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        inner: Any = getattr(self.tokenizer, "tokenizer", None)
+        tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
+        inner: Any = getattr(tokenizer, "tokenizer", None)
         self.ends_as_it_pads = inner is not None and inner.pad_token_id == inner.eos_token_id
-        self.pad = int(self.tokenizer([""], context_length=self.longest)[0, -1])
+        self.pad = int(tokenizer([""], context_length=self.longest)[0, -1])
+        self.read = Tokens(tokenizer, context)
 
     def _heard(self, _: Any, __: Any, out: Any) -> None:
         self.said = out
 
     def tokens(self, texts: Sequence[str]) -> tuple[Any, list[int], list[bool]]:
-        import torch
+        from torch.nn.functional import pad
 
-        longer = self._lengths(self.tokenizer(list(texts), context_length=self.context + 1))
-        tokens = self.tokenizer(list(texts), context_length=self.context)
-        lengths = [min(length, self.context) for length in self._lengths(tokens)]
-        assert self.longest is not None
-        rest = torch.full((len(tokens), self.longest - self.context), self.pad)
-        cut = [length > self.context for length in longer]
-        return torch.cat([tokens, rest.to(tokens.dtype)], 1), lengths, cut
-
-    def _lengths(self, tokens_BT: Any) -> list[int]:
-        is_text = tokens_BT != self.pad
-        last = is_text.shape[1] - is_text.flip(1).int().argmax(1)
+        tokens, cut = self.read(list(texts))
+        is_text = tokens != self.pad
+        last = self.context - is_text.flip(1).int().argmax(1)
         last[~is_text.any(1)] = 0
-        return [max(1, int(n) + self.ends_as_it_pads) for n in last]
+        lengths = (last + self.ends_as_it_pads).clamp(1, self.context)
+        assert self.longest is not None
+        filled = pad(tokens, (0, self.longest - self.context), value=self.pad)
+        return filled, lengths.tolist(), cut.tolist()
 
     def features(self, tokens_BT: Any, _: list[int]) -> Any:
         self.model.encode_text(tokens_BT)
@@ -255,12 +250,18 @@ class _Transformers:
         self.context = context
 
     def tokens(self, texts: Sequence[str]) -> tuple[Any, list[int], list[bool]]:
-        longer = self.tokenizer(list(texts), truncation=True, max_length=self.context + 1)["input_ids"]
         found = self.tokenizer(
             list(texts), truncation=True, max_length=self.context, padding="max_length", return_tensors="pt"
         )
         lengths = [max(1, int(length)) for length in found["attention_mask"].sum(1)]
-        return found["input_ids"], lengths, [len(ids) > self.context for ids in longer]
+        return found["input_ids"], lengths, [
+            length == self.context and self._is_cut(text)
+            for text, length in zip(texts, lengths, strict=True)
+        ]  # fmt: skip
+
+    def _is_cut(self, text: str) -> bool:
+        ids = self.tokenizer(text, truncation=True, max_length=self.context + 1)["input_ids"]
+        return len(ids) > self.context
 
     def features(self, tokens_BT: Any, lengths: list[int]) -> Any:
         import torch

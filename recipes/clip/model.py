@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from builder.errors import InputError
 from builder.model import model_folder
-from builder.stages.clip import cutter
+from builder.stages.clip import Tokens
 
 Size = Literal["P", "N", "T", "S", "B", "L", "H"]
 # layers, width, heads: table 4's small, base, large and huge; pico, nano and tiny are the demo's.
@@ -234,7 +234,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, context: int | None = None) -> None:
         self.folder, self.given = folder, context
-        self.tokenize: Any = None
+        self.tokenize: Tokens | None = None
 
     def padding(self) -> int:
         """The token that follows a text."""
@@ -242,9 +242,7 @@ class Tokenizer:
 
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, int]:
         if self.tokenize is None:
-            self.tokenize = open_clip.get_tokenizer(f"local-dir:{self.folder}")
-            self.context = self.given or int(self.tokenize.context_length)
-            self.is_cut = cutter(self.tokenize, self.context)
-        tokens = self.tokenize(texts, context_length=self.context + 1)
-        cut = int(self.is_cut(tokens).sum())
-        return (self.tokenize(texts, context_length=self.context) if cut else tokens[:, :-1]), cut
+            tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{self.folder}")
+            self.tokenize = Tokens(tokenizer, self.given or int(tokenizer.context_length))
+        tokens, cut = self.tokenize(texts)
+        return tokens, int(cut.sum())

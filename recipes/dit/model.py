@@ -286,10 +286,11 @@ def load(folder: Path) -> tuple[DiT, dict[str, Any]]:
         InputError: that is no model folder of `recap train dit`, or of another net.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        if "objective" not in config:
+            raise KeyError("objective")
         model = DiT(parse(Net, config["net"], what=f"{folder / CONFIG}"))
         model.load_state_dict(load_file(folder / WEIGHTS))
-        config["objective"]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"{folder} holds no DiT: {str(error).partition(chr(10))[0]}"
         raise InputError(

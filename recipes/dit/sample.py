@@ -105,12 +105,16 @@ class Drawer:
         if how.sampler not in known:
             reason = f"sampler={how.sampler} is not for a {self.objective.kind}"
             raise InputError(reason, f"there are: {', '.join(known)}")
-        for text in (text for text in texts if self._is_cut(text)):
-            reason = f"a text has more than the model's {self.model.net.context} tokens: {text[:60]}..."
-            raise InputError(reason, "shorten it: what is cut would not be drawn")
+        for start in range(0, len(texts), how.batch):
+            some = texts[start : start + how.batch]
+            if self._cut(some):
+                text = next(text for text in some if self._cut([text]))
+                reason = f"a text has more than the model's {self.model.net.context} tokens: {text[:60]}..."
+                raise InputError(reason, "shorten it: what is cut would not be drawn")
 
-    def _is_cut(self, text: str) -> bool:
-        return self.encoder.tower.tokens([text])[2][0] if self.encoder else self.words([text])[1] > 0
+    def _cut(self, texts: Sequence[str]) -> bool:
+        """Is one of them?"""
+        return any(self.encoder.tower.tokens(texts)[2]) if self.encoder else self.words(texts)[1] > 0
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], seeds: Sequence[int], how: How) -> list[Image.Image]:

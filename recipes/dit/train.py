@@ -170,21 +170,21 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
 
 class Frozen:
     """Texts -> (B, T, F) features of a frozen encoder, float16, 0 behind a text's, and how many of the texts
-    are longer than the context. Loaded in each worker process, when there is something to read.
+    are longer than the context. A worker process that is no copy of this one loads it anew.
     """
 
     def __init__(self, model: str, context: int) -> None:
-        self.model, self.context = model, context
-        self.encoder: Encoder | None = None
+        self.encoder = Encoder(model, context, device="cpu")
+        self.given = model, context
+
+    def __reduce__(self) -> tuple[type[Frozen], tuple[str, int]]:
+        return Frozen, self.given
 
     def about(self) -> dict[str, Any]:
         """As of features that are joined."""
-        encoder = Encoder(self.model, self.context, device="cpu")
-        return {**encoder.about(), "width": encoder.width}
+        return {**self.encoder.about(), "width": self.encoder.width}
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
-        if self.encoder is None:
-            self.encoder = Encoder(self.model, self.context, device="cpu")
         return self.encoder.padded(texts, in_sixteens)
 
 

@@ -45,10 +45,11 @@ def read_back(benchmark: str, drawings: Drawings, scenes: Sequence[Scene], capti
     named = [world.named_pairs(reply.text) for reply in said(drawings, captioner)]
     wanted = [scene.pairs for scene in scenes]
     both = list(zip(wanted, named, strict=True))
-    pairs = metric("pairs", [len(a & b) for a, b in both], list(map(len, wanted)))
-    more = metric("named, not asked", [len(b - a) for a, b in both], list(map(len, named)))
+    found = [metric("pairs", [len(a & b) for a, b in both], list(map(len, wanted)))]
+    if any(named):
+        found.append(metric("named, not asked", [len(b - a) for a, b in both], list(map(len, named))))
     how = f"read by the captioner {captioner.model}; {drawings.how}"
-    return Result(benchmark, how, drawings.name, {"pictures": len(scenes)}, (pairs, more), main="pairs")
+    return Result(benchmark, how, drawings.name, {"pictures": len(scenes)}, tuple(found), main="pairs")
 
 
 def said(drawings: Drawings, kind: Caption) -> list[Reply]:
@@ -67,5 +68,6 @@ def said(drawings: Drawings, kind: Caption) -> list[Reply]:
         replies = engine.replies(kind, requests)
     found = [replies[str(number)] for number in range(len(requests))]
     if all(reply.error for reply in found):
-        raise InputError(f"{kind.model} said nothing of {len(found)} pictures: {found[0].error}", "see why")
+        reason = f"{kind.model} said nothing of {len(found)} pictures: {found[0].error}"
+        raise InputError(reason, "name a vision-language model, and an endpoint that is up")
     return found

@@ -32,8 +32,9 @@ def there(choices: list[Choice], where: Path) -> list[Choice]:
 def chosen(model: Model, benchmark: str, protocol: str, choices: Sequence[Choice], fewest: int = 1) -> Result:
     """The mean over kinds with `fewest` choices, and of SugarCrepe each kind's."""
     image_NE, hashes = model.images(choice.picture for choice in choices)
-    right_NE = model.texts([choice.right for choice in choices])
-    wrong_NE = model.texts([choice.wrong for choice in choices])
+    texts = [choice.right for choice in choices] + [choice.wrong for choice in choices]
+    text_ME, cut = model.read(texts)
+    right_NE, wrong_NE = np.split(text_ME, 2)
     hits = ((image_NE * right_NE).sum(1) > (image_NE * wrong_NE).sum(1)).astype(float)
     counts = Counter(choice.kind for choice in choices)
     kinds = sorted(kind for kind, number in counts.items() if number >= fewest)
@@ -47,8 +48,7 @@ def chosen(model: Model, benchmark: str, protocol: str, choices: Sequence[Choice
         found += [metric(kind, hits[groups == place]) for kind, place in number.items()]
     samples = {"choices": int(of.sum()), "kinds": len(kinds)}
     seen = model.in_training(hashes)
-    texts = [text for choice in choices for text in (choice.right, choice.wrong)]
     return Result(
-        benchmark, protocol, model.name, samples, tuple(found), seen, "mean over kinds", model.cut(texts),
+        benchmark, protocol, model.name, samples, tuple(found), seen, "mean over kinds", cut,
         named(hashes, texts),
     )  # fmt: skip

@@ -18,9 +18,9 @@ def clip_score(model: Model, benchmark: str, drawings: Drawings, prompts: Sequen
     are longer than the model's context, and so seen in part, is told.
     """
     images_NE, _ = model.images(drawings.pictures)
-    texts_NE = model.texts(prompts)
+    texts_NE, cut = model.read(prompts)
     hits_N = np.einsum("ne,ne->n", images_NE, texts_NE).clip(min=0)
-    counts = {"pictures": len(prompts), "prompts cut": model.cut(prompts)}
+    counts = {"pictures": len(prompts), "prompts cut": cut}
     found = (metric("CLIP score", hits_N),)
     protocol = f"CLIP score by {model.name}; {drawings.how}"
     return Result(benchmark, protocol, drawings.name, counts, found, main="CLIP score")

@@ -116,15 +116,16 @@ class Model:
 
     def texts(self, texts: Sequence[str]) -> Vectors:
         """(M, E)."""
-        vectors = [np.empty((0, self.clip.width), np.float32)]
-        for start in range(0, len(texts), BATCH):
-            vectors.append(self.clip.texts(list(texts[start : start + BATCH]))[0].cpu().numpy())
-        return np.concatenate(vectors)
+        return self.read(texts)[0]
 
-    def cut(self, texts: Sequence[str]) -> int:
-        """How many texts are longer than the context."""
-        longer = self.clip.tokenizer(list(texts), context_length=self.clip.context + 1)
-        return int(self.clip.is_cut(longer).sum())
+    def read(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """(M, E), and how many texts are longer than the context."""
+        vectors, number = [np.empty((0, self.clip.width), np.float32)], 0
+        for start in range(0, len(texts), BATCH):
+            found, cut = self.clip.texts(list(texts[start : start + BATCH]))
+            vectors.append(found.cpu().numpy())
+            number += sum(cut)
+        return np.concatenate(vectors), number
 
     def in_training(self, hashes: Iterable[str]) -> int | None:
         """How many of these images it was trained on; None where that is not known."""

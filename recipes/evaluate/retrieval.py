@@ -147,12 +147,12 @@ def retrieval(model: Model, benchmark: str, pairs: Pairs) -> Result:
     image_NE, hashes = model.images(noted())
     if not captions:
         raise InputError(f"no image has a caption ({pairs.protocol})", "see that the folder is right")
-    text_ME = model.texts(captions)
+    text_ME, cut = model.read(captions)
     counts = {"images": len(image_NE), "captions": len(text_ME)}
     found = recalls(image_NE, text_ME, np.array(of))
     seen = model.in_training(hashes)
     return Result(
-        benchmark, pairs.protocol, model.name, counts, found, seen, "mean R@1", model.cut(captions),
+        benchmark, pairs.protocol, model.name, counts, found, seen, "mean R@1", cut,
         named(hashes, captions),
     )  # fmt: skip
 
