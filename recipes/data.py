@@ -167,23 +167,33 @@ class Latent:
     px: int
     dtype: ClassVar[torch.dtype] = torch.float16
 
-    def of(self, latent: bytes, _: tuple[object, ...]) -> torch.Tensor:
-        return torch.frombuffer(bytearray(latent), dtype=self.dtype).view(self.channels, self.px, self.px)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.px, self.px
+
+    def of(self, latent: bytes, _: tuple[object, ...]) -> Any:
+        return np.frombuffer(latent, np.float16).reshape(self.shape)
+
+    def channels_first(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
 
 
 @dataclass(frozen=True)
 class Picture:
-    """How an image becomes (3, px, px) uint8. `area` is the least share of it that a crop keeps: 1 squashes
+    """How an image becomes (px, px, 3) uint8. `area` is the least share of it that a crop keeps: 1 squashes
     the whole of it, 0.4 is CLIPA's inception crop. `centre` takes the square in its middle.
     """
 
     px: int
     area: float = 1.0
     centre: bool = False
-    channels: ClassVar[int] = 3
     dtype: ClassVar[torch.dtype] = torch.uint8
 
-    def of(self, image: bytes, at: tuple[object, ...]) -> torch.Tensor:
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.px, self.px, 3
+
+    def of(self, image: bytes, at: tuple[object, ...]) -> Any:
         """Raises:
         OSError: it is no image.
         """
@@ -191,9 +201,11 @@ class Picture:
         if opened.mode != "RGB":
             opened = opened.convert("RGB")
         box = self._box(opened.width, opened.height, at)
-        small = opened.resize((self.px, self.px), Image.Resampling.BILINEAR, box=box)  # with antialias
-        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-        return pixels.view(self.px, self.px, 3).permute(2, 0, 1)  # as it lies in memory
+        return np.asarray(opened.resize(self.shape[:2], Image.Resampling.BILINEAR, box=box))  # with antialias
+
+    def channels_first(self, pictures: torch.Tensor) -> torch.Tensor:
+        """As they lie in memory."""
+        return pictures.permute(0, 3, 1, 2)
 
     def _box(self, width: int, height: int, at: tuple[object, ...]) -> tuple[float, float, float, float]:
         """torchvision's RandomResizedCrop, with ratios from 3/4 to 4/3; ten tries, then the whole."""
@@ -267,16 +279,18 @@ class Pairs(Dataset[Batch | UserError]):
 
     def at(self, number: int) -> Batch:
         rows: Rows = []
-        images, ok, textless = [], [], 0
+        ok, textless = [], 0
+        images = self._room_of_a_batch()
+        pixels = images.numpy()
         for sample in range(number, number + self.batch):
             epoch, shard, place = self.order.at(sample)
             row = {name: column[place].as_py() for name, column in self._tables(shard).items()}
             rows.append((row, epoch))
             image = self._file(row["file"]).read(row["start"], row["bytes"])
             try:
-                images.append(self.picture.of(image, (self.seed, epoch, row["uid"])))
+                pixels[sample - number] = self.picture.of(image, (self.seed, epoch, row["uid"]))
             except NO_PICTURE:  # counted by whoever trains
-                images.append(self._empty().permute(2, 0, 1))
+                pixels[sample - number] = 0
                 ok.append(False)
             else:
                 ok.append(self.mix.has_text(row))
@@ -284,8 +298,8 @@ class Pairs(Dataset[Batch | UserError]):
         texts, cut = self._texts(rows)
         captions = self.captions([self.mix.caption(row) for row, _ in rows])[0] if self.captions else None
         uids = [row["uid"] for row, _ in rows]
-        pixels = torch.stack([image.permute(1, 2, 0) for image in images], out=self._pixels())
-        return Batch(uids, pixels.permute(0, 3, 1, 2), texts, torch.tensor(ok), cut, captions, textless)
+        images = self.picture.channels_first(images)
+        return Batch(uids, images, texts, torch.tensor(ok), cut, captions, textless)
 
     def _texts(self, rows: Rows) -> tuple[torch.Tensor, int]:
         if self.tokenize:
@@ -306,18 +320,15 @@ class Pairs(Dataset[Batch | UserError]):
             features_BTF[place, :tokens] = torch.frombuffer(data, dtype=torch.float16).view(tokens, width)
         return features_BTF, cut
 
-    def _empty(self, *number: int) -> torch.Tensor:
-        shape = (*number, self.picture.px, self.picture.px, self.picture.channels)
-        return torch.zeros(shape, dtype=self.picture.dtype)
-
-    def _pixels(self) -> torch.Tensor | None:
-        """Where a worker process puts a batch's: what is shared is written again and again, for new pages
-        cost more than the copy that `batches` makes. A batch is begun when the one AHEAD before it is taken.
+    def _room_of_a_batch(self) -> torch.Tensor:
+        """Where its images go. What a worker process shares is written again and again, for new pages cost
+        more than copies. A batch is begun when the one AHEAD before it is taken.
         """
+        shape = self.batch, *self.picture.shape
         if get_worker_info() is None:
-            return None
+            return torch.empty(shape, dtype=self.picture.dtype)
         if len(self._room) < AHEAD + 1:
-            self._room.append(self._empty(self.batch).share_memory_())
+            self._room.append(torch.zeros(shape, dtype=self.picture.dtype).share_memory_())
         self._room.rotate()
         return self._room[0]
 
@@ -358,7 +369,8 @@ def batches(
 ) -> Iterator[Batch]:
     """A rank's part of every step from sample `start` up to `samples`; `pairs.batch` is one rank's.
 
-    A step's samples are the next `ranks * pairs.batch`, whatever the number of ranks.
+    A step's samples are the next `ranks * pairs.batch`, whatever the number of ranks. With `workers`, a
+    batch's images are there until the next batch is asked for: a copy of them would be of what is used once.
     """
     step = ranks * pairs.batch
     firsts = range(start + rank * pairs.batch, samples - step + 1 + rank * pairs.batch, step)
@@ -366,8 +378,10 @@ def batches(
         pairs, batch_size=None, sampler=firsts, num_workers=workers,
         prefetch_factor=AHEAD if workers else None, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
+    mapped = deque[torch.Tensor](maxlen=workers * (AHEAD + 1))  # else each batch is mapped anew
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        own = not workers or batch.images.is_pinned()
-        yield batch if own else replace(batch, images=batch.images.clone())
+        if not batch.images.is_pinned():
+            mapped.append(batch.images)
+        yield batch

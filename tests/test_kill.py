@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 
 import psutil
@@ -102,7 +103,7 @@ def _killed(demo_run: Path, site: Path, here: Path, seed: int) -> tuple[int, int
         if kills % 8 == 3:
             _until_more(lambda: len(replies(run)), rng.randint(1, 50), process, 45)
         elif kills % 4 == 1:
-            _until_more(lambda: len([*run.rglob("*.json")]), rng.randint(1, 3), process, 20)
+            _until_more(lambda: len(glob(f"{run}/**/*.json", recursive=True)), rng.randint(1, 3), process, 20)
         else:
             time.sleep(rng.uniform(0.5, 8))
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []

@@ -14,7 +14,7 @@ from PIL import Image
 
 from builder.errors import InputError
 from builder.run import Run
-from builder.stages.clip import Clip
+from builder.stages.clip import Clip, Tokens
 from builder.stages.imagetar import images
 
 
@@ -66,6 +66,25 @@ def test_texts_longer_than_the_context_are_counted(clip: Clip) -> None:
     assert units.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
     alone, _ = clip.texts([fits])
     assert torch.allclose(alone[0], units[0], atol=1e-5)  # that another text is cut changes nothing
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_tokens_are_open_clips_own(ends: bool) -> None:
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{CLIP}", strip_sep_token=ends)
+    tokenizer.tokenizer.sep_token = tokenizer.tokenizer.eos_token
+    texts = [
+        "a red star",
+        "",
+        " A  large\n&amp;amp; red ",
+        "word " * 500,
+        "a\x00b",
+        "写真",
+        "star " * 12,
+        "star " * 13,
+    ]
+    for some in (texts, texts[:3]):
+        tokens, _ = Tokens(tokenizer, 16)(some)
+        assert torch.equal(tokens, tokenizer(some, context_length=16))
 
 
 def test_a_folder_that_is_no_clip_is_refused(tmp_path: Path) -> None:

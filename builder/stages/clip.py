@@ -108,11 +108,36 @@ class Tokens:
         self.tokenizer, self.context = tokenizer, context
         self.empty, full = tokenizer(["", "word " * 2 * context], context_length=context + 1)
         self.place = context if full[context] != self.empty[context] else context - 1
+        self.of_transformers = None if getattr(tokenizer, "tokenizer_mode", None) else _inner(tokenizer)
 
     def __call__(self, texts: list[str]) -> tuple[Any, Any]:
-        longer = self.tokenizer(texts, context_length=self.context + 1)
+        longer = self._read(texts, self.context + 1)
         cut = longer[:, self.place] != self.empty[self.place]
-        return self.tokenizer(texts, context_length=self.context) if cut.any() else longer[:, :-1], cut
+        return self._read(texts, self.context) if cut.any() else longer[:, :-1], cut
+
+    def _read(self, texts: list[str], context: int) -> Any:
+        """What open_clip does, without the masks that it has made, and tensors made number by number: half of
+        the time that a text takes.
+        """
+        if self.of_transformers is None:
+            return self.tokenizer(texts, context_length=context)
+        import torch
+
+        cleaned = [self.tokenizer.clean_fn(text) for text in texts]
+        found = self.of_transformers(
+            cleaned, max_length=context, padding="max_length", truncation=True, return_attention_mask=False
+        )
+        tokens = torch.tensor(found["input_ids"])
+        if self.tokenizer.strip_sep_token:
+            tokens[tokens == self.of_transformers.sep_token_id] = 0
+        return tokens
+
+
+def _inner(tokenizer: Any) -> Any:
+    """Transformers', in an open_clip tokenizer that has one."""
+    from open_clip.tokenizer import HFTokenizer
+
+    return tokenizer.tokenizer if isinstance(tokenizer, HFTokenizer) else None
 
 
 def clip_workers() -> int:

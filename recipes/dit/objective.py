@@ -29,7 +29,8 @@ class Objective:
     """`predict`: what comes out of the model; the loss is on the velocity in a flow, else on that itself.
     `learned_sigma` has the model predict the variance too (diffusion alone). `min_snr` bounds the weights by
     signal to noise (arXiv 2303.09556: 5). `floor` is the least time that a flow's prediction of the clean
-    picture is divided by, and the most of the picture for one of noise.
+    picture is divided by, and the most of the picture for one of noise. `shift` moves a flow's times to the
+    noise: a s / (1 + (a - 1) s), in training and in sampling (arXiv 2403.03206: 3 for large pictures).
     """
 
     kind: Literal["diffusion", "flow"] = "diffusion"
@@ -37,13 +38,16 @@ class Objective:
     learned_sigma: bool = True
     min_snr: float | None = None
     floor: float = 0.05
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind == "flow" and (self.learned_sigma or self.min_snr is not None):
             reason = "a flow has neither learned_sigma nor min_snr"
             raise InputError(reason, "give learned_sigma=false and no min_snr, or kind=diffusion")
-        if not 0 < self.floor < 1 or (self.min_snr is not None and self.min_snr <= 0):
-            raise InputError("floor is a time between 0 and 1, min_snr is above 0", "give 0.05, and 5")
+        if self.shift <= 0 or (self.shift != 1 and self.kind != "flow"):
+            raise InputError(f"shift={self.shift:g}", "give one above 0, and of a diffusion none")
+        if not 0 < self.floor <= 1 or (self.min_snr is not None and self.min_snr <= 0):
+            raise InputError("floor is a time above 0, at most 1, min_snr is above 0", "give 0.05, and 5")
 
     @cached_property
     def scheduler(self) -> Any:
@@ -60,7 +64,7 @@ class Objective:
     def times(self, normal_B: torch.Tensor) -> torch.Tensor:
         """(B) from standard normal numbers: in a flow 1000 s, else whole ones from 0 to 999."""
         if self.kind == "flow":
-            return torch.sigmoid(normal_B) * TIMES
+            return torch.sigmoid(normal_B + math.log(self.shift)) * TIMES
         even_B = 0.5 * (1 + torch.erf(normal_B / math.sqrt(2)))
         return (even_B * TIMES).long().clamp(0, TIMES - 1)
 

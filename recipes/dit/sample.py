@@ -174,13 +174,16 @@ class Drawer:
         elif how.sampler == "euler":
             from diffusers import FlowMatchEulerDiscreteScheduler
 
-            scheduler = FlowMatchEulerDiscreteScheduler(TIMES)
+            scheduler = FlowMatchEulerDiscreteScheduler(TIMES, shift=self.objective.shift)
             scheduler.set_timesteps(sigmas=np.linspace(1, 1 / how.steps, how.steps))
             return scheduler
         else:
             from diffusers import DPMSolverMultistepScheduler
 
-            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+            flow = {
+                "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+                "flow_shift": self.objective.shift,
+            }  # fmt: skip
             of = {"prediction_type": config["prediction_type"], "timestep_spacing": "linspace"}
             scheduler = DPMSolverMultistepScheduler(
                 TIMES, *BETAS, **(flow if self.objective.kind == "flow" else of)
