@@ -459,6 +459,10 @@ def test_what_cannot_be_drawn_is_told_in_one_line(models: dict[str, Path], tmp_p
         sample(model, [], tmp_path / "a")
     with pytest.raises(InputError, match="holds no DiT"):
         sample(CLIP, ["red"], tmp_path / "a")
+    assert sample(model, ["red"], tmp_path / "a", steps=2, say=lambda _: None).batch == 4
+    assert sample(model, ["red", *"blue"], tmp_path / "a", steps=2, say=lambda _: None).batch == 4
+    assert sample(model, [*"blue"] * 2, tmp_path / "b", steps=2, say=lambda _: None).batch == 32
+    shutil.rmtree(tmp_path / "a")
     sample(model, ["red", "blue"], tmp_path / "a", steps=2, batch=2, say=lambda _: None)
     with pytest.raises(InputError, match="pictures of other texts"):
         sample(model, ["green"], tmp_path / "a", steps=2, batch=2)

@@ -96,7 +96,7 @@ def drawing_options(function: Any) -> Any:
 )
 @click.option("--out", type=path_type, required=True, help="Folder of the pictures.")
 @drawing_options
-@click.option("--batch", type=int, help="Pictures at a time; 32 unless given. It enters what is drawn.")
+@click.option("--batch", type=int, help="Pictures at a time: 32, of few 4. It enters what is drawn.")
 @click.option("--grid", is_flag=True, help="Also grid.png, of the first 36.")
 @as_json_option
 def sample(

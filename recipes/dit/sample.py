@@ -42,6 +42,7 @@ from recipes.training import REPORT_S, Say, computing, of_the_extra
 Sampler = Literal["ddpm", "dpm", "euler"]
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "dpm"), "flow": ("euler", "dpm")}
 SETTINGS, PROMPTS = "sample.json", "prompts.jsonl"  # of a folder of pictures
+FEW = 4  # texts
 SOON = 1e-3  # of a flow's time: the clean picture is as good as there
 
 
@@ -249,6 +250,8 @@ def sample(
         raise InputError("there are no texts to draw", "give some, or a file of them: --captions")
     model = model.resolve()  # `latest` may come to be another
     drawer = Drawer(model, vae=vae, encoder=encoder)
+    if given.get("batch") is None:
+        given["batch"] = _batch_of(out, len(texts))
     how = drawer.usual(**given)
     drawer.check(texts, how)
     seeds = seeds_of(texts, how.seed)
@@ -270,6 +273,13 @@ def sample(
             said = seconds
             say(f"{done:,} of {len(left):,} pictures, {done / seconds:.3g} a second")
     return how
+
+
+def _batch_of(out: Path, texts: int) -> int:
+    """That of the pictures which are there; of few texts few are filled up."""
+    if (out / SETTINGS).exists():
+        return int(json.loads((out / SETTINGS).read_text())["batch"])
+    return How.batch if texts > FEW else FEW
 
 
 def file_of(number: int) -> str:
