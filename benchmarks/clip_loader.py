@@ -75,7 +75,7 @@ def bare(path: str, places: list[tuple[int, int]], px: int, seconds: float, done
     number, end = 0, time.monotonic() + seconds
     chance = np.random.default_rng(os.getpid())
     while time.monotonic() < end:
-        start, size = places[number % len(places)]
+        start, size = places[chance.integers(len(places))]  # in no order, as the loader
         image = Image.open(io.BytesIO(os.pread(file, size, start)))
         side = chance.uniform(0.65, 1)
         box = (0, 0, image.width * side, image.height * side)
