@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yarl
+from click.testing import CliRunner, Result
 from filelock import FileLock
 
 if TYPE_CHECKING:
@@ -103,6 +104,15 @@ def recap(
         check=False,
     )
     assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def recap_here(*arguments: object, check: int = 0) -> Result:
+    """The same in this process: of what imports the training libraries, ten seconds of a core each time."""
+    from builder.cli import main
+
+    done = CliRunner().invoke(main, [*map(str, arguments)], prog_name="recap")
+    assert done.exit_code == check, f"exit {done.exit_code}\n{done.output}\n{done.exception!r}"
     return done
 
 

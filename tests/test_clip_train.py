@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, ROOT, fill, mounted, recap
+from conftest import CLIP, ROOT, fill, mounted, recap_here
 from hub.server import Hub as Server
 from huggingface_hub import snapshot_download
 from test_data import published_in
@@ -436,7 +436,9 @@ def test_a_plan_of_the_papers_training() -> None:
     assert told.lines[0].steps == 78_125
     assert told.gpu_hours == pytest.approx(sum(line.flops for line in told.lines) / 0.5e15 / 3600)
     assert told.cost == pytest.approx(2 * told.gpu_hours)
-    said = recap("plan", "clip:recap_clip", "version=v", "images=i", f"tokenizer={CLIP}", "vision=L").stdout
+    said = recap_here(
+        "plan", "clip:recap_clip", "version=v", "images=i", f"tokenizer={CLIP}", "vision=L"
+    ).stdout
     assert "78,125 steps" in said
     with pytest.raises(InputError, match="is no share"):
         plan(training, tflops=1000, utilisation=2)

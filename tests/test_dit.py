@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, ROOT, recap
+from conftest import CLIP, ROOT, recap, recap_here
 from PIL import Image
 from test_data import published_in
 from torch.distributions import Normal, kl_divergence
@@ -109,7 +109,7 @@ def test_a_plan_of_the_papers_training() -> None:
     by_hand = 3 * 2 * 5.56e9 * 1.33e9  # DiT-B/4's 5.56, and what reads the text
     assert by_hand < told.flops < 1.5 * by_hand
     assert told.lines[0].steps == 650_000
-    said = recap("plan", "dit:recap_dit", "version=v", "images=i", "size=L", "patch=2").stdout
+    said = recap_here("plan", "dit:recap_dit", "version=v", "images=i", "size=L", "patch=2").stdout
     assert "650,000 steps" in said
 
 
@@ -498,19 +498,19 @@ def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
         "--json",
     ]
     again = [tmp_path / "out" / "training.json", "samples=32", "--out", tmp_path / "less", "--json"]
-    less = json.loads(recap("train", "dit", *again).stdout)["model"]
+    less = json.loads(recap_here("train", "dit", *again).stdout)["model"]
     assert less.endswith("step-000000000032")
     assert (
         "has no setting 'sample'"
-        in recap("train", "dit", again[0], "sample=3", "--out", tmp_path / "x", check=2).stderr
+        in recap_here("train", "dit", again[0], "sample=3", "--out", tmp_path / "x", check=2).stderr
     )
-    told = json.loads(recap("sample", model, "a red star", *words).stdout)
+    told = json.loads(recap_here("sample", model, "a red star", *words).stdout)
     assert (told["pictures"], told["sampler"], told["guidance"]) == (3, "euler", 4)
     with Image.open(tmp_path / "drawn" / "grid.png") as sheet:
         assert sheet.size == (3 * 65 - 1, 64)
     assert (
         "is not for a flow"
-        in recap("sample", model, "x", "--out", tmp_path / "b", "--sampler", "ddpm", check=2).stderr
+        in recap_here("sample", model, "x", "--out", tmp_path / "b", "--sampler", "ddpm", check=2).stderr
     )
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap
+from conftest import CLIP, recap, recap_here
 from PIL import Image
 from safetensors.torch import save_file
 from test_dit import FLOW, SLOW, TINY, WORDS
@@ -165,11 +165,11 @@ def test_a_folder_of_pictures_is_evaluated_by_one_command(tmp_path: Path) -> Non
     for number, scene in enumerate(scenes):  # others, of which each is of one colour
         other = Image.new("RGB", (128, 128), world.COLOURS[scene.things[0].colour])
         (tmp_path / "real" / f"{number}.jpg").write_bytes(world.jpeg(other, 90))
-    further = json.loads(recap("eval", folder, *words, "--json").stdout)[0]
+    further = json.loads(recap_here("eval", folder, *words, "--json").stdout)[0]
     assert further["metrics"][0]["value"] > 1.5 * distance["value"]
     assert further["protocol"] != found["fid"]["protocol"]  # of other pictures: not to be compared
     assert 0 < found["clip score"]["metrics"][0]["value"] < 100
-    said = recap("eval", folder, "fid", f"reference={tmp_path}/real", check=2).stderr
+    said = recap_here("eval", folder, "fid", f"reference={tmp_path}/real", check=2).stderr
     assert "by which features" in said
 
 
@@ -206,11 +206,11 @@ def test_a_model_draws_what_it_is_asked_for(tmp_path: Path) -> None:
     dit.describe(net, asdict(FLOW), WORDS, model)
     save_file(DiT(net).state_dict(), model / dit.WEIGHTS)
     settings = [f"folder={tmp_path}/drawn", "name=few"]
-    told = recap("eval", model, "world_drawings", "scenes=4", *settings, "--json")
+    told = recap_here("eval", model, "world_drawings", "scenes=4", *settings, "--json")
     assert [row["model"] for row in json.loads(told.stdout)] == [str(model)] * 3
-    few = recap("eval", model, "world_drawings", "scenes=4", *settings, "--steps", "3", "--json").stdout
+    few = recap_here("eval", model, "world_drawings", "scenes=4", *settings, "--steps", "3", "--json").stdout
     assert "3 steps" in json.loads(few)[0]["protocol"]
-    said = recap("eval", CLIP, "demo", "--guidance", "2", check=2).stderr
+    said = recap_here("eval", CLIP, "demo", "--guidance", "2", check=2).stderr
     assert "is of nothing that draws" in said
     drawer = Artist(str(model))
     for texts in (["a red star"], ["a red star", "a ring"], ["a ring"]):

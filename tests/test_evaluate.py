@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap
+from conftest import CLIP, recap_here
 
 from builder.errors import InputError
 from recipes.evaluate import choices, datacomp, mmvp, results, sugarcrepe, vg_attribution
@@ -529,8 +529,10 @@ def test_an_image_that_cannot_be_decoded_is_named(model: Model, pictures: Path) 
 
 def test_several_benchmarks_in_one_command(pictures: Path, tmp_path: Path) -> None:
     words = ["long_captions", f"folder={pictures}", "retrieval", f"folder={pictures}"]
-    said = recap("eval", CLIP, *words, "--out", tmp_path / "a.json", check=2).stderr
+    said = recap_here("eval", CLIP, *words, "--out", tmp_path / "a.json", check=2).stderr
     assert "nshards.txt is missing" in said  # of the second; what the first said is kept
-    rows = json.loads(recap("eval", tmp_path / "a.json", tmp_path / "a.json", "--compare", "--json").stdout)
+    rows = json.loads(
+        recap_here("eval", tmp_path / "a.json", tmp_path / "a.json", "--compare", "--json").stdout
+    )
     assert {row["difference"] for row in rows} == {0}
-    assert "is a setting of no benchmark" in recap("eval", CLIP, "folder=x", check=2).stderr
+    assert "is a setting of no benchmark" in recap_here("eval", CLIP, "folder=x", check=2).stderr

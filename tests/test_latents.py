@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap, with_stage
+from conftest import CLIP, recap_here, with_stage
 from PIL import Image
 from safetensors.numpy import load_file
 from test_data import published_in
@@ -90,7 +90,7 @@ def test_a_training_on_latents_draws_with_their_vae_and_no_other(
     with pytest.raises(InputError, match="draws latents\n"):
         Drawer(there)
     other = a_vae(tmp_path / "other", seed=1)
-    said = recap("sample", there, "x", "--vae", other, "--out", tmp_path / "b", check=2).stderr
+    said = recap_here("sample", there, "x", "--vae", other, "--out", tmp_path / "b", check=2).stderr
     assert "latents of another model" in said
     with pytest.raises(InputError, match="the latents are 4 channels of 16 a side"):
         train(replace(training, net=replace(net, px=32)), tmp_path / "b", say=lambda _: None)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap, with_stage
+from conftest import CLIP, recap_here, with_stage
 from safetensors.numpy import load_file
 from test_data import published_in
 from test_dit import TINY, a_training, losses
@@ -179,7 +179,7 @@ def test_a_training_on_features_draws_with_their_encoder_and_no_other(
     with pytest.raises(InputError, match="reads features of texts\n"):
         Drawer(there)
     other = a_folder(tmp_path / "other", "t5")
-    said = recap("sample", there, "x", "--encoder", other, "--out", tmp_path / "b", check=2).stderr
+    said = recap_here("sample", there, "x", "--encoder", other, "--out", tmp_path / "b", check=2).stderr
     assert "features of texts of another model" in said
     drawer = Drawer(there, encoder=str(CLIP))
     with pytest.raises(InputError, match="more than the model's 80 tokens"):
