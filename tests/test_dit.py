@@ -37,6 +37,7 @@ from recipes.dit.plan import forward_flops, picture_flops, plan
 from recipes.dit.sample import Drawer, How, sample, seeds_of
 from recipes.dit.train import Step, Training, noise_of, train
 from recipes.join import join
+from recipes.muon import Muon, orthogonal
 from recipes.training import ALONE
 
 TINY = Net(
@@ -257,10 +258,11 @@ def test_a_sample_without_a_picture_moves_nothing() -> None:
 # --- a training ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_that_stopped_goes_on_to_the_same_bits(
-    demo_run: Path, tmp_path: Path, every_step: None
+    demo_run: Path, tmp_path: Path, every_step: None, optimizer: str
 ) -> None:
-    training = a_training(demo_run)
+    training = a_training(demo_run, optimizer=optimizer)
     there = train(training, tmp_path / "whole", say=lambda _: None)
     train(training, tmp_path / "cut", say=lambda _: None)
     shutil.rmtree(tmp_path / "cut" / "step-000000000096")
@@ -274,6 +276,31 @@ def test_a_training_that_stopped_goes_on_to_the_same_bits(
     before = {name: value for name, value in json.loads(told.read_text()).items() if name != "features"}
     told.write_text(json.dumps(before))  # of before there was that setting
     assert train(training, tmp_path / "cut", say=lambda _: None) == again
+
+
+def test_muon_is_torchs_and_adamw_beside_it() -> None:
+    """Torch's computes in bfloat16, so that a step of it is right to some percent."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((32, 96), (96, 32), (40,))]
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    adamw = {"betas": (0.9, 0.999), "eps": 1e-8}
+    both = [[torch.nn.Parameter(one.clone()) for one in start] for _ in range(2)]
+    ours = Muon(both[0][:2], both[0][2:], **settings, **adamw)  # type: ignore[arg-type]
+    theirs = [
+        torch.optim.Muon(both[1][:2], **settings, adjust_lr_fn="match_rms_adamw"),  # type: ignore[arg-type]
+        torch.optim.AdamW(both[1][2:], **settings, **adamw),  # type: ignore[arg-type]
+    ]
+    for _ in range(5):
+        for a, b in zip(*both, strict=True):
+            a.grad, b.grad = (gradient := torch.randn(a.shape)), gradient.clone()
+        for one in (ours, *theirs):
+            one.step()
+    for a, b, before in zip(*both, start, strict=True):
+        apart, moved = (a - b).detach(), (b - before).detach()
+        assert float(apart.norm() / moved.norm()) < 0.03
+    assert torch.equal(both[0][2], both[1][2])
+    values = torch.linalg.svdvals(orthogonal(torch.randn(64, 200)))
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.3
 
 
 def test_the_average_is_the_closed_form_of_the_weights(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from recipes.dit import model as dit
 from recipes.dit.model import DiT, Net, Words
 from recipes.dit.objective import Objective
 from recipes.join import Joined
+from recipes.muon import Muon
 from recipes.training import (
     Precision,
     Ranks,
@@ -55,6 +56,11 @@ from recipes.training import (
 )
 
 FREE = ("workers", "save_every", "tensorboard", "compile", "sharded", "min_found")
+NO_MATRICES = (
+    "text.tokens.weight",
+    "text.places",
+    "out.weight",
+)  # of Muon: what looks up, and what leads out
 MOMENTS = "training.tensors"  # of a checkpoint: weights and the optimizer's state; as safetensors
 
 
@@ -62,7 +68,8 @@ MOMENTS = "training.tensors"  # of a checkpoint: weights and the optimizer's sta
 class Training:
     """So many `samples` in steps of `batch`, at a rate of `lr` that rises over `warmup` samples, and falls to
     0 by a cosine where that is wanted. `ema` is the decay of the moving average, which begins lower:
-    (1 + n) / (10 + n) at step n. `sharded` spreads weights and optimizer over the devices (FSDP2). `latents`
+    (1 + n) / (10 + n) at step n. `optimizer=muon` (recipes/muon.py) learns from far fewer samples.
+    `sharded` spreads weights and optimizer over the devices (FSDP2). `latents`
     names the stage of the run `images` whose latents are denoised, in the place of pictures.
 
     Where the text's features come from is one of three: `tokenizer`, a folder with a tokenizer.json, for an
@@ -91,6 +98,7 @@ class Training:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    optimizer: Literal["adamw", "muon"] = "adamw"
     precision: Precision = "bf16"
     seed: int = 0
     workers: int = 1
@@ -104,6 +112,8 @@ class Training:
         if self.batch > self.samples:
             reason = f"a training of {self.samples:,} samples has no step of {self.batch:,}"
             raise InputError(reason, "give more samples, or a smaller batch")
+        if self.sharded and self.optimizer == "muon":
+            raise InputError("muon moves whole matrices", "give optimizer=adamw, or leave sharded out")
         if not 0 <= self.ema < 1:
             raise InputError(
                 f"ema={self.ema:g} is no decay", "give a number from 0 to below 1, such as 0.9999"
@@ -221,10 +231,7 @@ def _train(
     module = spread(model, model.blocks, ranks, sharded=training.sharded)
     if training.compile:
         module.compile()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=training.betas, eps=training.eps, fused=True,
-        weight_decay=training.weight_decay,
-    )  # fmt: skip
+    optimizer = _optimizer(training, model)
     average = EMAModel(model.parameters(), decay=training.ema, foreach=True)
     if there is not None:
         load_moments(model, optimizer, _of("moments:", known))
@@ -249,6 +256,17 @@ def _train(
         ),
         sample=sample, first=0, last=total, total=total, out=out, there=there, say=say, ranks=ranks,
     )  # fmt: skip
+
+
+def _optimizer(training: Training, model: DiT) -> torch.optim.AdamW:
+    settings: dict[str, Any] = {
+        "lr": 0.0, "betas": training.betas, "eps": training.eps, "weight_decay": training.weight_decay,
+    }  # fmt: skip
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and name not in NO_MATRICES}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    return Muon(matrices.values(), others, **settings)
 
 
 class Step:
