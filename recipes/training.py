@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -179,8 +179,7 @@ def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> Non
     path = out / "training.json"
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(about)
-        then = {one.name: one.default for one in fields(training) if one.default is not MISSING}
-        before = then | before  # a setting that came later was as it is unless given
+        before = _filled(training, before)
         # Also in which order captions are named: it decides what is drawn.
         differ = [name for name in now if name not in free and not _same(before.get(name), now[name])]
         if differ:
@@ -194,6 +193,19 @@ def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> Non
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, about)
     ranks.wait()
+
+
+def _filled(training: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written of a dataclass: a setting that came later was as it is unless given."""
+    found = {}
+    for one in fields(training):
+        now = getattr(training, one.name)
+        if one.name in before:
+            was = before[one.name]
+            found[one.name] = _filled(now, was) if is_dataclass(now) and isinstance(was, dict) else was
+        elif one.default is not MISSING:
+            found[one.name] = json.loads(json.dumps(one.default))
+    return found
 
 
 def _same(before: Any, now: Any) -> bool:

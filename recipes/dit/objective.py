@@ -44,7 +44,7 @@ class Objective:
         if self.kind == "flow" and (self.learned_sigma or self.min_snr is not None):
             reason = "a flow has neither learned_sigma nor min_snr"
             raise InputError(reason, "give learned_sigma=false and no min_snr, or kind=diffusion")
-        if self.shift <= 0 or (self.shift != 1 and self.kind != "flow"):
+        if not 0 < self.shift < math.inf or (self.shift != 1 and self.kind != "flow"):
             raise InputError(f"shift={self.shift:g}", "give one above 0, and of a diffusion none")
         if not 0 < self.floor <= 1 or (self.min_snr is not None and self.min_snr <= 0):
             raise InputError("floor is a time above 0, at most 1, min_snr is above 0", "give 0.05, and 5")

@@ -5,8 +5,8 @@
     OUT/000000.png            in the order of the texts; what is there is not drawn again
 
 A picture is a function of the model, its text and seed, and how it is drawn: the noise that it begins with,
-and what is added on the way, are drawn from its own seed. Batches are always of the same size, filled up, so
-that with the same device and versions any part of the pictures comes out bit for bit.
+and what is added on the way, are drawn from its own seed. A folder's batches are all of the same size, filled
+up, so that with the same device and versions any part of its pictures comes out bit for bit.
 
 Guidance g is without text + g (with text - without); of all channels, or, as DiT's code has it, of the first
 three alone. Without any, g = 1, the model is asked once.
@@ -33,7 +33,7 @@ from builder.files import sha256_file, write_atomically
 from builder.model import identity, model_folder
 from builder.stages.latents import Vae
 from builder.stages.textfeatures import Encoder
-from builder.typed import parse
+from builder.typed import from_json, parse
 from recipes.dit import model as dit
 from recipes.dit.model import Words
 from recipes.dit.objective import BETAS, TIMES, Objective
@@ -190,6 +190,8 @@ class Drawer:
                 TIMES, *BETAS, **(flow if self.objective.kind == "flow" else of)
             )
         scheduler.set_timesteps(how.steps)
+        if how.sampler == "dpm":
+            scheduler.set_begin_index(0)  # else looked up by the time, which shifted times round to the same
         return scheduler
 
     def _times(self, scheduler: Any) -> list[float]:
@@ -278,8 +280,13 @@ def sample(
 def _batch_of(out: Path, texts: int) -> int:
     """That of the pictures which are there; of few texts few are filled up."""
     if (out / SETTINGS).exists():
-        return int(json.loads((out / SETTINGS).read_text())["batch"])
+        before = _settings(out).get("batch")
+        return before if isinstance(before, int) else How.batch
     return How.batch if texts > FEW else FEW
+
+
+def _settings(out: Path) -> dict[str, Any]:
+    return from_json(dict[str, Any], (out / SETTINGS).read_bytes(), what=str(out / SETTINGS))
 
 
 def file_of(number: int) -> str:
@@ -291,7 +298,7 @@ def _settle(out: Path, about: dict[str, Any], lines: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     settings, prompts = out / SETTINGS, out / PROMPTS
     if settings.exists():
-        before = json.loads(settings.read_text())
+        before = _settings(out)
         if differ := [name for name in about if before.get(name) != about[name]]:
             reason = f"{out} holds others: {differ[0]} was {before.get(differ[0])}, is {about[differ[0]]}"
             raise InputError(reason, "draw into another folder: --out")

@@ -112,6 +112,8 @@ class Training:
         if self.batch > self.samples:
             reason = f"a training of {self.samples:,} samples has no step of {self.batch:,}"
             raise InputError(reason, "give more samples, or a smaller batch")
+        if self.optimizer not in ("adamw", "muon"):
+            raise InputError(f"optimizer={self.optimizer} is none", "give adamw or muon")
         if self.sharded and self.optimizer == "muon":
             raise InputError("muon moves whole matrices", "give optimizer=adamw, or leave sharded out")
         if not 0 <= self.ema < 1:
