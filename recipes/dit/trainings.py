@@ -10,7 +10,7 @@ from recipes.dit.objective import Objective, Predict
 from recipes.dit.train import Training
 from recipes.training import Precision, best_precision
 
-FLOOR, SHIFT = 1.0, 4.0  # of the demo's objective
+FLOOR, SHIFT = 0.5, 3.0  # of the demo's objective
 
 
 def recap_dit(
@@ -88,7 +88,8 @@ def demo(
     read by two layers of its own, with the tokens of the demo's tiny CLIP, or behind a frozen `encoder`.
 
     So little training is to learn what is where before it learns fine detail: times are moved to the noise,
-    and the loss is that of the picture. By AdamW ten times as many samples taught nothing of places.
+    and its velocity's loss is divided by the time but by no less than a half. 20,000 samples by Muon taught
+    more of what stands where than 150,000 by AdamW.
     """
     flow = kind == "flow"
     clip = "recipes/demo/weights/clip"
