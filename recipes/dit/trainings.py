@@ -74,7 +74,7 @@ def demo(
     patch: int = 4,
     kind: Literal["flow", "diffusion"] = "flow",
     predict: Predict = "clean",
-    samples: int = 60_000,
+    samples: int = 20_000,
     batch: int = 64,
     lr: float = 4e-3,
     optimizer: Literal["adamw", "muon"] = "muon",
