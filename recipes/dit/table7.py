@@ -117,8 +117,9 @@ def _told(found: Found, names: list[str], command: str, minutes: float) -> str:
 
 `{command}`, {time.strftime("%Y-%m-%d")}, {round(Machine.here().cpus)} cores, {minutes:.0f} min (what lay
 there before is not in it). Pictures of 32 px, drawn in {STEPS} steps, of scenes that nothing was trained on,
-read back by templates (recipes/evaluate/world_drawings.py); distance and CLIP score by the demo's tiny CLIP. Means over
-seeds, in percent, in brackets 95 % over draws of seeds and pictures; a distance is no percent, and has none.
+read back by templates (recipes/evaluate/world_drawings.py); distance and CLIP score by the demo's tiny CLIP.
+Means over seeds, in percent, in brackets 95 % over draws of seeds and pictures; a distance is no percent, and
+has none.
 
 {markdown([head, *ours])}
 
