@@ -14,12 +14,15 @@ from analysis.report import caption_names
 from builder import run as runs
 from builder.errors import VersionError
 from builder.executors.local import local
+from builder.files import write_atomically
+from builder.model import model_folder
 from builder.versions.publish import publish
 from recipes import datasets as recipes
 from recipes.demo import web
 
 SAMPLES = 25_000  # of each of the two trainings at the end: with fewer both know nothing yet
 DESCRIBED = "world, by descriptions"
+DRAWS = "recipes/demo/weights/dit"  # what was trained on recaptions of a larger demo
 
 
 def demo(
@@ -79,6 +82,7 @@ def demo(
         click.echo(f"\nNothing is trained on it: the images of {run} are not on this machine.")
     elif train:
         _train(folder, run, near)
+        _draw(near)
     models = "captioner=FOLDER_OR_HUB_ID@REVISION clip=FOLDER_OR_HUB_ID@REVISION"
     click.echo(
         f"""
@@ -91,6 +95,7 @@ Done in {time.monotonic() - start:.0f} s. Where it lies:
 What to type next:
 
   recap train clip demo version={folder} images={run} p_original=0.5
+  recap sample {DRAWS} "A large red star sits in the centre." --out drawn --grid
   recap sql {folder} "select org_caption, re_caption from published limit 5"
   python -c "import datasets; print(datasets.load_dataset('{folder}', split='train')[0])"
   recap build recap_datacomp_1b metadata='your/*.parquet' {models} --limit 1000
@@ -145,4 +150,33 @@ def _train(version: Path, run: Path | str, near: Path) -> None:
     samples = f"{SAMPLES:,} samples each, 300 scenes that nothing was trained on"
     click.echo(
         f"\n  {samples}, {time.monotonic() - begun:.0f} s; with every p: python -m recipes.clip.table3"
+    )
+
+
+def _draw(near: Path) -> None:
+    """What a DiT draws of descriptions of scenes that nothing was trained on: a grid, a scene above what was
+    drawn of it.
+    """
+    from PIL import Image
+
+    from recipes.demo import world
+    from recipes.dit import sample
+    from recipes.evaluate.drawings import Artist
+    from recipes.evaluate.world_drawings import prompts, read_back
+
+    begun, out = time.monotonic(), near.with_name(f"{near.name}-drawn")
+    scenes, texts = prompts(12, "described")
+    folder = model_folder(DRAWS)
+    assert folder is not None
+    drawings = Artist(str(folder), {"steps": 25, "batch": len(texts)}).drawn(texts, out)
+    found = read_back("demo", drawings, scenes, "described")
+    drawn = list(drawings.images())
+    real = [world.draw(scene, 256).resize(drawn[0].size, Image.Resampling.BILINEAR) for scene in scenes]
+    rows = [pictures[start : start + 6] for start in (0, 6) for pictures in (real, drawn)]
+    grid = sample.grid([picture for row in rows for picture in row], 6, scale=4)
+    write_atomically(out / "grid.png", sample.png(grid))
+    told = ", ".join(f"{name} {found.value(name):.0f} %" for name in ("pairs", "at their place", "colours"))
+    click.echo(
+        f"\nA DiT drew {len(texts)} scenes from their descriptions: {out / 'grid.png'}, each below its scene"
+        f"\n\n  {told}, read back from the pictures; {time.monotonic() - begun:.0f} s"
     )

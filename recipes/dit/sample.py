@@ -92,10 +92,10 @@ class Drawer:
         self.words = Words(folder / dit.TOKENIZER, model.net.context)
 
     def usual(self, **given: Any) -> How:
-        """How it is drawn where nothing else is wanted: a flow in 50 steps at guidance 4."""
+        """How it is drawn where nothing else is wanted: a flow in 50 steps at guidance 2."""
         usual: dict[str, Any] = {}
         if self.objective.kind == "flow":
-            usual = {"sampler": "euler", "steps": 50, "guidance": 4.0}
+            usual = {"sampler": "euler", "steps": 50, "guidance": 2.0}
         return How(**usual | {name: value for name, value in given.items() if value is not None})
 
     def check(self, texts: Sequence[str], how: How) -> None:
