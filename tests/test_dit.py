@@ -589,6 +589,6 @@ def test_what_is_shipped_draws_what_is_asked_for(tmp_path: Path) -> None:
     scenes, texts = prompts(16, "described")
     drawings = Artist(str(SHIPPED), {"steps": 12, "batch": 16}).drawn(texts, tmp_path)
     found = read_back("few", drawings, scenes, "described")
-    assert found.value("colours") > 50
-    assert found.value("pairs") > 30
+    assert found.value("colours") > 85
+    assert found.value("pairs") > 85
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 15e6

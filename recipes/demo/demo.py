@@ -157,12 +157,9 @@ def _draw(near: Path) -> None:
     """What a DiT draws of descriptions of scenes that nothing was trained on: a grid, a scene above what was
     drawn of it.
     """
-    from PIL import Image
-
-    from recipes.demo import world
     from recipes.dit import sample
     from recipes.evaluate.drawings import Artist
-    from recipes.evaluate.world_drawings import prompts, read_back
+    from recipes.evaluate.world_drawings import prompts, read_back, real
 
     begun, out = time.monotonic(), near.with_name(f"{near.name}-drawn")
     scenes, texts = prompts(12, "described")
@@ -171,8 +168,8 @@ def _draw(near: Path) -> None:
     drawings = Artist(str(folder), {"steps": 25, "batch": len(texts)}).drawn(texts, out)
     found = read_back("demo", drawings, scenes, "described")
     drawn = list(drawings.images())
-    real = [world.draw(scene, 256).resize(drawn[0].size, Image.Resampling.BILINEAR) for scene in scenes]
-    rows = [pictures[start : start + 6] for start in (0, 6) for pictures in (real, drawn)]
+    both = real(scenes, drawn[0].size), drawn
+    rows = [pictures[start : start + 6] for start in (0, 6) for pictures in both]
     grid = sample.grid([picture for row in rows for picture in row], 6, scale=4)
     write_atomically(out / "grid.png", sample.png(grid))
     told = ", ".join(f"{name} {found.value(name):.0f} %" for name in ("pairs", "at their place", "colours"))

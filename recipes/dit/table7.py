@@ -20,13 +20,12 @@ from PIL import Image
 from builder.files import write_atomically
 from builder.machine import Machine
 from builder.shown import echo
-from recipes.demo import world
 from recipes.dit import sample, trainings
 from recipes.dit.train import Training
 from recipes.evaluate.benchmarks import Benchmark, world_drawings
 from recipes.evaluate.drawings import Artist
 from recipes.evaluate.results import Result
-from recipes.evaluate.world_drawings import prompts
+from recipes.evaluate.world_drawings import prompts, real
 from recipes.study import Found, markdown, options, studied, trainings_in, write
 
 # p_original -> of raw COCO captions FID and CLIP score; of recaptions FID, CLIP, Recap-CLIP and GPT-4V's 1-5
@@ -92,8 +91,8 @@ def _grid(models: dict[str, Path], path: Path) -> None:
         drawer = sample.Drawer(model)
         how = drawer.usual(batch=PICTURES, steps=STEPS)
         columns.append(drawer.draw(texts, sample.seeds_of(texts, how.seed), how))
-    real = [world.draw(scene, 256).resize(columns[0][0].size, Image.Resampling.BILINEAR) for scene in scenes]
-    pictures = [picture for row in zip(real, *columns, strict=True) for picture in row]
+    scenes_themselves = real(scenes, columns[0][0].size)
+    pictures = [picture for row in zip(scenes_themselves, *columns, strict=True) for picture in row]
     write_atomically(path, sample.png(sample.grid(pictures, len(columns) + 1, scale=3)))
 
 

@@ -56,11 +56,8 @@ from recipes.training import (
 )
 
 FREE = ("workers", "save_every", "tensorboard", "compile", "sharded", "min_found")
-NO_MATRICES = (
-    "text.tokens.weight",
-    "text.places",
-    "out.weight",
-)  # of Muon: what looks up, and what leads out
+# Muon's are matrices but for what is looked up, and what leads out.
+NO_MATRICES = ("text.tokens.weight", "text.places", "out.weight")
 MOMENTS = "training.tensors"  # of a checkpoint: weights and the optimizer's state; as safetensors
 
 
@@ -68,9 +65,9 @@ MOMENTS = "training.tensors"  # of a checkpoint: weights and the optimizer's sta
 class Training:
     """So many `samples` in steps of `batch`, at a rate of `lr` that rises over `warmup` samples, and falls to
     0 by a cosine where that is wanted. `ema` is the decay of the moving average, which begins lower:
-    (1 + n) / (10 + n) at step n. `optimizer=muon` (recipes/muon.py) learns from far fewer samples.
-    `sharded` spreads weights and optimizer over the devices (FSDP2). `latents`
-    names the stage of the run `images` whose latents are denoised, in the place of pictures.
+    (1 + n) / (10 + n) at step n. `optimizer` is the paper's AdamW, or Muon (recipes/muon.py). `sharded`
+    spreads weights and optimizer over the devices (FSDP2). `latents` names the stage of the run `images`
+    whose latents are denoised, in the place of pictures.
 
     Where the text's features come from is one of three: `tokenizer`, a folder with a tokenizer.json, for an
     encoder that is trained beside; `features`, the stage of the run that has those of a frozen one; or
@@ -112,8 +109,6 @@ class Training:
         if self.batch > self.samples:
             reason = f"a training of {self.samples:,} samples has no step of {self.batch:,}"
             raise InputError(reason, "give more samples, or a smaller batch")
-        if self.optimizer not in ("adamw", "muon"):
-            raise InputError(f"optimizer={self.optimizer} is none", "give adamw or muon")
         if self.sharded and self.optimizer == "muon":
             raise InputError("muon moves whole matrices", "give optimizer=adamw, or leave sharded out")
         if not 0 <= self.ema < 1:

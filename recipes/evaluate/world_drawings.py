@@ -12,6 +12,8 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
+from PIL import Image
+
 from recipes.demo import reader, world
 from recipes.demo.world import Scene
 from recipes.evaluate.drawings import Drawings
@@ -36,6 +38,11 @@ def prompts(number: int, style: Style) -> tuple[list[Scene], list[str]]:
             scenes.append(scene)
             texts.append(text)
     return scenes, texts
+
+
+def real(scenes: Sequence[Scene], size: tuple[int, int]) -> list[Image.Image]:
+    """The scenes themselves, as small as what is drawn."""
+    return [world.draw(scene, 256).resize(size, Image.Resampling.BILINEAR) for scene in scenes]
 
 
 def read_back(benchmark: str, drawings: Drawings, scenes: Sequence[Scene], style: Style) -> Result:
