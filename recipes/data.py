@@ -378,9 +378,8 @@ def batches(
         pairs, batch_size=None, sampler=firsts, num_workers=workers,
         prefetch_factor=AHEAD if workers else None, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
-    mapped = deque[torch.Tensor](
-        maxlen=workers * (AHEAD + 1)
-    )  # or each is mapped anew, as when they are pinned
+    # Kept, or the memory of each batch is mapped anew, as it is when they are pinned.
+    mapped = deque[torch.Tensor](maxlen=workers * (AHEAD + 1))
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
