@@ -711,6 +711,13 @@ def test_a_hundred_thousand_rows_answer_at_once(page: Page, server: tuple[Path, 
     look(page, f"{address}/many/")
     assert matching(page) == number
     load, took = float(page.get_attribute("body", "data-ready")), dict[str, float]()
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})  # of a core: others use it too
+
+    def spent() -> float:
+        metrics = devtools.send("Performance.getMetrics")["metrics"]
+        return next(1000 * float(one["value"]) for one in metrics if one["name"] == "TaskDuration")
+
     views: list[tuple[list[Filter], dict[str, object]]] = [
         ([], {"q": words[7]}),
         ([], {"q": "no such words"}),
@@ -729,9 +736,10 @@ def test_a_hundred_thousand_rows_answer_at_once(page: Page, server: tuple[Path, 
         ([], {"page": 2000}),
     ]
     for filters, query in 3 * views:
+        before = spent()
         ask(page, *filters, **query)
-        ms, name = float(page.get_attribute("#summary", "data-took")), view(filters, query)
-        took[name] = min(ms, took.get(name, ms))  # the fastest: what else the machine does is not the page's
+        ms, name = spent() - before, view(filters, query)
+        took[name] = min(ms, took.get(name, ms))
     print(load, took)
     assert all(ms < 300 for name, ms in took.items() if "sort" not in name), took
     assert all(ms < 1000 for ms in took.values()), took
