@@ -245,6 +245,13 @@ def _join(
                 on rows.sha256 = images.sha256 and rows.uid = coalesce(images.uid, rows.uid);
             """
         )
+        if con.sql("select count(uid) between 1 and count(*) - 1 from images").fetchall() == [(True,)]:
+            con.execute(  # a row may have found its image with its uid, and one without any
+                """
+                create or replace table joined as
+                    select distinct on (uid, caption) * from joined order by shard, file, start
+                """
+            )
         numbers = _numbers(con)
         numbers[0] += unknown
         numbers += [0, 0]

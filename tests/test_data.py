@@ -205,13 +205,16 @@ def test_a_subset_says_which_rows_and_with_which_caption(
     assert texts == ["alt 1", "caption 1", "alt 3, caption 3"]
 
 
+@pytest.mark.parametrize("with_uid", [True, False])
 def test_a_row_comes_once_however_often_it_is_named(
-    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path, with_uid: bool
 ) -> None:
-    """Its image in two tars, its uid twice in a subset; and uids that the version has not are told."""
+    """Its image in two tars, of which one may not know its uid, its uid twice in a subset; and uids that the
+    version has not are told.
+    """
     version, rows = few
-    for copy in range(2):
-        tars_of(tmp_path / "images", rows, first=copy)
+    tars_of(tmp_path / "images", rows)
+    tars_of(tmp_path / "images", rows, first=1, with_uid=with_uid)
     found = join(str(version), str(tmp_path / "images"), tmp_path / "joined")
     assert (found.audit.found, found.audit.rows, sum(found.rows), found.audit.images) == (6, 6, 6, 12)
     named = [(rows[n]["uid"], "re_caption") for n in (1, 1, 2)] + [("f" * 32, "re_caption")]
@@ -223,7 +226,7 @@ def test_a_row_comes_once_however_often_it_is_named(
     assert [row["uid"] for row in some.shard(0).to_pylist()] == [rows[n]["uid"] for n in (1, 2)]
 
 
-def tars_of(folder: Path, rows: list[dict[str, str]], first: int = 0) -> None:
+def tars_of(folder: Path, rows: list[dict[str, str]], first: int = 0, with_uid: bool = True) -> None:
     """As img2dataset writes them: a tar, and a table beside it."""
     folder.mkdir(exist_ok=True)
     about = []
@@ -233,7 +236,9 @@ def tars_of(folder: Path, rows: list[dict[str, str]], first: int = 0) -> None:
             member = tarfile.TarInfo(f"{n:09d}.jpg")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-            about.append({"key": f"{n:09d}", "sha256": row["sha256"], "uid": row["uid"]})
+            about.append(
+                {"key": f"{n:09d}", "sha256": row["sha256"]} | ({"uid": row["uid"]} if with_uid else {})
+            )
     pq.write_table(pa.Table.from_pylist(about), folder / f"{first:05d}.parquet")
 
 
