@@ -16,19 +16,16 @@ import random
 import re
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 import yarl
 
 from builder.errors import InputError, UserError
-from builder.files import read_file
-from builder.typed import from_json
 
 T = TypeVar("T")
 FIRST_WAIT_S = 1.0  # before a request is sent again; doubled each time, and up to half of it less by chance
@@ -41,11 +38,6 @@ MAX_SAID_CHARACTERS = 200  # of a server's own words in an error
 PASSES = (408, 409, 425, 429)  # and 5xx
 STOPS = (401, 402, 403, 404, 405, 407, 410)  # each row would get it
 AGAIN = "then type the same command again"
-TAG = re.compile(  # special tokens as models are known to write them, where the tokenizer is not
-    r"<[|｜][^<>\n]{1,64}[|｜]>|</?[A-Za-z_][\w:.-]{0,63}>|<</?SYS>>"
-    r"|\[/?(?:INST|IMG\w*|TOOL_\w+|AVAILABLE_TOOLS|SYSTEM_PROMPT|THINK|ARGS|CALL_ID|AUDIO|BEGIN_AUDIO"
-    r"|PREFIX|MIDDLE|SUFFIX|BOS|EOS|CLS|SEP|PAD|UNK|g?MASK)\]"
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Ask:
     """One request."""
 
     id: int
-    text: str  # the user's message; text of the row in it went through `plain` or `joined`
+    text: str  # the user's message; text of the row in it went through special_tokens.py
     image: bytes | None  # a JPEG, which is sent as it is
     sampling: Mapping[str, Any]  # temperature, top_k, top_p, max_tokens, min_tokens, seed, json_schema
 
@@ -511,76 +503,3 @@ def _seconds(text: str) -> float | None:
 def _encodable(text: str) -> str:
     """JSON may hold halves of characters; Parquet may not."""
     return text.encode("utf-8", "replace").decode()
-
-
-# --- special tokens -----------------------------------------------------------------------------------------
-
-
-def specials_of(folder: Path | None) -> re.Pattern[str]:
-    """Matches the special tokens of the tokenizer in a folder; where there is none, those that models are
-    known to have.
-    """
-    if folder is None or not (path := folder / "tokenizer.json").exists():
-        return TAG
-    found = _special(from_json(dict[str, Any], read_file(path), what=str(path)).get("added_tokens"))
-    if (path := folder / "tokenizer_config.json").exists():
-        config = from_json(dict[str, Any], read_file(path), what=str(path))
-        added = config.get("added_tokens_decoder")
-        found |= _special(list(added.values()) if isinstance(added, dict) else [])
-        named = (value for name, value in config.items() if name.endswith("_token"))
-        found |= {value["content"] if isinstance(value, dict) else value for value in named if value}
-    return _pattern(frozenset(token for token in found if isinstance(token, str)))
-
-
-def _special(added: object) -> set[str]:
-    """Of tokens that were added to a vocabulary. Those that are not special are left alone, as the engine in
-    this process does, unless they look it.
-    """
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    texts = ((str(token.get("content", "")), token.get("special")) for token in tokens)
-    return {text for text, special in texts if text and (special or TAG.fullmatch(text))}
-
-
-def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(filter(str.strip, tokens), key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def plain(text: str, specials: Iterable[str] | re.Pattern[str]) -> tuple[str, int]:
-    """Text of a row, in which a server's tokenizer sees no special token; and how many there were.
-
-    Into each goes a space, behind its first character: `< image>`. A space shows, so that whoever reads the
-    prompt sees what the model saw, and all tokenizers know it; a character without width is rare to models,
-    and gone where a tokenizer normalizes, which would put the token together again.
-    """
-    return joined([(text, False)], specials)
-
-
-def joined(parts: Iterable[tuple[str, bool]], specials: Iterable[str] | re.Pattern[str]) -> tuple[str, int]:
-    """A message of (text, whether it is ours). What is ours may hold special tokens; the rest may not, nor
-    may one come about where two parts meet.
-    """
-    pattern = specials if isinstance(specials, re.Pattern) else _pattern(specials)
-    known = list(parts)
-    text = "".join(part for part, _ in known)
-    ours = [is_ours for part, is_ours in known for _ in part]
-    number = 0
-    while found := [span for span in _matches(pattern, text) if not all(ours[slice(*span)])]:
-        number += len(found)  # breaking one may make another, of those that hold a space: look again
-        for start, end in reversed(found):
-            token = text[start:end]
-            first = start + len(token) - len(token.lstrip())
-            if len(token.strip()) == 1:  # cannot be broken up
-                text = text[:first] + " " + text[first + 1 :]
-            else:
-                text = text[: first + 1] + " " + text[first + 1 :]
-                ours.insert(first + 1, False)
-    return text, number
-
-
-def _matches(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-    """All of them, also those that overlap."""
-    start = 0
-    while found := pattern.search(text, start):
-        yield found.span()
-        start = found.start() + 1

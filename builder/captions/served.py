@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from builder.captions.asking import BROKEN_UP, TOKENS, Asking, Job, Ready, Request
-from builder.captions.endpoint import Ask, Endpoint, joined, specials_of
+from builder.captions.endpoint import Ask, Endpoint
 from builder.captions.kinds import PLACEHOLDER, Kind
 from builder.captions.replies import Reply, reply_key
+from builder.captions.special_tokens import joined, specials_of
 
 if TYPE_CHECKING:
     from builder.stages.caption import Caption
