@@ -313,7 +313,7 @@ class Pairs(Dataset[Batch | UserError]):
                 start, tokens = row[f"{name}_start"], row[f"{name}_tokens"]
                 cut += row[f"{name}_cut"]
             where.append((row["text_file"], start, tokens))
-        longest = in_sixteens(max(tokens for _, _, tokens in where))
+        longest = min(in_sixteens(max(tokens for _, _, tokens in where)), about["context"])
         features_BTF = torch.zeros(len(rows), longest, width, dtype=torch.float16)
         for place, (file, start, tokens) in enumerate(where):
             data = bytearray(self._file(file).read(start, tokens * 2 * width))

@@ -84,7 +84,7 @@ def run_with(images: str, stage: str) -> Run:
 def shards_of(images: str, stage: str, tensor: str) -> Iterator[tuple[Path, Path, Shard]]:
     """(file, its table, what it says of itself) of every shard of tensors."""
     run = run_with(images, stage)
-    for record in run.done(stage):
+    for _, record in run.shards(stage):  # the model that made them need not be here
         path = run.local(record.output(".safetensors"))
         yield path, run.local(record.output(".parquet")), read_header(path, tensor)
 
@@ -123,7 +123,7 @@ def _of_run(run: Run) -> Iterator[Found]:
     if run.store.filesystem is not None:
         reason = f"the images of {run.store.place} are not on this machine"
         raise InputError(reason, "copy the run here, or mount it, and name that")
-    for shard, record in enumerate(run.done("download")):
+    for shard, (_, record) in enumerate(run.shards("download")):
         tar = record.output(".tar")
         if tar in record.dropped:
             reason = f"{run.store.place}: the images of {tar} were dropped"

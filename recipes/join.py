@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -159,7 +160,7 @@ def join(
         folder.mkdir(parents=True)
         try:
             there = _join(opened, images, folder, columns, subset, latents, features, made_of)
-            _check(there, images, version, min_found)
+            _check(there, images, version, min_found, (latents, features))
             written = {name: value for name, value in vars(there).items() if name != "folder"}
             write_atomically(folder / "join.json", json.dumps(written | {"audit": asdict(there.audit)}))
         except BaseException:
@@ -168,13 +169,15 @@ def join(
                 os.replace(before, folder)
             raise
         shutil.rmtree(before, ignore_errors=True)
-    _check(there, images, version, min_found)
+    _check(there, images, version, min_found, (latents, features))
     return there
 
 
-def _check(joined: Joined, images: str, version: str, min_found: float) -> None:
+def _check(joined: Joined, images: str, version: str, min_found: float, stages: tuple[str, str]) -> None:
     if joined.audit.found < min_found * joined.audit.rows or not joined.audit.found:
-        hint = f"give the images that the version was made of, or a lower min_found than {min_found:g}"
+        made = " and ".join(filter(None, stages))
+        first = f"build {made} to the end" if made else "give the images that the version was made of"
+        hint = f"{first}, or give a lower min_found than {min_found:g}"
         raise InputError(f"{images} has not the images of {version}: {joined.audit}", hint)
 
 
@@ -182,14 +185,14 @@ def _files(images: str, stage: str) -> str:
     """Names what lies in a folder of images now; of a run its records say that."""
     found = sha256()
     if stage:
-        for record in run_with(images, stage).done(stage):
+        for _, record in run_with(images, stage).shards(stage):
             found.update(record.output(".safetensors").encode())
     elif "://" not in images and not (Path(images) / RECIPE).exists():
         for path in walk(Path(images)):
             about = path.stat()
             found.update(f"{path}/{about.st_size}/{about.st_mtime_ns}".encode())
     else:
-        for record in Run.open(images).done("download"):
+        for _, record in Run.open(images).shards("download"):
             found.update(record.output(".tar").encode())
     return found.hexdigest()
 
@@ -302,8 +305,9 @@ def _join_features(
         raise InputError(f"the stage {stage} of {images} has no shards", "build it")
     told |= {"context": int(told["context"]), "empty": int(told["empty"])}
     of_a_token = 2 * told["width"]
-    same = " and ".join(
-        f"(coalesce({name}, '') = '' or sha256({name}) = {of_it})"
+    white = sql.literal("".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()))
+    same = " and ".join(  # of a text that is white alone there are no features, and none are asked for
+        f"(trim(coalesce({name}, ''), {white}) = '' or sha256({name}) = {of_it})"
         for name, of_it in ((sql.identifier(n), sql.identifier(f"{n}_sha256")) for n in captions)
     )
     where = ", ".join(

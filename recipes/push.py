@@ -38,7 +38,9 @@ def push_model(
     if not VERSION.fullmatch(version):
         raise InputError(f"{version} is no version", "for example: --version 1.0.0")
     if not (model / WEIGHTS).exists():
-        raise InputError(f"{model} has no {WEIGHTS}", "name a checkpoint, such as runs/clip-demo/latest")
+        raise InputError(
+            f"{model} has no {WEIGHTS}", "name a CLIP's checkpoint, such as runs/clip-demo/latest"
+        )
     where = target_of(target)
     name = target.rstrip("/").rpartition("/")[2]
     card = (

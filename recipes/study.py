@@ -110,10 +110,18 @@ class Found:
     """What a study has found, by arm, benchmark and metric."""
 
     def __init__(self, arms: Mapping[str, Sequence[Path]]) -> None:
-        self.of: dict[str, list[dict[str, Result]]] = {
-            arm: [{result.benchmark: result for result in results.read(path)} for path in paths]
-            for arm, paths in arms.items()
-        }
+        """Raises:
+        InputError: what was asked of one is not what was asked of another.
+        """
+        self.of: dict[str, list[dict[str, Result]]] = {arm: [] for arm in arms}
+        protocols: dict[str, str] = {}
+        for arm, path in ((arm, path) for arm, paths in arms.items() for path in paths):
+            found = {result.benchmark: result for result in results.read(path)}
+            for name, result in found.items():
+                if result.protocol != protocols.setdefault(name, result.protocol):
+                    reason = f"{path}: {name} was asked as '{result.protocol}', before '{protocols[name]}'"
+                    raise InputError(reason, "delete the older file: the same command evaluates again")
+            self.of[arm].append(found)
 
     def value(self, arm: str, benchmark: str, metric: str) -> Value:
         found = self._metrics(arm, benchmark, metric)

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -74,18 +74,25 @@ class Ranks:
 ALONE = Ranks(0, 1, "cpu")
 
 
-@contextmanager
-def processes() -> Iterator[Ranks]:
+def this_process() -> Ranks:
+    """One that waits for no other."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)
-    if ranks == 1:
-        yield Ranks(rank, ranks, device)
+    return Ranks(rank, ranks, device)
+
+
+@contextmanager
+def processes() -> Iterator[Ranks]:
+    """This one of those that train together."""
+    this = this_process()
+    if this.ranks == 1:
+        yield this
         return
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    dist.init_process_group("gloo" if this.device == "cpu" else "nccl")
     try:
-        yield Ranks(rank, ranks, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+        yield replace(this, waiting=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     finally:
         dist.destroy_process_group()
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import CLIP, ROOT, recap, recap_here
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_data import published_in
 from torch.distributions import Normal, kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -181,6 +182,11 @@ def test_at_first_the_loss_is_the_variance_of_what_is_predicted(predict: str) ->
     of = clean if predict == "clean" else noise
     torch.testing.assert_close(loss, of.square().flatten(1).mean(1) * share, rtol=1e-4, atol=1e-6)
     assert float(loss[0] / share[0]) == pytest.approx(0.25 if predict == "clean" else 1, abs=0.15)
+    if predict == "noise":  # and so of a training's first step
+        step = Step(one, DiT(TINY), precision="fp32", seed=0, ranks=ALONE)
+        texts = Words(WORDS, 32)(["a"] * 4)[0]
+        told = step(Batch(["u"] * 4, torch.zeros(4, 3, 16, 16).byte(), texts, torch.ones(4).bool(), 0), 0)
+        assert told == pytest.approx(float(noise.square().mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize("predict", ["noise", "velocity", "clean"])
@@ -244,6 +250,24 @@ def test_what_learns_the_variance_is_the_divergence_in_bits(predict: str) -> Non
         assert float(found) == pytest.approx(float(apart.mean()) / math.log(2), rel=2e-3)
 
 
+def test_at_the_cleanest_time_the_variance_costs_what_the_picture_costs() -> None:
+    """In 256 values from -1 to 1, by torch's own normal distribution, which DiT's is near."""
+    torch.manual_seed(1)
+    clean = torch.randint(0, 256, (1, 2, 4, 4)) / 127.5 - 1
+    clean[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])  # what is beyond counts to these
+    time, mean, sigma = torch.tensor([0]), clean + torch.randn(1, 2, 4, 4) * 0.01, torch.randn(1, 2, 4, 4)
+    one = Objective(predict="clean")
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    kept = (1 - betas).cumprod(0)
+    share, low = (sigma.double() + 1) / 2, betas[1] * (1 - kept[0]) / (1 - kept[1])
+    of = Normal(mean.double(), (share * betas[0].log() + (1 - share) * low.log()).div(2).exp())
+    above = torch.where(clean == 1, 1, of.cdf(clean.double() + 1 / 255))
+    below = torch.where(clean == -1, 0, of.cdf(clean.double() - 1 / 255))
+    wanted = -(above - below).log().mean() / math.log(2)
+    found = one.bound(mean, sigma, clean, one.noisy(clean, torch.randn_like(clean), time), time)
+    assert float(found) == pytest.approx(float(wanted), rel=0.01)
+
+
 def test_a_flows_times_are_shifted_in_training_and_in_sampling(models: dict[str, Path]) -> None:
     """To a s / (1 + (a - 1) s) of what they were."""
     even, shifted = replace(FLOW), replace(FLOW, shift=6.0)
@@ -299,6 +323,26 @@ def test_a_training_that_stopped_goes_on_to_the_same_bits(
     assert train(training, tmp_path / "cut", say=lambda _: None) == again
 
 
+def test_a_training_in_bf16_is_near_one_in_fp32(demo_run: Path, tmp_path: Path, every_step: None) -> None:
+    training = a_training(demo_run, samples=64, objective=replace(FLOW, predict="velocity"))
+    for precision in ("fp32", "bf16"):
+        one = replace(training, precision=precision)  # type: ignore[arg-type]
+        train(one, tmp_path / precision, say=lambda _: None)
+    ours, theirs = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert ours != theirs
+
+
+@SLOW
+def test_a_compiled_training_is_that_of_the_plain_model(
+    demo_run: Path, tmp_path: Path, every_step: None
+) -> None:
+    training = a_training(demo_run, samples=64)
+    for compiled in (False, True):
+        train(replace(training, compile=compiled), tmp_path / str(compiled), say=lambda _: None)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
 def test_muon_is_torchs_and_adamw_beside_it() -> None:
     """Torch's computes in bfloat16, so that a step of it is right to some percent."""
     torch.manual_seed(0)
@@ -327,8 +371,6 @@ def test_muon_is_torchs_and_adamw_beside_it() -> None:
 def test_the_average_is_the_closed_form_of_the_weights(
     demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import load_file
-
     monkeypatch.setattr("recipes.training.KEPT", 100)
     training = a_training(demo_run, save_every=1, ema=0.3)
     train(training, tmp_path / "out", say=lambda _: None)
@@ -408,10 +450,6 @@ def test_sixteen_pictures_are_drawn_again_from_their_captions(demo_run: Path, tm
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of random weights."""
-    from dataclasses import asdict
-
-    from safetensors.torch import save_file
-
     found = {}
     for kind, objective in {
         "flow": FLOW, "diffusion": Objective(), "clean": Objective(predict="clean"),
@@ -454,8 +492,26 @@ def test_any_part_of_the_pictures_comes_out_bit_for_bit(
     assert found[0] != found[2]  # the same text again is another picture
 
 
+def test_processes_draw_each_its_share(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, how = ["a", "b", "c", "d", "e"], {"steps": 2, "batch": 2, "say": lambda _: None}
+    sample(models["flow"], texts, tmp_path / "alone", **how)  # type: ignore[arg-type]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    names = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        sample(models["flow"], texts, tmp_path / "two", **how)  # type: ignore[arg-type]
+        names.append(sorted(path.name for path in (tmp_path / "two").glob("*.png")))
+    assert [len(found) for found in names] == [2, 5]
+    for name in names[1]:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    words = ["sample", models["flow"], "a", "--out", tmp_path / "two", "--grid"]
+    assert "without torchrun" in recap_here(*words, check=2).stderr
+
+
 def test_a_step_of_the_sampler_is_that_of_plain_lines(models: dict[str, Path]) -> None:
-    """The last one of four, with the learned variance, and of a flow."""
+    """The second of four, with the learned variance; the first of DPM-Solver++'s; and of a flow."""
     drawer = Drawer(models["diffusion"])
     scheduler = drawer._scheduler(How(steps=4))
     assert scheduler.timesteps.tolist() == [999, 666, 333, 0]
@@ -472,6 +528,13 @@ def test_a_step_of_the_sampler_is_that_of_plain_lines(models: dict[str, Path]) -
     share = (out[:, 3:] + 1) / 2
     low = beta * (1 - before) / (1 - a)
     wanted = mean + (0.5 * (share * beta.log() + (1 - share) * low.log())).exp() * noise
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-4)
+    scheduler = drawer._scheduler(How(sampler="dpm", steps=4))
+    found = scheduler.step(out[:, :3], scheduler.timesteps[0], x).prev_sample
+    a, after = kept[scheduler.timesteps[0]], kept[scheduler.timesteps[1]]
+    guess = (x - (1 - a).sqrt() * out[:, :3]) / a.sqrt()
+    smaller = (a / (1 - a) * (1 - after) / after).sqrt()  # exp(-h), h of the half logarithms of their snr
+    wanted = ((1 - after) / (1 - a)).sqrt() * x - after.sqrt() * (smaller - 1) * guess
     torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-4)
     flow = Drawer(models["flow"])
     scheduler = flow._scheduler(How(sampler="euler", steps=4))
@@ -495,6 +558,26 @@ def test_guidance_of_one_is_the_text_alone(models: dict[str, Path], kind: str) -
         assert torch.equal(outs[3][:, 3:], outs[2][:, 3:])  # the variance is the text's
 
 
+def test_guidance_acts_on_all_channels_or_on_the_first_three(tmp_path: Path) -> None:
+    """Of four, and their variances."""
+    torch.manual_seed(0)
+    net, model = replace(TINY, channels=4, sigma=True), tmp_path / "model"
+    net_of_4 = DiT(net)
+    for parameter in net_of_4.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    dit.describe(net, asdict(Objective()), WORDS, model)
+    save_file(net_of_4.state_dict(), model / dit.WEIGHTS)
+    drawer, x = Drawer(model), torch.randn(1, 4, 16, 16)
+    text, mask = drawer.features(["a red star", ""])
+    without, plain, every, three = (
+        drawer._out(x, 400.0, text, mask, How(guidance=g, guided=guided, batch=1))  # type: ignore[arg-type]
+        for g, guided in ((0.0, "all"), (1.0, "all"), (3.0, "all"), (3.0, "three"))
+    )
+    told = without[:, :4] + 3 * (plain[:, :4] - without[:, :4])
+    torch.testing.assert_close(every, torch.cat([told, plain[:, 4:]], 1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(three, torch.cat([told[:, :3], plain[:, 3:]], 1), rtol=1e-3, atol=1e-4)
+
+
 def test_what_cannot_be_drawn_is_told_in_one_line(models: dict[str, Path], tmp_path: Path) -> None:
     model = models["flow"]
     with pytest.raises(InputError, match="more than the model's 32 tokens"):
@@ -503,6 +586,17 @@ def test_what_cannot_be_drawn_is_told_in_one_line(models: dict[str, Path], tmp_p
         sample(model, ["red"], tmp_path / "a", sampler="ddpm")
     with pytest.raises(InputError, match="guidance=-1 is below 0"):
         sample(model, ["red"], tmp_path / "a", guidance=-1.0)
+    for given, said in (
+        ({"guidance": float("inf")}, "guidance=inf is below 0, or no number"),
+        ({"sampler": "dpm", "steps": 1000}, "no 1000 different times"),
+        ({"guidance": 1e38}, "what .* draws is no number"),
+    ):
+        with pytest.raises(InputError, match=said):
+            sample(model, ["red"], tmp_path / "none", **given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="ddpm in one step takes noise"):
+        sample(models["diffusion"], ["red"], tmp_path / "none", steps=1)
+    with pytest.raises(InputError, match="text_layers and vocabulary 0 or more"):
+        replace(TINY, text_layers=-1)
     with pytest.raises(InputError, match="there are no texts"):
         sample(model, [], tmp_path / "a")
     with pytest.raises(InputError, match="holds no DiT"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_dit import FLOW, SLOW, TINY, WORDS
 
+from builder.captions import kinds
+from builder.captions.replies import Reply
 from builder.errors import InputError
 from builder.stages.caption import Caption
 from recipes.demo import world
@@ -139,16 +142,17 @@ def test_the_clip_score_is_that_of_plain_lines(tmp_path: Path, model: Model) -> 
     scenes, texts = of_scenes(5, "described")
     images = [scene_at(scene, 64) for scene in scenes]
     drawings = load(a_folder(tmp_path / "a", images, texts))
-    found = clip_score(model, "b", drawings, drawings.prompts)
+    found = clip_score(model, "b", drawings)
     net, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")
     tokens = open_clip.get_tokenizer(f"local-dir:{CLIP}")(texts)
     with torch.inference_mode():
         seen = net.eval().encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
         cosines = (seen * net.encode_text(tokens, normalize=True)).sum(1)
     assert found.value("CLIP score") == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=1e-4)
-    assert found.samples == {"pictures": 5, "prompts cut": 0}
-    long = clip_score(model, "b", drawings, ["a red star " * 100, *texts[1:]])
-    assert long.samples["prompts cut"] == 1
+    assert (found.samples, found.cut) == ({"pictures": 5}, 0)
+    assert re.match(r"CLIP score by clip [0-9a-f]{8}; ddpm", found.protocol)  # wherever that lies
+    long = load(a_folder(tmp_path / "b", images, ["a red star " * 100, *texts[1:]]))
+    assert clip_score(model, "b", long).cut == 1
 
 
 def test_a_folder_of_pictures_is_evaluated_by_one_command(tmp_path: Path) -> None:
@@ -234,7 +238,29 @@ def test_the_demos_captioner_reads_pictures_and_judges_them(tmp_path: Path) -> N
     judge = benchmarks.judge(model=weights, dtype="float32", max_model_len=768)
     (ours,), (theirs,) = (judge.run(judge.subject(str(tmp_path / name))) for name in ("a", "b"))
     assert 1 <= theirs.value() < ours.value() - 1 <= 4
-    assert ours.samples == {"pictures": 40, "without a rating": 0, "prompts cut": 0}
+    assert (ours.samples, ours.cut, ours.value("without a rating")) == ({"pictures": 40}, 0, 0)
+
+
+def test_what_a_judge_does_not_rate_is_left_out_and_two_are_compared_by_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawings = load(a_folder(tmp_path / "a", [Image.new("RGB", (8, 8))] * 6, list("abcdef")))
+    judge = kinds.judge("re_caption", "judge")
+    by = Caption.of(judge, model="recipes/demo/weights/captioner")
+
+    def rated(*said: str) -> Result:
+        monkeypatch.setattr(asked, "said", lambda *_: [Reply(text) for text in said])
+        return asked.rated("b", drawings, by)
+
+    ours = rated("5", "4", "what?", "3", "2", "1")
+    assert (ours.value(), ours.value("without a rating")) == (3, pytest.approx(100 / 6))
+    theirs = rated("4", "3", "", "2", "1", "no")
+    row = {row["metric"]: row for row in compare(ours, theirs)}["rating"]
+    assert row["difference"] == 0.5
+    same = compare(ours, rated("5", "4", "", "3", "2", "1"))[0]
+    assert (same["low"], same["high"]) == (0, 0)
+    with pytest.raises(InputError, match="rated none of 6 pictures"):
+        rated(*["no"] * 6)
 
 
 def test_two_distances_are_compared_without_an_interval() -> None:
@@ -262,6 +288,7 @@ def test_prompts_of_every_layout(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{}")
     for name, given, said in (
         ("a.parquet", {"column": "x"}, "has no column x"), ("b.json", {}, "has not COCO's captions"),
+        ("a.csv", {}, "is no file of prompts alone"),
         ("a.txt", {"number": 3}, "has 2 prompts, 3 are wanted"), ("a.txt", {"number": -1}, "ask for 1 to 2"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):

@@ -111,6 +111,10 @@ def test_a_detector_looks_at_every_picture(tmp_path: Path) -> None:
     assert found.value("counting") == 0
     assert found.samples == {"pictures": 2}
     assert "as GenEval, 1 a prompt" in found.protocol
+    two = benchmarks.geneval(metadata=str(path), detector=str(detector), clip=str(CLIP), pictures=2)
+    twice = a_folder(tmp_path / "twice", images * 2, [text for text in texts for _ in range(2)])
+    (found,) = two.run(two.subject(str(twice)))
+    assert (found.samples, found.metrics[0].of) == ({"pictures": 4}, [2, 2])  # of a prompt they are one unit
     path.write_text(json.dumps(asdict(Asked("x", "nine cups", [{"class": "computer mouse"}], []))) + "\n")
     with pytest.raises(InputError, match="does not know 'mouse'"):  # as COCO has it
         benchmarks.geneval(metadata=str(path), detector=str(detector), clip=str(CLIP))

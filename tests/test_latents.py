@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from builder.errors import InputError
 from builder.run import Run
 from builder.stages.imagetar import images
 from builder.stages.latents import TENSOR, Latents, Vae, centre
-from builder.stages.tensors import read_header
+from builder.stages.tensors import Shard, read_header
 from recipes.data import Latent
 from recipes.dit.sample import Drawer, sample
 from recipes.dit.train import train
@@ -113,6 +114,32 @@ def test_latents_join_by_uid_and_sha256(run: Path, demo_run: Path, tmp_path: Pat
         join(version, str(run), tmp_path / "c", latents="x")
     with pytest.raises(InputError, match="is no run on this machine"):
         join(version, str(tmp_path), tmp_path / "c", latents="latents")
+
+
+def test_latents_are_read_where_their_vae_is_not_and_those_of_two_are_not_mixed(
+    run: Path, vae: Path, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = str(published_in(demo_run))
+    with pytest.raises(InputError, match=r"rows found their image .*\n.*build latents to the end"):
+        join(version, str(run), tmp_path / "a", min_found=1.1, latents="latents")
+    vae.rename(tmp_path / "elsewhere")
+    try:
+        here = join(version, str(run), tmp_path / "a", min_found=0.9, latents="latents")
+        assert here.latents is not None
+        assert here.latents["precision"] == "fp32"
+    finally:
+        (tmp_path / "elsewhere").rename(vae)
+    numbers = count()
+
+    def by_others(path: Path, tensor: str) -> Shard:
+        shard = read_header(path, tensor)
+        return replace(shard, about={**shard.about, "vae": str(next(numbers))})
+
+    monkeypatch.setattr("recipes.images.read_header", by_others)
+    with pytest.raises(
+        InputError, match=r"has other latents than the shards before: vae is 1, was 0\n.*one VAE"
+    ):
+        join(version, str(run), tmp_path / "b", min_found=0.9, latents="latents")
 
 
 def test_what_is_no_vae_and_no_file_of_latents_is_told(vae: Path, tmp_path: Path) -> None:

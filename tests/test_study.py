@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from test_data import published_in
 
+from builder.errors import InputError
 from recipes import study
 from recipes.clip import table3
 from recipes.demo import demo
@@ -24,9 +25,9 @@ from recipes.study import Found
 SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="three minutes; make test-slow runs it")
 
 
-def written(folder: Path, arm: str, seed: int, hits: list[float]) -> Path:
+def written(folder: Path, arm: str, seed: int, hits: list[float], protocol: str = "p") -> Path:
     path = folder / arm / str(seed) / "results-b.json"
-    result = Result("b", "p", "m", {"images": len(hits)}, (metric("R@1", hits),), None, "R@1")
+    result = Result("b", protocol, "m", {"images": len(hits)}, (metric("R@1", hits),), None, "R@1")
     results.write([result], path)
     return path
 
@@ -48,6 +49,12 @@ def test_a_value_is_the_mean_over_seeds_and_a_difference_is_of_the_same_draws(tm
     assert value.high - value.low > 20  # three seeds, far apart
     assert 0 < difference.low < difference.value < difference.high
     assert difference.high - difference.low < value.high - value.low
+
+
+def test_what_was_not_asked_alike_is_no_comparison(tmp_path: Path) -> None:
+    paths = {arm: [written(tmp_path, arm, 0, [1.0, 0.0], arm)] for arm in ("25 steps", "50 steps")}
+    with pytest.raises(InputError, match="b was asked as '50 steps', before '25 steps'"):
+        Found(paths)
 
 
 def test_what_was_written_below_a_page_stays(tmp_path: Path) -> None:

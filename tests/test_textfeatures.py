@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap_here, with_stage
+from conftest import CLIP, a_version, recap_here, with_stage
 from safetensors.numpy import load_file
 from test_data import published_in
 from test_dit import TINY, a_training, losses
@@ -27,13 +27,14 @@ from builder.errors import InputError
 from builder.run import Run
 from builder.stages import tensors
 from builder.stages.clip import Clip
+from builder.stages.select import LEDGER
 from builder.stages.textfeatures import TENSOR, Encoder, TextFeatures
 from recipes.data import Mix, Pairs, Picture
 from recipes.dit.sample import Drawer, sample
 from recipes.dit.train import train
 from recipes.join import join
 
-CONTEXT = 80
+CONTEXT = 50  # of which few texts have fewer, and no multiple of 16
 MIX = Mix(p_original=0.5, drop=0.2)
 
 
@@ -74,11 +75,11 @@ def a_folder(folder: Path, kind: str) -> Path:
 
 
 def test_the_towers_last_feature_is_what_it_pools() -> None:
-    encoder, clip = Encoder(str(CLIP), CONTEXT), Clip(str(CLIP))
+    encoder, clip = Encoder(str(CLIP), 80), Clip(str(CLIP))
     texts = ["a red star", "", "The scene contains two objects over a plain white background. " * 9]
     found = encoder.features(texts)
     assert [cut for _, cut in found] == [False, False, True] == clip.texts(texts)[1]
-    assert [len(of) for of, _ in found][1:] == [2, CONTEXT]
+    assert [len(of) for of, _ in found][1:] == [2, 80]
     assert len(found[0][0]) < 9
     for text, (of, _) in zip(texts, found, strict=True):
         pooled = torch.from_numpy(of[-1]).float() @ clip.model.text_projection
@@ -182,9 +183,9 @@ def test_a_training_on_features_draws_with_their_encoder_and_no_other(
     said = recap_here("sample", there, "x", "--encoder", other, "--out", tmp_path / "b", check=2).stderr
     assert "features of texts of another model" in said
     drawer = Drawer(there, encoder=str(CLIP))
-    with pytest.raises(InputError, match="more than the model's 80 tokens"):
+    with pytest.raises(InputError, match="more than the model's 50 tokens"):
         drawer.check(["word " * 90], drawer.usual())
-    with pytest.raises(InputError, match="80 tokens, each 128 wide, the net reads 32 of 128"):
+    with pytest.raises(InputError, match="50 tokens, each 128 wide, the net reads 32 of 128"):
         train(replace(training, net=replace(net, context=32)), tmp_path / "c", say=lambda _: None)
     for both in ({"features": ""}, {"encoder": "x"}, {"tokenizer": "x"}):
         with pytest.raises(InputError, match="features of texts, or a frozen encoder"):
@@ -217,6 +218,36 @@ def test_other_texts_have_no_features(
     joined = join(version, str(run), tmp_path / "b", min_found=0.1, features="text_features")
     assert 2 * joined.audit.other_text == changed > 40  # joined twice
     assert joined.audit.found + joined.audit.other_text > 0.9 * joined.audit.rows
+
+
+def test_of_a_text_that_is_white_alone_no_features_are_asked(
+    run: Path, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = published_in(demo_run).glob("data/train-*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    for row in rows[::3]:
+        row["org_caption"] = " \u3000\n"
+    white = {row["uid"] for row in rows[::3]}
+    ledger = pa.table({"uid": [], "url": [], "status": [], "error": []}, LEDGER)
+    version = a_version(tmp_path / "version", pa.Table.from_pylist(rows), ledger)
+    kept = recipes.join.shards_of
+
+    def without(*what: str) -> Iterator[tuple[Path, Path, tensors.Shard]]:
+        for path, table, shard in kept(*what):
+            found = pq.read_table(table).to_pylist()
+            for row in found:
+                if row["uid"] in white:
+                    row |= {f"org_caption_{kind}": None for kind in ("start", "tokens", "cut", "sha256")}
+            copy = tmp_path / table.name
+            pq.write_table(pa.Table.from_pylist(found, pq.read_schema(table)), copy)
+            yield path, copy, shard
+
+    monkeypatch.setattr("recipes.join.shards_of", without)
+    joined = join(str(version), str(run), tmp_path / "a", min_found=0.9, features="text_features")
+    assert joined.audit.other_text == 0
+    uids = {uid for number in range(len(joined.rows)) for uid in joined.shard(number)["uid"].to_pylist()}
+    assert len(uids & white) > 20
+    Pairs(joined, Mix(p_original=1.0), Picture(16), None, seed=0, batch=64).at(0)
 
 
 def test_what_is_no_encoder_is_told(tmp_path: Path) -> None:

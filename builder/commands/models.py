@@ -69,7 +69,7 @@ _DRAWING = (
     click.option("--encoder", help="Of a model that reads features of texts: their encoder, alike."),
     click.option("--sampler", type=click.Choice(["ddpm", "dpm", "euler"]), help="A flow: euler or dpm."),
     click.option("--steps", type=int, help="250 of a diffusion, 50 of a flow, unless given."),
-    click.option("--guidance", type=float, help="10 of a diffusion, 4 of a flow, unless given; 1 is none."),
+    click.option("--guidance", type=float, help="10 of a diffusion, 2 of a flow, unless given; 1 is none."),
     click.option("--guided", type=click.Choice(["all", "three"]), help="Which channels guidance acts on."),
     click.option("--seed", type=int, help="Another one draws others; 0 unless given."),
 )
@@ -111,6 +111,9 @@ def sample(
     from recipes.dit import prompts
     from recipes.dit import sample as samples
 
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if grid and not alone:
+        raise UserError("--grid while others draw too", "type it again when they are done, without torchrun")
     if number is not None and not captions:
         raise UserError("--number of which prompts?", "name a file of them: --captions FILE")
     texts = [*prompt, *(prompts.read(captions, column=column, number=number) if captions else ())]
@@ -119,7 +122,8 @@ def sample(
         some = [out / samples.file_of(number) for number in range(min(36, len(texts)))]
         sheet = samples.grid([Image.open(path) for path in some], columns=min(6, len(some)), scale=4)
         write_atomically(out / "grid.png", samples.png(sheet))
-    print_({"folder": str(out), "pictures": len(texts), **asdict(how)}, as_json, f"{out}")
+    if alone or os.environ["RANK"] == "0":
+        print_({"folder": str(out), "pictures": len(texts), **asdict(how)}, as_json, f"{out}")
 
 
 def plan_training(

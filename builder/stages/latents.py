@@ -79,6 +79,7 @@ class Latents(Stage):
         jpgs = (jpg for key, jpg in images(task.input("download", ".tar")) if about[key]["uid"] in ok)
         decoded = map_ahead(pool, self._picture, jpgs, 2 * self.batch)
         told = {"vae": vae.identity, "px": str(self.px), "factor": f"{vae.factor:g}"}
+        told |= {"precision": self.precision}
         with tensors.write(task.output(".safetensors"), TENSOR, vae.shape(self.px), told) as latents:
             while some := list(islice(decoded, self.batch)):
                 latents.write(vae.encode(np.stack(some)))

@@ -193,7 +193,7 @@ class Encoder:
         is the context, or what `length` says of the longest text.
         """
         found = self.features(texts)
-        longest = length(max(len(of) for of, _ in found)) if length else self.context
+        longest = min(length(max(len(of) for of, _ in found)), self.context) if length else self.context
         features_BTF = self.torch.zeros(len(found), longest, self.width, dtype=self.torch.float16)
         for place, (of, _) in enumerate(found):
             features_BTF[place, : len(of)] = self.torch.from_numpy(of)

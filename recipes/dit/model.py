@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from builder.errors import InputError
-from builder.model import model_folder
+from builder.model import model_folder, read_tokenizer
 from builder.typed import parse
 
 Size = Literal["P", "N", "S", "B", "L", "XL"]
@@ -59,8 +59,10 @@ class Net:
     vocabulary: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.px, self.patch, self.channels, self.context) < 1 or self.text_width % 32:
-            reason = "px, patch, channels and context are 1 or more, text_width a multiple of 32"
+        least = min(self.px, self.patch, self.channels, self.context)
+        if least < 1 or min(self.text_layers, self.vocabulary) < 0 or self.text_width % 32:
+            reason = "px, patch, channels and context are 1 or more, text_layers and vocabulary 0 or more, "
+            reason += "text_width a multiple of 32"
             raise InputError(reason, "give others")
         if self.px % self.patch:
             reason = f"{self.px} pixels are no whole number of patches of {self.patch}"
@@ -248,12 +250,10 @@ def tokenizer(folder: str, vocabulary: int) -> Path:
     Raises:
         InputError: there is none, or one of more tokens.
     """
-    from tokenizers import Tokenizer
-
     found = model_folder(folder)
     if found is None or not (found / TOKENIZER).is_file():
         raise InputError(f"tokenizer={folder} has no {TOKENIZER}", "name a folder with one")
-    number = Tokenizer.from_file(str(found / TOKENIZER)).get_vocab_size()
+    number = read_tokenizer(found / TOKENIZER).get_vocab_size()
     if number > vocabulary:
         reason = f"tokenizer={folder} has {number:,} tokens, the model's vocabulary {vocabulary:,}"
         raise InputError(reason, f"give vocabulary={number}")

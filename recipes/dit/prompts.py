@@ -33,6 +33,9 @@ def read(path: Path, *, column: str = "caption", number: int | None = None) -> l
         found: Sequence[str | None] = _column(path, column)
     elif path.suffix == ".json":
         found = _coco(path)
+    elif path.suffix in (".csv", ".tsv", ".jsonl"):
+        hint = "name a text file with one a line, COCO's captions_*.json, or a parquet file"
+        raise InputError(f"{path} is no file of prompts alone", hint)
     else:
         found = [line for line in read_lines(path) if line.strip()]
     if number is not None:

@@ -6,7 +6,8 @@
 
 A picture is a function of the model, its text and seed, and how it is drawn: the noise that it begins with,
 and what is added on the way, are drawn from its own seed. A folder's batches are all of the same size, filled
-up, so that with the same device and versions any part of its pictures comes out bit for bit.
+up, so that with the same device and versions any part of its pictures comes out bit for bit. Of several
+processes, as torchrun starts them, each draws its share.
 
 Guidance g is without text + g (with text - without); of all channels, or, as DiT's code has it, of the first
 three alone. Without any, g = 1, the model is asked once.
@@ -29,7 +30,7 @@ import torch
 from PIL import Image
 
 from builder.errors import InputError
-from builder.files import sha256_file, write_atomically
+from builder.files import read_file, sha256_file, write_atomically
 from builder.model import identity, model_folder
 from builder.stages.latents import Vae
 from builder.stages.textfeatures import Encoder
@@ -37,7 +38,7 @@ from builder.typed import from_json, parse
 from recipes.dit import model as dit
 from recipes.dit.model import Words
 from recipes.dit.objective import BETAS, TIMES, Objective
-from recipes.training import REPORT_S, Say, computing, of_the_extra
+from recipes.training import REPORT_S, Say, computing, of_the_extra, this_process
 
 Sampler = Literal["ddpm", "dpm", "euler"]
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "dpm"), "flow": ("euler", "dpm")}
@@ -60,10 +61,13 @@ class How:
     batch: int = 32
 
     def __post_init__(self) -> None:
-        if not self.guidance >= 0:
-            raise InputError(f"guidance={self.guidance:g} is below 0", "give 1 for none, 10 as the paper")
+        if not 0 <= self.guidance < float("inf"):
+            reason = f"guidance={self.guidance:g} is below 0, or no number"
+            raise InputError(reason, "give 1 for none, 10 as the paper")
         if not 1 <= self.steps <= TIMES or self.batch < 1:
             raise InputError(f"steps={self.steps}, batch={self.batch}", f"give 1 to {TIMES}, and 1 or more")
+        if self.sampler == "ddpm" and self.steps == 1:
+            raise InputError("ddpm in one step takes noise for a picture", "give more, or sampler=dpm")
 
 
 class Drawer:
@@ -106,6 +110,8 @@ class Drawer:
         if how.sampler not in known:
             reason = f"sampler={how.sampler} is not for a {self.objective.kind}"
             raise InputError(reason, f"there are: {', '.join(known)}")
+        if how.sampler == "dpm" and how.steps == TIMES:
+            raise InputError(f"sampler=dpm has no {TIMES} different times", f"give {TIMES - 1} or fewer")
         for start in range(0, len(texts), how.batch):
             some = texts[start : start + how.batch]
             if self._cut(some):
@@ -132,6 +138,9 @@ class Drawer:
             x = scheduler.step(out, at, x, **noise).prev_sample
         if self.vae:
             x = self.vae.decode(x)
+        if not x.isfinite().all():
+            hint = "draw with less guidance, or by another checkpoint"
+            raise InputError(f"what {self.folder} draws is no number", hint)
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(one) for one in pixels[: len(texts)]]
 
@@ -250,8 +259,10 @@ def sample(
     """
     if not texts:
         raise InputError("there are no texts to draw", "give some, or a file of them: --captions")
+    texts = [text.strip() for text in texts]  # as a training has them
     model = model.resolve()  # `latest` may come to be another
-    drawer = Drawer(model, vae=vae, encoder=encoder)
+    this = this_process()
+    drawer = Drawer(model, this.device, vae=vae, encoder=encoder)
     if given.get("batch") is None:
         given["batch"] = _batch_of(out, len(texts))
     how = drawer.usual(**given)
@@ -263,7 +274,8 @@ def sample(
         for name, text, seed in zip(names, texts, seeds, strict=True)
     ]
     _settle(out, {"model": sha256_file(model / dit.WEIGHTS), **asdict(how)}, lines)
-    left = [number for number, name in enumerate(names) if not (out / name).exists()]
+    ours = range(this.rank, len(names), this.ranks)
+    left = [number for number in ours if not (out / names[number]).exists()]
     begun, said = time.monotonic(), 0.0
     for start in range(0, len(left), how.batch):
         some = left[start : start + how.batch]
@@ -302,7 +314,7 @@ def _settle(out: Path, about: dict[str, Any], lines: list[str]) -> None:
         if differ := [name for name in about if before.get(name) != about[name]]:
             reason = f"{out} holds others: {differ[0]} was {before.get(differ[0])}, is {about[differ[0]]}"
             raise InputError(reason, "draw into another folder: --out")
-        was = prompts.read_text().splitlines(keepends=True)
+        was = read_file(prompts).decode().splitlines(keepends=True)
         if any(a != b for a, b in zip(was, lines, strict=False)):
             raise InputError(f"{out} holds pictures of other texts", "draw into another folder: --out")
         lines = max(was, lines, key=len)

@@ -25,7 +25,7 @@ def recap_dit(
     px: int = 32,
     channels: int = 4,
     kind: Literal["diffusion", "flow"] = "diffusion",
-    predict: Predict = "noise",
+    predict: Predict | None = None,
     min_snr: float | None = None,
     shift: float = 1.0,
     samples: int = 650_000 * 2048,
@@ -45,9 +45,10 @@ def recap_dit(
     side: 650,000 steps of 2,048 at a rate of 1e-4, moving average 0.9999. What it leaves open is assumed: the
     text by CLIP ViT-L/14, 77 tokens of 768; no text for a sample in ten. With Recap-CLIP: context=128. Both
     are stages of the run `images`: Latents and TextFeatures. `kind=flow` (with `shift`), `min_snr=5` and
-    `optimizer=muon` are newer.
+    `optimizer=muon` are newer. Unless told, a diffusion predicts the noise, a flow its velocity.
     """
     learned = kind == "diffusion"
+    predict = predict or ("noise" if learned else "velocity")
     return Training(
         name="recap_dit", version=version, images=images, latents=latents, features=features, seed=seed,
         net=Net(

@@ -14,14 +14,15 @@ from builder.stages.caption import Caption, engine_of
 from recipes.demo import world
 from recipes.demo.world import Scene
 from recipes.evaluate.drawings import Drawings
+from recipes.evaluate.model import known_as
 from recipes.evaluate.results import Result, metric
 
 LEAST_PX = 128  # smaller pictures are shown larger: what a demo's captioner has learned on
 
 
 def rated(benchmark: str, drawings: Drawings, judge: Caption) -> Result:
-    """The mean rating. A picture that gets none, for the model says something else or nothing, is counted
-    and left out; of prompts that were cut to fit a part was judged.
+    """The mean rating, and the share of pictures that get none, for the judge says something else or nothing,
+    which are left out of it; of prompts that were cut to fit a part was judged.
 
     Raises:
         InputError: none gets one.
@@ -29,15 +30,18 @@ def rated(benchmark: str, drawings: Drawings, judge: Caption) -> Result:
     replies = said(drawings, judge)
     texts = [reply.text.strip() for reply in replies]
     ratings = [judge.read(text, "stop")[0] for text in texts]
-    found = [rating for rating in ratings if isinstance(rating, int)]
-    if not found:
+    found = [rating if isinstance(rating, int) else 0 for rating in ratings]
+    none = [float(not rating) for rating in found]
+    if all(none):
         reason = f"{judge.model} rated none of {len(texts):,} pictures: it said {texts[0][:60]!r}"
         raise InputError(reason, "judge by a model that follows instructions")
     cut = sum(reply.prompt_cut for reply in replies)
-    counts = {"pictures": len(texts), "without a rating": len(texts) - len(found), "prompts cut": cut}
-    by = f"rating of 1 to 5 by {judge.model}; {drawings.how}"
-    metrics = (metric("rating", [rating / 100 for rating in found]),)
-    return Result(benchmark, by, drawings.name, counts, metrics, main="rating")
+    by = f"rating of 1 to 5 by {_named(judge)}; {drawings.how}"
+    each = [rating / 100 for rating in found]
+    metrics = (
+        metric("rating", each, [1 - one for one in none], all_units=True), metric("without a rating", none),
+    )  # fmt: skip
+    return Result(benchmark, by, drawings.name, {"pictures": len(texts)}, metrics, main="rating", cut=cut)
 
 
 def read_back(benchmark: str, drawings: Drawings, scenes: Sequence[Scene], captioner: Caption) -> Result:
@@ -47,9 +51,14 @@ def read_back(benchmark: str, drawings: Drawings, scenes: Sequence[Scene], capti
     both = list(zip(wanted, named, strict=True))
     found = [metric("pairs", [len(a & b) for a, b in both], list(map(len, wanted)))]
     if any(named):
-        found.append(metric("named, not asked", [len(b - a) for a, b in both], list(map(len, named))))
-    how = f"read by the captioner {captioner.model}; {drawings.how}"
+        others = [len(b - a) for a, b in both]
+        found.append(metric("named, not asked", others, list(map(len, named)), all_units=True))
+    how = f"read by the captioner {_named(captioner)}; {drawings.how}"
     return Result(benchmark, how, drawings.name, {"pictures": len(scenes)}, tuple(found), main="pairs")
+
+
+def _named(kind: Caption) -> str:
+    return f"{kind.model} at {kind.endpoint}" if kind.endpoint else known_as(kind.model)
 
 
 def said(drawings: Drawings, kind: Caption) -> list[Reply]:

@@ -179,7 +179,7 @@ def clip_score(
 
     def run(artist: Artist) -> list[Result]:
         drawings = artist.drawn(texts, Path(folder))
-        return [by_cosine.clip_score(Model(model), name, drawings, drawings.prompts)]
+        return [by_cosine.clip_score(Model(model), name, drawings)]
 
     return Benchmark(run, "pictures")
 
@@ -269,7 +269,7 @@ def world_drawings(
         yield distances.frechet(
             f"{name}: distance", drawings, pictures, distances.of_model(model), Image.Resampling.BILINEAR
         )  # as a training has made them small
-        yield by_cosine.clip_score(model, f"{name}: CLIP score", drawings, drawings.prompts)
+        yield by_cosine.clip_score(model, f"{name}: CLIP score", drawings)
         if by:
             yield asked.read_back(f"{name}: captions", drawings, real, by)
 

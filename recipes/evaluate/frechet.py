@@ -26,7 +26,7 @@ from builder.errors import InputError
 from builder.files import read_file
 from builder.stages.latents import centre
 from recipes.evaluate.drawings import Drawings
-from recipes.evaluate.model import Model, Picture, Vectors
+from recipes.evaluate.model import Model, Picture, Vectors, known_as
 from recipes.evaluate.results import Metric, Numbers, Result
 from recipes.training import of_the_extra
 
@@ -85,7 +85,7 @@ def inception(weights: Path) -> Features:
 def of_model(model: Model) -> Features:
     """(N, E): unit vectors of an open_clip model."""
 
-    name = f"{model.name}, not Inception"
+    name = f"{known_as(model.name)}, not Inception"
     return Features(name, model.vectors, "Fréchet distance", "kernel distance x 1000")
 
 

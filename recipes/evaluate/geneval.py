@@ -8,6 +8,7 @@ loads will do: it is named in the protocol, and numbers of two detectors are not
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from builder.files import read_file
 from builder.model import check_files, fetched, hub_model, model_folder
 from builder.typed import from_json
 from recipes.evaluate.drawings import Drawings
-from recipes.evaluate.model import Model, Vectors
+from recipes.evaluate.model import Model, Vectors, known_as
 from recipes.evaluate.results import Result, metric
 from recipes.evaluate.zeroshot import weights
 
@@ -144,25 +145,26 @@ class Detector:
 def geneval(
     benchmark: str, drawings: Drawings, asked: Sequence[Asked], detector: Detector, clip: Model
 ) -> Result:
-    """The share of pictures that are right, by tag, and the mean over tags.
+    """The share of pictures that are right, by tag, and the mean over tags; the pictures of a prompt are one
+    unit.
 
     Raises:
         InputError: the detector does not know a class that is asked for.
     """
     _check_classes(detector.name, set(detector.names.values()), asked)
-    right = []
+    right: Counter[tuple[str, str]] = Counter()
+    pictures = Counter((one.tag, one.prompt) for one in asked)
     colours = Colours(clip)
     for image, one in zip(drawings.images(), asked, strict=True):
-        right.append(wrong(image, one, detector(image), colours) is None)
-    tags = sorted({one.tag for one in asked})
-    groups = [tags.index(one.tag) for one in asked]
-    found = [metric("mean over tags", right, groups=groups, statistic="macro")]
-    for number, tag in enumerate(tags):
-        of = np.array(groups) == number
-        found.append(metric(tag, np.array(right) * of, of))
-    each = len(asked) / len({one.prompt for one in asked})
-    how = f"as GenEval, {each:g} a prompt, by {detector.name}, colours by {clip.name}; {drawings.how}"
-    counts = {"pictures": len(right)}
+        right[one.tag, one.prompt] += wrong(image, one, detector(image), colours) is None
+    hits, of = (np.array([each[unit] for unit in pictures]) for each in (right, pictures))
+    tags = sorted({tag for tag, _ in pictures})
+    groups = np.array([tags.index(tag) for tag, _ in pictures])
+    found = [metric("mean over tags", hits, of, groups=groups, statistic="macro")]
+    found += [metric(tag, hits[groups == number], of[groups == number]) for number, tag in enumerate(tags)]
+    by = f"{known_as(detector.name)}, colours by {known_as(clip.name)}"
+    how = f"as GenEval, {len(asked) / len(pictures):g} a prompt, by {by}; {drawings.how}"
+    counts = {"pictures": len(asked)}
     return Result(benchmark, how, drawings.name, counts, tuple(found), main="mean over tags")
 
 

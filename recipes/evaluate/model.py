@@ -21,6 +21,7 @@ from PIL import Image
 from builder import sql
 from builder.errors import InputError
 from builder.machine import Machine
+from builder.model import identity, model_folder
 from builder.stages.clip import Clip, map_ahead
 from builder.stages.imagetar import NO_PICTURE
 from builder.typed import from_json
@@ -74,6 +75,13 @@ def missing(pictures: Iterable[Picture]) -> None:
     if gone := [name for name in names if not Path(name).is_file()]:
         reason = f"{len(gone):,} of {len(names):,} images are missing, the first is {gone[0]}"
         raise InputError(reason, "give the folder that they are in")
+
+
+def known_as(model: str) -> str:
+    """How a protocol names a model: a folder by what is in it, wherever it lies."""
+    folder = model_folder(model)
+    content = identity(model).removeprefix("sha256:")
+    return f"{folder.resolve().name} {content[:8]}" if folder else content
 
 
 class Model:

@@ -87,17 +87,20 @@ def metric(
     *,
     groups: Sequence[int] | Numbers | None = None,
     statistic: Statistic = "mean",
+    all_units: bool = False,
 ) -> Metric:
-    """A statistic of units, in percent, with its interval; units that are of nothing are left out."""
+    """A statistic of units, in percent, with its interval; units that are of nothing are left out, unless it
+    is a model's doing that they are (`all_units`): two models are compared unit by unit.
+    """
     hits = np.asarray(hits, np.float64)
     of = np.ones_like(hits) if of is None else np.asarray(of, np.float64)
-    there = of > 0
+    there: Numbers = np.ones_like(of, bool) if all_units else of > 0
     hits, of, group = hits[there], of[there], None if groups is None else np.asarray(groups, np.int64)[there]
     every = np.arange(len(hits))
     value = _STATISTICS[statistic](hits, of, group, every)
     listed = None if group is None else group.tolist()
     made = Metric(name, value, np.nan, np.nan, hits.tolist(), of.tolist(), listed, statistic)
-    low, high = np.percentile(_draws(made), [2.5, 97.5])
+    low, high = np.nanpercentile(_draws(made), [2.5, 97.5])
     return Metric(name, value, float(low), float(high), made.hits, made.of, listed, statistic)
 
 
@@ -114,7 +117,8 @@ def _draws(metric: Metric) -> Numbers:
 
 
 def _mean(hits: Numbers, of: Numbers, _: Numbers | None, units: Numbers) -> float:
-    return float(100 * hits[units].sum() / of[units].sum())
+    number = of[units].sum()  # of few units that are of something a draw may have none
+    return float(100 * hits[units].sum() / number) if number else np.nan
 
 
 def _by_group(hits: Numbers, of: Numbers, groups: Numbers | None, units: Numbers) -> Numbers:
@@ -164,9 +168,11 @@ def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
         raise InputError(reason, "evaluate both on the same: recap eval MODEL BENCHMARK")
     rows = []
     known = {metric.name: metric for metric in theirs.metrics}
-    for one in ours.metrics:
+    for one in (metric for metric in ours.metrics if metric.name in known):  # of what a model never does
         other = known[one.name]
-        low, high = np.percentile(_draws(one) - _draws(other), [2.5, 97.5]) if one.hits else (np.nan, np.nan)
+        low, high = np.nan, np.nan
+        if one.hits:
+            low, high = np.nanpercentile(_draws(one) - _draws(other), [2.5, 97.5])
         rows.append(
             {
                 "metric": one.name, "a": _rounded(one.value, one), "b": _rounded(other.value, one),
