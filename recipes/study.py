@@ -87,7 +87,7 @@ def _one(out: Path, training: Any, benchmark: Callable[[], Benchmark], file: str
     found = list(asked.run(asked.subject(str(there))))
     results.write(found, out / file)
     return f"{out.parent.name}, seed {training.seed}: " + ", ".join(
-        f"{r.main} {r.value():.1f}" for r in found if r.main
+        f"{r.main} {r.value():.3g}" for r in found if r.main
     )
 
 

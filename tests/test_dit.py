@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from builder.errors import InputError
 from recipes.data import Batch, Mix, Picture
-from recipes.demo import reader, world
+from recipes.demo import demo, reader, world
 from recipes.dit import model as dit
 from recipes.dit import trainings
 from recipes.dit.model import DiT, Net, Words
@@ -37,7 +37,7 @@ from recipes.dit.objective import Objective
 from recipes.dit.plan import forward_flops, picture_flops, plan
 from recipes.dit.sample import Drawer, How, sample, seeds_of
 from recipes.dit.train import Step, Training, noise_of, train
-from recipes.evaluate.drawings import Artist
+from recipes.evaluate.drawings import load
 from recipes.evaluate.world_drawings import prompts, read_back
 from recipes.join import join
 from recipes.muon import Muon, orthogonal
@@ -678,11 +678,19 @@ def test_the_reader_is_right_on_real_scenes(px: int) -> None:
 # --- the demo's model ---------------------------------------------------------------------------------------
 
 
-def test_what_is_shipped_draws_what_is_asked_for(tmp_path: Path) -> None:
-    """Few scenes, in few steps; recipes/demo/weights/README.md has what it draws of many."""
-    scenes, texts = prompts(16, "described")
-    drawings = Artist(str(SHIPPED), {"steps": 12, "batch": 16}).drawn(texts, tmp_path)
+def test_what_is_shipped_draws_what_is_asked_for_at_the_end_of_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few scenes; recipes/demo/weights/README.md has what it draws of many."""
+    demo._draw(tmp_path / "demo")
+    (settings,) = tmp_path.glob("demo-drawn/*/sample.json")
+    drawings = load(settings.parent)
+    scenes, texts = prompts(len(drawings.prompts), "described")
+    assert list(drawings.prompts) == texts
+    with Image.open(tmp_path / "demo-drawn" / "grid.png") as grid:
+        assert grid.size == (6 * 129 - 1, 4 * 129 - 1)
     found = read_back("few", drawings, scenes, "described")
+    assert f"pairs {found.value('pairs'):.0f} %" in capsys.readouterr().out
     assert found.value("colours") > 85
     assert found.value("pairs") > 85
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 15e6
