@@ -20,6 +20,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from builder.errors import InputError
@@ -273,7 +275,9 @@ def sample(
         json.dumps({"file": name, "prompt": text, "seed": seed}) + "\n"
         for name, text, seed in zip(names, texts, seeds, strict=True)
     ]
-    _settle(out, {"model": sha256_file(model / dit.WEIGHTS), **asdict(how)}, lines)
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".lock") if this.ranks > 1 else nullcontext():  # the others write the same
+        _settle(out, {"model": sha256_file(model / dit.WEIGHTS), **asdict(how)}, lines)
     ours = range(this.rank, len(names), this.ranks)
     left = [number for number in ours if not (out / names[number]).exists()]
     begun, said = time.monotonic(), 0.0
@@ -307,7 +311,6 @@ def file_of(number: int) -> str:
 
 def _settle(out: Path, about: dict[str, Any], lines: list[str]) -> None:
     """More texts behind those that are there are welcome."""
-    out.mkdir(parents=True, exist_ok=True)
     settings, prompts = out / SETTINGS, out / PROMPTS
     if settings.exists():
         before = _settings(out)
