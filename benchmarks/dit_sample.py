@@ -23,7 +23,6 @@ from recipes.dit import model as dit
 from recipes.dit.model import DiT, Net
 from recipes.dit.objective import Objective
 from recipes.dit.sample import Drawer, sample
-from recipes.training import computing
 
 WORDS = ROOT / "recipes" / "demo" / "weights" / "clip" / dit.TOKENIZER
 TURNS = 3
@@ -55,8 +54,7 @@ def bare(model: Path, pictures: int, batch: int, steps: int) -> float:
     time_B = torch.full((2 * batch,), 500.0, device=drawer.device)
 
     def call() -> None:
-        with computing(drawer.device, "fp32"):
-            drawer.model(x, time_B, text, mask, encoded=True)
+        drawer.model(x, time_B, text, mask, encoded=True)
 
     call()
     begun = time.monotonic()

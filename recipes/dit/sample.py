@@ -40,7 +40,7 @@ from builder.typed import from_json, parse
 from recipes.dit import model as dit
 from recipes.dit.model import Words
 from recipes.dit.objective import BETAS, TIMES, Objective
-from recipes.training import REPORT_S, Say, computing, of_the_extra, this_process
+from recipes.training import REPORT_S, Say, of_the_extra, this_process
 
 Sampler = Literal["ddpm", "dpm", "euler"]
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "dpm"), "flow": ("euler", "dpm")}
@@ -165,8 +165,7 @@ class Drawer:
         guided = how.guidance != 1
         both = torch.cat([x, x]) if guided else x
         time_B = torch.full((len(both),), at, device=self.device)
-        with computing(self.device, "fp32"):
-            out = self.model(both, time_B, text[: len(both)], mask[: len(both)], encoded=True)
+        out = self.model(both, time_B, text[: len(both)], mask[: len(both)], encoded=True)
         if guided:
             with_text, without = out[:number], out[number:]
             told = without + how.guidance * (with_text - without)
