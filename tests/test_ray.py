@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import CLIP
 from s3 import S3, s3
+from safetensors.numpy import load_file
 from test_executors import Eager, Model, note
 
 from builder.core import Recipe, Resources, Stage, Task, Work
@@ -22,7 +26,9 @@ from builder.errors import InputError
 from builder.executors.local import local
 from builder.files import write_parquet
 from builder.run import Executor, Run, build
+from builder.stages.latents import Latents
 from builder.stages.source import Source
+from builder.stages.textfeatures import TextFeatures
 
 ray = pytest.importorskip("ray", reason="the extra recapkit[ray] is not installed")
 ROWS = 6
@@ -113,6 +119,32 @@ def test_records_are_those_of_local(  # type: ignore[no-untyped-def]
         assert len(result.done) == 3 * ROWS
         found.append(outputs(place, ("source", "first", "eager")))
     assert all(one == found[0] for one in found)
+
+
+@SLOW
+def test_what_a_dit_reads_is_made_on_ray_as_here(on_ray: Executor, demo_run: Path, tmp_path: Path) -> None:
+    """Latents and features of texts, of a copy of the demo's run on each: their tables to the byte, and their
+    numbers, in halves, nearly: convolutions sum as their number of threads wants it.
+    """
+    from test_latents import a_vae
+
+    more = (Latents(model=str(a_vae(tmp_path / "vae")), px=32), TextFeatures(model=str(CLIP), context=50))
+    found = []
+    for name, executor in (("ray", on_ray), ("local", local)):
+        shutil.copytree(demo_run, tmp_path / name)
+        recipe = Run.open(tmp_path / name).recipe
+        recipe = replace(recipe, stages=(*recipe.stages, *more))
+        assert build(recipe, tmp_path / name, executor=executor).failed == {}
+        found.append(outputs(tmp_path / name, ("latents", "text_features")))
+    tensors = [name for name in found[0] if name.endswith(".safetensors")]
+    assert len(tensors) > 2
+    for name in found[0].keys() - tensors:
+        assert found[0][name] == found[1].pop(name)
+    assert sorted(found[1]) == sorted(tensors)
+    for name in tensors:
+        ours, theirs = (load_file(tmp_path / where / name) for where in ("ray", "local"))
+        for tensor, values in ours.items():
+            np.testing.assert_allclose(values, theirs[tensor], atol=4e-3)
 
 
 def test_a_cluster_is_asked_for_the_gpus_that_workers_would_fill(monkeypatch: pytest.MonkeyPatch) -> None:

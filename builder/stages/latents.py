@@ -5,7 +5,7 @@ Writes  `<shard>.safetensors`: `latents`, (ok rows, C, h, w) float16, in row ord
         factor; of which VAE and how is in its metadata. `<shard>.parquet`: uid, image_sha256, status, error.
 
 An image is the square in its middle, `px` pixels a side. Its latent is the mean of what the VAE gives, not
-drawn: the same on every day.
+drawn: the same on every day, but for last bits that depend on the number of threads.
 """
 
 from __future__ import annotations
