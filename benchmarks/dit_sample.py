@@ -57,6 +57,8 @@ def bare(model: Path, pictures: int, batch: int, steps: int) -> float:
         drawer.model(x, time_B, text, mask, encoded=True)
 
     call()
+    if drawer.device != "cpu":
+        torch.cuda.synchronize()
     begun = time.monotonic()
     for _ in range(steps * -(-pictures // batch)):
         call()

@@ -251,8 +251,9 @@ def _join(
         if con.sql("select count(uid) between 1 and count(*) - 1 from images").fetchall() == [(True,)]:
             con.execute(  # a row may have found its image with its uid, and one without any
                 """
-                create or replace table joined as
-                    select distinct on (uid, caption) * from joined order by shard, file, start
+                delete from joined where rowid not in (
+                    select arg_min(rowid, (shard, file, start)) from joined group by uid, caption
+                )
                 """
             )
         numbers = _numbers(con)

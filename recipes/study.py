@@ -155,11 +155,11 @@ def _draws(metrics: Sequence[Metric]) -> list[float]:
 
 
 def _mean(hits: Numbers, of: Numbers) -> float:
-    return float(100 * hits.sum() / of.sum())
+    return float(100 * hits.sum() / of.sum()) if of.sum() else np.nan
 
 
 def _value(draws: Sequence[float], *, is_distance: bool) -> Value:
-    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    low, high = np.nanpercentile(draws[1:], [2.5, 97.5])
     return Value(draws[0], float(low), float(high), is_distance)
 
 

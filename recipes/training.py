@@ -76,7 +76,8 @@ ALONE = Ranks(0, 1, "cpu")
 
 def this_process() -> Ranks:
     """One that waits for no other."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    told = os.environ if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else {}
+    rank, ranks = int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CLIP, ROOT, recap, recap_here
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_data import published_in
@@ -37,7 +39,7 @@ from recipes.dit.objective import Objective
 from recipes.dit.plan import forward_flops, picture_flops, plan
 from recipes.dit.sample import Drawer, How, sample, seeds_of
 from recipes.dit.train import Step, Training, noise_of, train
-from recipes.evaluate.drawings import load
+from recipes.evaluate.drawings import Artist, load
 from recipes.evaluate.world_drawings import prompts, read_back
 from recipes.join import join
 from recipes.muon import Muon, orthogonal
@@ -508,6 +510,19 @@ def test_processes_draw_each_its_share(
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     words = ["sample", models["flow"], "a", "--out", tmp_path / "two", "--grid"]
     assert "without torchrun" in recap_here(*words, check=2).stderr
+    with pytest.raises(InputError, match="several processes evaluate"):
+        Artist(str(models["flow"])).drawn(["a"], tmp_path / "three")
+    (tmp_path / "busy").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / "busy" / ".lock"):  # another one settles
+            waits = pool.submit(sample, models["flow"], texts, tmp_path / "busy", **how)  # type: ignore[arg-type]
+            with pytest.raises(TimeoutError):
+                waits.result(2)
+            assert not (tmp_path / "busy" / "sample.json").exists()
+        waits.result()
+    monkeypatch.delenv("WORLD_SIZE")
+    sample(models["flow"], texts, tmp_path / "rank", **how)  # type: ignore[arg-type]
+    assert len(list((tmp_path / "rank").glob("*.png"))) == 5
 
 
 def test_a_step_of_the_sampler_is_that_of_plain_lines(models: dict[str, Path]) -> None:
@@ -588,13 +603,16 @@ def test_what_cannot_be_drawn_is_told_in_one_line(models: dict[str, Path], tmp_p
         sample(model, ["red"], tmp_path / "a", guidance=-1.0)
     for given, said in (
         ({"guidance": float("inf")}, "guidance=inf is below 0, or no number"),
-        ({"sampler": "dpm", "steps": 1000}, "no 1000 different times"),
         ({"guidance": 1e38}, "what .* draws is no number"),
     ):
         with pytest.raises(InputError, match=said):
             sample(model, ["red"], tmp_path / "none", **given)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="ddpm in one step takes noise"):
-        sample(models["diffusion"], ["red"], tmp_path / "none", steps=1)
+    for given, said in (
+        ({"steps": 1}, "ddpm in one step takes noise"),
+        ({"sampler": "dpm", "steps": 1000}, "no 1000 different times"),
+    ):
+        with pytest.raises(InputError, match=said):
+            sample(models["diffusion"], ["red"], tmp_path / "none", **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="text_layers and vocabulary 0 or more"):
         replace(TINY, text_layers=-1)
     with pytest.raises(InputError, match="there are no texts"):

@@ -110,9 +110,10 @@ def sample(
 
     from recipes.dit import prompts
     from recipes.dit import sample as samples
+    from recipes.training import this_process
 
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if grid and not alone:
+    this = this_process()
+    if grid and this.ranks > 1:
         raise UserError("--grid while others draw too", "type it again when they are done, without torchrun")
     if number is not None and not captions:
         raise UserError("--number of which prompts?", "name a file of them: --captions FILE")
@@ -122,7 +123,7 @@ def sample(
         some = [out / samples.file_of(number) for number in range(min(36, len(texts)))]
         sheet = samples.grid([Image.open(path) for path in some], columns=min(6, len(some)), scale=4)
         write_atomically(out / "grid.png", samples.png(sheet))
-    if alone or os.environ["RANK"] == "0":
+    if this.is_first:
         print_({"folder": str(out), "pictures": len(texts), **asdict(how)}, as_json, f"{out}")
 
 

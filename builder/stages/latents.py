@@ -41,6 +41,7 @@ TENSOR = "latents"
 class Latents(Stage):
     """By one VAE. `model` is a folder with diffusers' AutoencoderKL, or a Hub id@revision."""
 
+    version: ClassVar[int] = 2
     effort: ClassVar[tuple[str, ...]] = ("batch",)
     libraries: ClassVar[tuple[str, ...]] = ("pyarrow", "diffusers", "torch", "numpy", "pillow")
     paths: ClassVar[tuple[str, ...]] = ("model",)

@@ -18,6 +18,7 @@ from builder.typed import from_json, parse
 from recipes.dit import model as dit
 from recipes.dit.sample import PROMPTS, SETTINGS, How, file_of, sample
 from recipes.evaluate.model import Picture
+from recipes.training import this_process
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class Artist:
         """Its pictures of these prompts; a model draws them in `folder`, where they are not there yet.
 
         Raises:
-            InputError: it is neither, it holds pictures of other prompts, or a model is not told any.
+            InputError: it is neither, it holds pictures of other prompts, or a model is not told any, or is
+                drawn by several processes.
         """
+        prompts = None if prompts is None else [prompt.strip() for prompt in prompts]  # as they are drawn
         place = Path(self.name)
         if (place / SETTINGS).is_file():
             if self.how:
@@ -73,6 +76,9 @@ class Artist:
             raise InputError(reason, "name a folder of recap sample, or a checkpoint of recap train dit")
         if not prompts:
             raise InputError("the model is not told what to draw", "give prompts=FILE")
+        if this_process().ranks > 1:
+            hint = "draw into a folder first: torchrun ... -m builder.cli sample; and evaluate that, alone"
+            raise InputError("several processes evaluate", hint)
         told = [f"{name}={value}" for name, value in sorted(self.how.items())]
         out = folder / f"{sha256_file(place / dit.WEIGHTS)[:12]}-{_digest([*told, *prompts])}"
         sample(place, prompts, out, say=partial(echo, err=True), **self.how)

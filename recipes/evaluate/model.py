@@ -78,7 +78,7 @@ def missing(pictures: Iterable[Picture]) -> None:
 
 
 def known_as(model: str) -> str:
-    """How a protocol names a model: a folder by what is in it, wherever it lies."""
+    """How a protocol names a model: a folder by its name and what is in it, wherever it lies."""
     folder = model_folder(model)
     content = identity(model).removeprefix("sha256:")
     return f"{folder.resolve().name} {content[:8]}" if folder else content
