@@ -37,7 +37,7 @@ from builder.captions.asking import Job, Request
 from builder.captions.checks import Defect
 from builder.captions.endpoint import Answer, Ask, CeilingError, Endpoint
 from builder.captions.served import Served
-from builder.captions.special_tokens import plain, specials_of
+from builder.captions.special_tokens import joined, specials_of
 from builder.captions.vllm import Engine
 from builder.errors import InputError
 from builder.stages.caption import Caption, Captioning
@@ -810,7 +810,7 @@ def test_a_schema_says_the_same(served: Endpoint, engine: Engine) -> None:
 
 @of_the_server
 def test_a_special_token_in_a_row_is_text_to_the_server(served: Endpoint) -> None:
-    text, number = plain("Say <image> what <|eot_id|> it is.", specials_of(CAPTIONER))
+    text, number = joined([("Say <image> what <|eot_id|> it is.", False)], specials_of(CAPTIONER))
     assert number == 2
     found = all_of(served, [Ask(0, text, PICTURES[0], GREEDY), Ask(1, "Say", PICTURES[0], GREEDY)])
     tokenizer = Tokenizer.from_file(str(CAPTIONER / "tokenizer.json"))

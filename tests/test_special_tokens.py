@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from conftest import CAPTIONER
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from builder.captions.special_tokens import TAG, joined, plain, specials_of
+from builder.captions.special_tokens import TAG, joined, specials_of
 
 TOKENIZER = Tokenizer.from_file(str(CAPTIONER / "tokenizer.json"))
 SPECIAL = [t.content for t in TOKENIZER.get_added_tokens_decoder().values()]
@@ -32,6 +34,10 @@ BITS = [
     "[INST]",
     "é",
 ]
+
+
+def plain(text: str, specials: Iterable[str] | re.Pattern[str]) -> tuple[str, int]:
+    return joined([(text, False)], specials)
 
 
 def special_ids(text: str) -> list[int]:

@@ -47,19 +47,13 @@ def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def plain(text: str, specials: Iterable[str] | re.Pattern[str]) -> tuple[str, int]:
-    """Text of a row, in which a server's tokenizer sees no special token; and how many there were.
+def joined(parts: Iterable[tuple[str, bool]], specials: Iterable[str] | re.Pattern[str]) -> tuple[str, int]:
+    """A message of (text, whether it is ours), and how many special tokens were broken up in it. What is ours
+    may hold some; the rest may not, nor may one come about where two parts meet.
 
     Into each goes a space, behind its first character: `< image>`. A space shows, so that whoever reads the
     prompt sees what the model saw, and all tokenizers know it; a character without width is rare to models,
     and gone where a tokenizer normalizes, which would put the token together again.
-    """
-    return joined([(text, False)], specials)
-
-
-def joined(parts: Iterable[tuple[str, bool]], specials: Iterable[str] | re.Pattern[str]) -> tuple[str, int]:
-    """A message of (text, whether it is ours). What is ours may hold special tokens; the rest may not, nor
-    may one come about where two parts meet.
     """
     pattern = specials if isinstance(specials, re.Pattern) else _pattern(specials)
     known = list(parts)
