@@ -159,14 +159,14 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path, busy: str, hint: str) -> Iterator[None]:
+def lock(path: Path, busy: str, hint: str, *, wait_s: float = 0) -> Iterator[None]:
     """Hold a file's lock; the kernel lets go when the process ends, however it ends.
 
     Raises:
-        InputError: somebody else holds it; says `busy`.
+        InputError: somebody else holds it for longer than `wait_s`; says `busy`.
         NotImplementedError: the file system has no locks.
     """
-    held = FileLock(path, timeout=0, fallback_to_soft=False)  # a marker file would outlive its process
+    held = FileLock(path, timeout=wait_s, fallback_to_soft=False)  # a marker file would outlive its process
     try:
         held.acquire()
     except Timeout:

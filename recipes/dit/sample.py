@@ -20,7 +20,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,11 +28,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 
 from builder.errors import InputError
-from builder.files import read_file, sha256_file, write_atomically
+from builder.files import lock, read_file, sha256_file, write_atomically
 from builder.model import identity, model_folder
 from builder.stages.latents import Vae
 from builder.stages.textfeatures import Encoder
@@ -46,6 +45,7 @@ Sampler = Literal["ddpm", "dpm", "euler"]
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {"diffusion": ("ddpm", "dpm"), "flow": ("euler", "dpm")}
 SETTINGS, PROMPTS = "sample.json", "prompts.jsonl"  # of a folder of pictures
 FEW = 4  # texts
+SETTLE_S = 60.0  # processes that draw together settle one after the other
 SOON = 1e-3  # of a flow's time: the clean picture is as good as there
 
 
@@ -275,7 +275,10 @@ def sample(
         for name, text, seed in zip(names, texts, seeds, strict=True)
     ]
     out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".lock") if this.ranks > 1 else nullcontext():  # the others write the same
+    busy, hint = f"another process settles {out}", "wait until it has ended"
+    with ExitStack() as stack:
+        with suppress(NotImplementedError):  # a file system without locks
+            stack.enter_context(lock(out / ".lock", busy, hint, wait_s=SETTLE_S))
         _settle(out, {"model": sha256_file(model / dit.WEIGHTS), **asdict(how)}, lines)
     ours = range(this.rank, len(names), this.ranks)
     left = [number for number in ours if not (out / names[number]).exists()]
