@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,10 @@ def test_two_models_are_compared_on_the_same_draws(tmp_path: Path) -> None:
     assert 0 < row["low"] < 10 < row["high"] < 20  # unpaired it would hold 0
     (same,) = compare(a_result(ours), a_result(ours, model="theirs"))
     assert (same["low"], same["high"]) == (0, 0)
+    more = replace(a_result(ours), metrics=(*a_result(ours).metrics, metric("also", ours)))
+    (_, alone), (_, other) = compare(more, a_result(ours)), compare(a_result(ours), more)
+    assert (alone["a"], alone["b"], alone["difference"], alone["low"]) == (90, None, None, None)
+    assert (other["a"], other["b"]) == (None, 90)
     with pytest.raises(InputError, match="protocol is p and q: not to be compared"):
         compare(a_result(ours), a_result(theirs, protocol="q"))
     with pytest.raises(InputError, match="of other images or texts"):

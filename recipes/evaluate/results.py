@@ -154,7 +154,8 @@ def named(hashes: Sequence[str], *texts: Sequence[str]) -> str:
 
 
 def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
-    """A row a metric: both values, the difference and its paired interval, where it is of units.
+    """A row a metric: both values, the difference and its paired interval, where it is of units; None where
+    one of them has no such metric.
 
     Raises:
         InputError: they are of other benchmarks, protocols or samples.
@@ -167,17 +168,21 @@ def compare(ours: Result, theirs: Result) -> list[dict[str, Any]]:
         reason = f"{ours.benchmark} was asked of other images or texts: not to be compared"
         raise InputError(reason, "evaluate both on the same: recap eval MODEL BENCHMARK")
     rows = []
-    known = {metric.name: metric for metric in theirs.metrics}
-    for one in (metric for metric in ours.metrics if metric.name in known):  # of what a model never does
-        other = known[one.name]
-        low, high = np.nan, np.nan
-        if one.hits:
-            low, high = np.nanpercentile(_draws(one) - _draws(other), [2.5, 97.5])
+    a_by_name, b_by_name = ({metric.name: metric for metric in one.metrics} for one in (ours, theirs))
+    for name in a_by_name | b_by_name:  # of what a model never does the one has none
+        a, b = a_by_name.get(name), b_by_name.get(name)
+        of = a or b
+        assert of is not None
+        difference = low = high = np.nan
+        if a and b:
+            difference = a.value - b.value
+            if a.hits:
+                low, high = np.nanpercentile(_draws(a) - _draws(b), [2.5, 97.5])
         rows.append(
             {
-                "metric": one.name, "a": _rounded(one.value, one), "b": _rounded(other.value, one),
-                "difference": _rounded(one.value - other.value, one), "low": _rounded(low, one),
-                "high": _rounded(high, one),
+                "metric": name, "a": _rounded(a.value if a else np.nan, of),
+                "b": _rounded(b.value if b else np.nan, of), "difference": _rounded(difference, of),
+                "low": _rounded(low, of), "high": _rounded(high, of),
             }
         )  # fmt: skip
     return rows
