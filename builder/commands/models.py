@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +59,9 @@ def _train(what: str, training: str, settings: tuple[str, ...], out: Path | None
     chosen: Any = resolve_training(what, training, settings, module.Training)
     out = out or Path("runs", f"{what}-{chosen.name}")
     there = module.train(chosen, out, say=functools.partial(echo, err=True))
-    if int(os.environ.get("RANK", 0)) == 0:
+    from recipes.training import this_process
+
+    if this_process().is_first:
         print_({"model": str(there)}, as_json, f"{there}")
 
 

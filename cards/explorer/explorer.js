@@ -127,7 +127,7 @@ function say() {
   const still = loaded < meta.rows ? `; loading, ${count(loaded)} are here` : "";
   const found = shown.length ? range : "No row matches";
   $("summary").textContent = `${found}; ${count(meta.rows)}${sample}${still}; ${took.toFixed(1)} ms`;
-  Object.assign($("summary").dataset, { matching: shown.length, loaded, took: took.toFixed(1) });
+  Object.assign($("summary").dataset, { matching: shown.length, loaded });
 }
 
 function element(tag, properties = {}, ...children) {
