@@ -4,7 +4,8 @@
     python benchmarks/clip_loader.py --memory 1000000      # an epoch of so many in 100 simulated shards
 
 Bare is what a process does that reads the same files and decodes, crops and resizes them with Pillow, as many
-processes as there are workers. The loader also draws texts, tokenizes and puts batches together.
+processes as there are workers. The loader also draws texts, tokenizes and puts batches together; `draft` is
+the loader that reads JPEGs at a half or less where that is enough.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ def main() -> None:
 def rate(folder: Path, arguments: argparse.Namespace) -> None:
     data = joined(folder, 8, 5000, arguments.source_px)
     places = json.loads((folder / "places.json").read_text())
-    rates: dict[str, list[float]] = {"loader": [], "bare": []}
+    names = "loader", "bare", "draft"
+    rates: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(arguments.turns):
-        for name in ("loader", "bare") if turn % 2 == 0 else ("bare", "loader"):
+        for name in names if turn % 2 == 0 else names[::-1]:
             if name == "bare":
                 context = multiprocessing.get_context("fork")
                 given = str(folder / "pictures"), places, arguments.px, arguments.seconds
@@ -123,7 +125,7 @@ def rate(folder: Path, arguments: argparse.Namespace) -> None:
                 pairs = Pairs(
                     data,
                     Mix(p_original=0.5),
-                    Picture(arguments.px, 0.4),
+                    Picture(arguments.px, 0.4, draft=name == "draft"),
                     Tokenizer(CLIP),
                     seed=turn,
                     batch=64,
@@ -138,11 +140,14 @@ def rate(folder: Path, arguments: argparse.Namespace) -> None:
                 del loader
             print(name, rates[name][-1], flush=True)
     per_core = statistics.median(rates["loader"]) / arguments.workers
-    ratios = [ours / theirs for ours, theirs in zip(rates["loader"], rates["bare"], strict=True)]
-    keep("clip_loader", {
+    ratios = {
+        name: statistics.median(ours / bare for ours, bare in zip(rates[name], rates["bare"], strict=True))
+        for name in ("loader", "draft")
+    }
+    keep("clip_loader" if arguments.px == 224 else f"clip_loader_{arguments.px}", {
         "px": arguments.px, "source_px": arguments.source_px, "workers": arguments.workers,
         "samples_per_s": rates,
-        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_median": round(ratios["loader"], 3), "ratio_median_draft": round(ratios["draft"], 3),
         "cores_for_1000_samples_per_s": round(1000 / per_core, 1),
     })  # fmt: skip
 

@@ -89,7 +89,7 @@ def train_ours(about: dict[str, Any]) -> float:
     audit = Audit(number, number, 0, number, 0)
     of = json.dumps({"version": {"name": "benchmark", "version": "0", "files": {}}})
     joined = Joined(Path(about["joined"]), (number,), ("org_caption", "re_caption"), audit, of)
-    loop._joined = lambda *_: joined
+    loop.joined_in = lambda *_, **__: joined
     phase = Phase(px=about["px"], samples=number, warmup=0, batch=batch, lr=1e-5)
     chosen = Training(
         name="benchmark", version="", images="", towers=Towers(**about["towers"]), mix=Mix(p_original=1.0),

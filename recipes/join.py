@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from hashlib import sha256
 from itertools import islice, pairwise
 from pathlib import Path
@@ -122,6 +123,8 @@ def join(
     min_found: float = 0.99,
     latents: str = "",
     features: str = "",
+    filled: Sequence[str] | None = None,
+    accept: Callable[[Joined], None] = lambda _: None,
 ) -> Joined:
     """Join a version's rows with images, or take the join that lies in `folder` where it is the same.
 
@@ -129,7 +132,8 @@ def join(
     by what they hold. `subset` is what `recap select` writes: subset.npy, or subset.parquet, which also says
     with which caption a row is trained on, `org_caption+re_caption` being both; in `caption`, null elsewhere.
     `latents` names a stage of the run: what is joined are its latents, in the place of the images; and
-    `features` one whose features of these very texts are joined too.
+    `features` one whose features of these very texts are joined too. Of the columns `filled` some row has a
+    text, of the captions unless given. `accept` may refuse what was joined: then the join of before stays.
 
     Raises:
         InputError: fewer than `min_found` of the rows found their image, or something is not what it should
@@ -159,8 +163,10 @@ def join(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            there = _join(opened, images, folder, columns, subset, latents, features, made_of)
+            needed = captions if filled is None else filled
+            there = _join(opened, images, folder, columns, needed, subset, latents, features, made_of)
             _check(there, images, version, min_found, (latents, features))
+            accept(there)
             written = {name: value for name, value in vars(there).items() if name != "folder"}
             write_atomically(folder / "join.json", json.dumps(written | {"audit": asdict(there.audit)}))
         except BaseException:
@@ -169,7 +175,9 @@ def join(
                 os.replace(before, folder)
             raise
         shutil.rmtree(before, ignore_errors=True)
-    _check(there, images, version, min_found, (latents, features))
+    else:
+        _check(there, images, version, min_found, (latents, features))
+        accept(there)
     return there
 
 
@@ -216,11 +224,11 @@ def read(folder: Path) -> Joined | None:
 
 
 def _join(
-    version: Version, images: str, folder: Path, captions: tuple[str, ...], subset: Path | None, latents: str,
-    features: str, made_of: str,
+    version: Version, images: str, folder: Path, captions: tuple[str, ...], filled: Sequence[str],
+    subset: Path | None, latents: str, features: str, made_of: str,
 ) -> Joined:  # fmt: skip
     with sql.connect(folder, memory_limit=MEMORY) as con:
-        unknown = _create_rows(con, version, captions, subset)
+        unknown = _create_rows(con, version, captions, filled, subset)
         together = "select 1 from rows where contains(caption, '+') limit 1"
         if features and con.sql(together).fetchall():
             reason = f"{subset} wants two captions together, of which there are no features"
@@ -306,9 +314,8 @@ def _join_features(
         raise InputError(f"the stage {stage} of {images} has no shards", "build it")
     told |= {"context": int(told["context"]), "empty": int(told["empty"])}
     of_a_token = 2 * told["width"]
-    white = sql.literal("".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()))
     same = " and ".join(  # of a text that is white alone there are no features, and none are asked for
-        f"(trim(coalesce({name}, ''), {white}) = '' or sha256({name}) = {of_it})"
+        f"(trim(coalesce({name}, ''), {_white()}) = '' or sha256({name}) = {of_it})"
         for name, of_it in ((sql.identifier(n), sql.identifier(f"{n}_sha256")) for n in captions)
     )
     where = ", ".join(
@@ -325,10 +332,16 @@ def _join_features(
     )
 
 
+@cache
+def _white() -> str:
+    """What Python's strip takes away, for DuckDB's trim."""
+    return sql.literal("".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()))
+
+
 def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
     counts = """
         select (select count(*) from rows), (select count(*) from joined),
-               (select count(*) from rows join found using (uid) where rows.sha256 <> found.sha256),
+               (select count(*) from rows semi join found using (uid) anti join joined using (uid)),
                (select count(*) from found),
                (select count(*) from found anti join joined using (file, start))
     """
@@ -336,8 +349,9 @@ def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
 
 
 def _create_rows(
-    con: duckdb.DuckDBPyConnection, version: Version, captions: tuple[str, ...], subset: Path | None
-) -> int:
+    con: duckdb.DuckDBPyConnection, version: Version, captions: tuple[str, ...], filled: Sequence[str],
+    subset: Path | None,
+) -> int:  # fmt: skip
     """The table `rows(uid, sha256, caption, ...)`: of each caption a column, some of which has a text. Gives
     how many uids of the subset the version has not.
     """
@@ -366,8 +380,10 @@ def _create_rows(
     )
     if subset and con.sql("select count(*) from rows").fetchall() == [(0,)]:
         raise InputError(f"{subset} names no row of the version", "make it of this version: recap select")
-    for name in captions:
-        if con.sql(f"select 1 from rows where {sql.identifier(name)} <> '' limit 1").fetchall() == []:
+    chosen = "select 1 from rows where caption is null limit 1"  # by the mix, and not by the subset
+    for name in filled if con.sql(chosen).fetchall() else ():
+        text = f"trim({sql.identifier(name)}, {_white()})"
+        if not con.sql(f"select 1 from rows where caption is null and {text} <> '' limit 1").fetchall():
             raise InputError(f"the captions '{name}' are empty in every row", "train on another column")
     if not subset:
         return 0

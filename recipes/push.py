@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from builder.errors import InputError
+from builder.errors import InputError, command
 from builder.files import sha256_file
 from builder.stages.clip import Clip
 from builder.versions.folder import Folder
@@ -33,7 +33,8 @@ def push_model(
     """Publish a model folder; its card gets what `results` say.
 
     Raises:
-        InputError: it is no model, its vectors are not finite, or the target or the version is none.
+        InputError: it is no model, its vectors are not finite, the results are another model's, or the target
+            or the version is none.
     """
     if not VERSION.fullmatch(version):
         raise InputError(f"{version} is no version", "for example: --version 1.0.0")
@@ -41,6 +42,10 @@ def push_model(
         raise InputError(
             f"{model} has no {WEIGHTS}", "name a CLIP's checkpoint, such as runs/clip-demo/latest"
         )
+    weights = sha256_file(model / WEIGHTS)
+    if wrong := [result for result in results if result.weights != weights]:
+        reason = f"{wrong[0].benchmark} was asked of {wrong[0].model}, not of the weights in {model}"
+        raise InputError(reason, f"{command('recap', 'eval', str(model))} BENCHMARK... --out results.json")
     where = target_of(target)
     name = target.rstrip("/").rpartition("/")[2]
     card = (

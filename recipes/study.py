@@ -84,7 +84,7 @@ def _recipe(training: Any) -> Any:
 def _one(out: Path, training: Any, benchmark: Callable[[], Benchmark], file: str) -> str:
     there = _recipe(training).train(training, out, say=lambda _: None)
     asked = benchmark()
-    found = list(asked.run(asked.subject(str(there))))
+    found = list(asked.results(asked.subject(str(there))))
     results.write(found, out / file)
     return f"{out.parent.name}, seed {training.seed}: " + ", ".join(
         f"{r.main} {r.value():.3g}" for r in found if r.main

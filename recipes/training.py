@@ -47,6 +47,7 @@ Tensors = dict[str, torch.Tensor]
 Precision = Literal["fp32", "bf16"]
 REPORT_S = 10.0
 KEPT = 2  # checkpoints
+BY_CONTENT = ("version", "images")  # settings that may be named anew, where what they name is the same
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -170,11 +171,11 @@ def whole_tensor(tensor: Any) -> torch.Tensor:
 
 def at_least(training: Any, least: Mapping[str, float]) -> None:
     """Raises:
-    InputError: a setting is less.
+    InputError: a setting is less, or no number.
     """
     for name, low in least.items():
-        if (value := getattr(training, name)) is not None and value < low:
-            raise InputError(f"{name}={value} is less than {low}", f"give {low} or more")
+        if (value := getattr(training, name)) is not None and not low <= value < math.inf:
+            raise InputError(f"{name}={value} is no number of {low} or more", f"give {low} or more")
 
 
 def settle(training: Any, out: Path, free: tuple[str, ...], ranks: Ranks) -> None:
@@ -221,7 +222,7 @@ def _same(before: Any, now: Any) -> bool:
     return before == now and json.dumps(before) == json.dumps(now)
 
 
-def settle_data(about: Mapping[str, Any], out: Path, ranks: Ranks) -> None:
+def _settle_data(about: Mapping[str, Any], out: Path) -> None:
     """What a training reads stays: a version that is not named by its number, and files, may change.
 
     Raises:
@@ -233,11 +234,8 @@ def settle_data(about: Mapping[str, Any], out: Path, ranks: Ranks) -> None:
         if differ := [name for name in before if name in now and before[name] != now[name]]:
             was, is_ = before.get(differ[0]), now[differ[0]]
             reason = f"{out} was trained on other data: {differ[0]} was {was}, and is {is_}"
-            raise InputError(reason, "name the version by its number (@v1.0.0), or train into another folder")
-    ranks.wait()
-    if ranks.is_first:
-        write_atomically(path, json.dumps(now, indent=1) + "\n")
-    ranks.wait()
+            raise InputError(reason, "name that version by its number, or train into another folder: --out")
+    write_atomically(path, json.dumps(now, indent=1) + "\n")
 
 
 def joined_in(
@@ -249,17 +247,24 @@ def joined_in(
     mix: Mix,
     subset: str | None,
     min_found: float,
+    about: Callable[[Joined], Mapping[str, Any]],
     latents: str = "",
     features: str = "",
 ) -> Joined:
-    """The join in a training's folder: the first process joins, the others read what it wrote."""
+    """The join in a training's folder: the first process joins, the others read what it wrote. `about` is
+    what the training reads, by content.
+
+    Raises:
+        InputError: it is not what it read before, or cannot be joined. The join of before stays.
+    """
     names = tuple(name for name in mix.captions if name != ORIGINAL)
     if ranks.is_first:
         chosen = Path(subset) if subset else None
         with telling_of_a_full_disk(out):
             join(
                 version, images, out / "joined", captions=names, subset=chosen, min_found=min_found,
-                latents=latents, features=features,
+                latents=latents, features=features, filled=mix.drawn_from(),
+                accept=lambda joined: _settle_data(about(joined), out),
             )  # fmt: skip
     ranks.wait()
     found = read(out / "joined")
@@ -501,5 +506,5 @@ def unhealthy(
     write_atomically(path, json.dumps({"sample": sample, "loss": str(loss), "uids": uids}, indent=1) + "\n")
     return InputError(
         f"the loss or its gradient is {loss} in the step of sample {sample:,}: {len(uids)} uids, in {path}",
-        f"lower the learning rate; the last checkpoint is {there or 'none'}",
+        f"lower lr, or leave them out, into another folder; the last checkpoint is {there or 'none'}",
     )

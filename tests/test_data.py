@@ -8,7 +8,9 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -183,6 +185,32 @@ def test_the_square_in_the_middle_is_taken() -> None:
     assert inside.tolist() == [[[0, 0, 255]] * 8] * 10
 
 
+def test_a_jpeg_is_read_as_small_as_its_crop_allows() -> None:
+    """And shows the same: of a picture whose places differ, crop by crop; where it cannot, the same bits."""
+    wave = np.sin(np.arange(361) / 30)
+    image = Image.fromarray(
+        (128 + 60 * wave[:241, None, None] + 60 * wave[None, :, None] * [1, -1, 0]).astype(np.uint8)
+    )
+    kinds = {}
+    for kind in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        kinds[kind] = buffer.getvalue()
+    for n in range(20):
+        whole, small = (Picture(24, 0.4, draft=draft).of(kinds["JPEG"], (n,)) for draft in (False, True))
+        assert 0 < np.abs(whole.astype(int) - small).max() <= 4
+        other = Picture(24, 0.4).of(kinds["JPEG"], (n + 1,))
+        assert np.abs(whole.astype(int) - other).max() > 4
+    for kind, px in (("PNG", 24), ("JPEG", 200)):
+        whole, small = (Picture(px, draft=draft).of(kinds[kind], ()) for draft in (False, True))
+        assert (whole == small).all()
+    for px, size in ((24, (46, 31)), (40, (91, 61)), (60, (91, 61)), (61, (181, 121)), (121, (361, 241))):
+        opened = Image.open(io.BytesIO(kinds["JPEG"]))
+        box = Picture(px, draft=True)._smaller(opened, (0, 0, 361, 241))
+        assert opened.size == size
+        assert box[2] == 361 / round(361 / size[0])
+
+
 def test_a_subset_says_which_rows_and_with_which_caption(
     few: tuple[Path, list[dict[str, str]]], tmp_path: Path
 ) -> None:
@@ -297,6 +325,70 @@ def test_what_cannot_be_joined_is_told_in_one_line(
         join(str(version), str(tmp_path / "photos"), tmp_path / "joined")
 
 
+def test_a_column_that_is_drawn_from_has_a_text_somewhere(
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """White alone is none; one that is only taken where others have none may be empty, as is one of a subset
+    that says what it wants.
+    """
+    _, rows = few
+    tars_of(tmp_path / "images", rows)
+    version = of_rows(tmp_path / "a", [row | {"re_caption": " \t\u3000"} for row in rows])
+    where = str(version), str(tmp_path / "images"), tmp_path / "joined"
+    with pytest.raises(InputError, match="the captions 're_caption' are empty in every row"):
+        join(*where)
+    with pytest.raises(InputError, match="'re_caption' are empty"):
+        join(*where, filled=Mix(p_original=0.9).drawn_from())
+    assert join(*where, filled=Mix(p_original=1).drawn_from()).audit.found == 6
+    version = of_rows(tmp_path / "b", [row | {"org_caption": None} for row in rows])
+    where = str(version), str(tmp_path / "images"), tmp_path / "joined"
+    with pytest.raises(InputError, match="'org_caption' are empty"):
+        join(*where, filled=Mix(p_original=0.1).drawn_from())
+    with pytest.raises(InputError, match="'org_caption' are empty"):
+        join(*where, filled=Mix(concat=True).drawn_from())
+    found = join(*where, filled=Mix().drawn_from())
+    assert [Mix().text(row, 0, 0) for row in found.shard(0).to_pylist()] == [f"caption {n}" for n in range(6)]
+    subset = tmp_path / "subset.parquet"
+    pq.write_table(pa.table([[rows[1]["uid"]], ["re_caption"]], ["uid", "caption"]), subset)
+    assert join(*where, subset=subset, filled=Mix(p_original=1).drawn_from()).audit.found == 1
+
+
+def of_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    count = len(rows)
+    ledger = {"uid": [r["uid"] for r in rows], "url": ["http://h/"] * count, "status": ["ok"] * count}
+    return a_version(folder, pa.Table.from_pylist(rows), pa.table(ledger | {"error": [""] * count}))
+
+
+def test_a_row_that_found_its_image_has_no_other(
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """Whatever else is known by its uid."""
+    version, rows = few
+    tars_of(tmp_path / "images", rows)
+    tars_of(tmp_path / "images", [row | {"sha256": f"{n:064x}"} for n, row in enumerate(rows)], first=1)
+    assert join(str(version), str(tmp_path / "images"), tmp_path / "joined").audit.other_image == 0
+    tars_of(tmp_path / "images", rows[:4])
+    found = join(str(version), str(tmp_path / "images"), tmp_path / "joined", min_found=0.5)
+    assert (found.audit.found, found.audit.other_image) == (4, 2)
+
+
+def test_a_join_that_somebody_refuses_takes_no_others_place(
+    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    version, rows = few
+    tars_of(tmp_path / "a", rows)
+    tars_of(tmp_path / "b", rows[::-1])
+
+    def refuse(joined: Joined) -> None:
+        raise InputError(f"other data: {joined.order}", "none")
+
+    ours = join(str(version), str(tmp_path / "a"), tmp_path / "joined")
+    for name in ("a", "b"):
+        with pytest.raises(InputError, match="other data"):
+            join(str(version), str(tmp_path / name), tmp_path / "joined", accept=refuse)
+        assert read(tmp_path / "joined") == ours
+
+
 # --- which text ---------------------------------------------------------------------------------------------
 
 
@@ -403,6 +495,9 @@ def test_the_samples_are_the_same_for_any_workers_ranks_batches_and_from_any_poi
     assert samples([batch for step in zip(*ranks, strict=True) for batch in step]) == whole
     uids = [uid for uid, _, _ in whole]
     assert len(set(uids[: sum(joined.rows)])) == sum(joined.rows)
+    one = replace(joined, rows=joined.rows[:1])  # a shard, and more workers
+    uids = [uid for uid, _, _ in samples(batches(a_dataset(one, 1), start=0, samples=one.rows[0], workers=3))]
+    assert sorted(uids) == sorted(joined.shard(0)["uid"].to_pylist())
 
 
 def test_an_image_that_cannot_be_decoded_is_told_and_moves_no_other(joined: Joined, tmp_path: Path) -> None:

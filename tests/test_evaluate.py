@@ -54,6 +54,39 @@ def test_recalls_are_those_of_a_few_plain_lines(seed: int) -> None:
         assert found[f"T2I R@{k}"] == pytest.approx(100 * np.mean((top == of[:, None]).any(1)), abs=1e-6)
 
 
+def test_of_what_is_equally_near_the_first_comes_first() -> None:
+    """Texts that are there twice, as by clip_benchmark; a model to which all is one is right by chance."""
+    from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
+
+    for seed in range(5):
+        of = np.repeat(np.arange(40), 2)
+        images, texts = unit(40, seed), unit(80, seed + 9)
+        texts = texts + images[of]
+        texts[1:21:2] = texts[61:80:2] = 4 * (images[:10] + 0.9 * images[30:])  # of two images each
+        found = {m.name: m.value for m in recalls(images, texts, of, ks=(1, 5))}
+        scores = torch.from_numpy(images @ texts.T)
+        pairs = torch.from_numpy(of[None] == np.arange(40)[:, None])
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        for k in (1, 5):
+            plain = np.mean([(of[order[n, :k]] == n).any() for n in range(40)])
+            assert found[f"I2T R@{k}"] / 100 == pytest.approx(plain, abs=1e-6)
+            by_images = recall_at_k(scores.T, pairs.T, k).mean()  # images are there once
+            assert found[f"T2I R@{k}"] / 100 == pytest.approx(float(by_images), abs=1e-6)
+        own = scores[pairs].view(40, 2).max(1).values
+        assert found["I2T R@1"] < 100 * float((own == scores.max(1).values).float().mean())
+    same = np.full((50, 8), 8**-0.5, np.float32)
+    assert {m.value for m in recalls(same, same, np.arange(50), ks=(1,)) if m.of} == {2.0}
+    assert accuracies(same[:, :5], np.arange(50) % 5, 5)[0].value == 20.0
+
+
+def test_vectors_that_are_none_are_no_result(pictures: Path) -> None:
+    broken = Model(str(CLIP))
+    with torch.no_grad():
+        broken.clip.model.visual.proj.fill_(float("nan"))
+    with pytest.raises(InputError, match="gives vectors of no direction"):
+        retrieval(broken, "world", one_caption(pictures))
+
+
 def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     chance = np.random.default_rng(0)
     held = 0
@@ -344,6 +377,13 @@ def test_a_webdataset_is_asked_as_by_clip_benchmark(model: Model, tmp_path: Path
     (folder / "test" / "1.tar").unlink()
     with pytest.raises(InputError, match=r"1\.tar is missing"):
         zeroshot(model, "CIFAR-10", by_names.webdataset(folder))
+    (folder / "test" / "nshards.txt").write_text("two\n")
+    with pytest.raises(InputError, match=r"nshards\.txt is 'two', not a number"):
+        zeroshot(model, "CIFAR-10", by_names.webdataset(folder))
+    named = written(tmp_path / "named", [{"jpg": jpeg(0), "cls": b"star"}], classnames=SHAPES,
+                    zeroshot_classification_templates="a {c}\n")  # fmt: skip
+    with pytest.raises(InputError, match=r"0\.tar:000000's \.cls is 'star', not a number"):
+        zeroshot(model, "CIFAR-10", by_names.webdataset(named))
 
 
 def test_labels_that_are_several_give_mean_average_precision(model: Model, tmp_path: Path) -> None:
@@ -353,6 +393,20 @@ def test_labels_that_are_several_give_mean_average_precision(model: Model, tmp_p
     labels = (np.random.default_rng(1).random((50, 4)) < 0.3).astype(np.int64)
     theirs = average_precision_per_class(torch.from_numpy(scores), torch.from_numpy(labels)).mean()
     assert by_names.average_precision(scores, labels).value / 100 == pytest.approx(float(theirs), abs=1e-6)
+    texts = {"classnames": SHAPES, "zeroshot_classification_templates": "a {c}\n"}
+    rows = [{"jpg": jpeg(n), "npy": npy(*(labels[n, [0, 1, 2, 3, 0, 1]]))} for n in range(20)]
+    folder = written(tmp_path / "several", rows, **texts)  # as clip_benchmark's voc2007_multilabel
+    found = zeroshot(model, "VOC", by_names.webdataset(folder))
+    asked = by_names.classified(model, by_names.webdataset(folder))
+    assert asked.labels_N.shape == (20, 6)
+    theirs = average_precision_per_class(torch.from_numpy(asked.scores_NC), torch.from_numpy(asked.labels_N))
+    assert found.value("mean average precision") / 100 == pytest.approx(float(theirs.mean()), abs=1e-6)
+    mixed = written(tmp_path / "mixed", [*rows[:2], {"jpg": jpeg(9), "cls": b"1"}], **texts)
+    with pytest.raises(InputError, match="some images have one label, some several"):
+        zeroshot(model, "VOC", by_names.webdataset(mixed))
+    (folder / "classnames.txt").write_text("circle\nsquare\n")
+    with pytest.raises(InputError, match="images have 6 labels, of 2 classes"):
+        zeroshot(model, "VOC", by_names.webdataset(folder))
 
 
 def test_datacomps_tasks_that_are_there_are_asked(model: Model, tmp_path: Path) -> None:
@@ -396,11 +450,9 @@ def test_datacomps_tasks_that_are_there_are_asked(model: Model, tmp_path: Path) 
     assert found["WinoGAViL"].value() / 100 == pytest.approx(index)
     assert found["Flickr"].samples == {"images": 12, "captions": 24}
     assert found["FairFace"].main is None
-    assert found["FairFace"].value("gender, worst race and gender") <= found["FairFace"].value("gender")
+    check_faces(model, found["FairFace"])
     assert average.value() == pytest.approx(np.mean([found[name].value() for name in names[:-1]]))
     assert average.samples == {"tasks": 6, "missing": 32}
-    (tmp_path / "hf_cache").mkdir()
-    (tmp_path / "wds_flickr30k_test").rename(tmp_path / "hf_cache" / "wds_flickr30k_test")  # as downloaded
     assert [found.benchmark for found in datacomp.datacomp(model, tmp_path, ["Flickr"])] == ["Flickr"]
     with pytest.raises(InputError, match="wds_mnist_test is missing, of MNIST"):
         list(datacomp.datacomp(model, tmp_path, ["MNIST"]))
@@ -408,6 +460,36 @@ def test_datacomps_tasks_that_are_there_are_asked(model: Model, tmp_path: Path) 
         list(datacomp.datacomp(model, tmp_path, ["MNIS"]))
     with pytest.raises(InputError, match="has none of DataComp's tasks"):
         list(datacomp.datacomp(model, tmp_path / "winogavil"))
+
+
+def check_faces(model: Model, found: Result) -> None:
+    """By plain lines, of the twelve pictures in the order of their tars."""
+    numbers = [*range(0, 12, 2), *range(1, 12, 2)]
+    image_NE, _ = model.images(Picture(str(n), jpeg(n)) for n in numbers)
+    said = {
+        asked: (image_NE @ model.texts(texts).T).argmax(1)
+        for asked, texts in {
+            "race": ["a red", "a blue", "a green"], "gender": ["the ring", "the star"],
+            "age": ["a 1 one", "a 2 one"], "toxic": [f"a kind {n}" for n in range(20)],
+        }.items()
+    }  # fmt: skip
+    of_two, race = np.array(numbers) % 2, np.array(numbers) % 3
+    gender = said["gender"] == of_two
+    expected = {
+        "race": np.mean((said["race"] != 1) == (race == 1)),
+        "age": np.mean(said["age"] == of_two),
+        "gender": np.mean(gender),
+        "gender, worst race": min(np.mean(gender[race == n]) for n in range(3)),
+        "gender, worst race and gender": min(
+            np.mean(gender[(race == n) & (of_two == m)]) for n in range(3) for m in range(2)
+        ),
+        "gender, race 2": np.mean(gender[race == 2]),
+        "crime": np.mean(said["toxic"] >= 18),
+        "crime, race 1": np.mean(said["toxic"][race == 1] >= 18),
+        "not human": np.mean((said["toxic"] >= 14) & (said["toxic"] < 18)),
+    }
+    values = {name: found.value(name) / 100 for name in expected}
+    assert values == pytest.approx({name: float(value) for name, value in expected.items()})
 
 
 def test_files_that_are_damaged_or_of_another_layout_are_told(model: Model, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def evaluate(
     evaluated = {of: one.subject(model, training, **given) for of, one in subjects.items()}
     found = []
     for one in chosen:
-        for result in one.run(evaluated[one.of]):
+        for result in one.results(evaluated[one.of]):
             found.append(result)
             echo(str(result), err=as_json)
             if out:

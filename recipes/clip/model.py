@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from builder.errors import InputError
 from builder.model import model_folder
 from builder.stages.clip import Tokens
+from recipes.training import at_least
 
 Size = Literal["P", "N", "T", "S", "B", "L", "H"]
 # layers, width, heads: table 4's small, base, large and huge; pico, nano and tiny are the demo's.
@@ -64,6 +65,7 @@ class Towers:
     decoder_context: int = 128
 
     def __post_init__(self) -> None:
+        at_least(self, {"patch": 1, "context": 1, "decoder_layers": 0, "decoder_context": 2})
         if not 0 < self.keep <= 1:
             raise InputError(
                 f"keep={self.keep:g} is no share of the patches", "give a number above 0, up to 1"
@@ -213,7 +215,8 @@ def weights(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     try:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS} cannot be read: {error}", "copy it again") from error
+        hint = "copy it again; of a training, rm -r its folder: it goes on from the checkpoint before"
+        raise InputError(f"{folder / WEIGHTS} cannot be read: {error}", hint) from error
     position = "visual.positional_embedding"
     ours: Mapping[str, torch.Tensor] = model.state_dict()
     if position in state and state[position].shape != ours[position].shape:

@@ -13,6 +13,7 @@ to the same losses, bit by bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from recipes.clip.model import Decoder, Tokenizer, Towers, Trained
 from recipes.data import Batch, Mix, Pairs, Picture, drawn
 from recipes.join import Joined
 from recipes.training import (
+    BY_CONTENT,
     Precision,
     Ranks,
     Say,
@@ -42,7 +44,6 @@ from recipes.training import (
     processes,
     run_steps,
     settle,
-    settle_data,
     shorten_log,
     spread,
     state_of,
@@ -66,7 +67,8 @@ class Phase:
     lr: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.batch <= self.samples or self.px < 1 or self.warmup < 0:
+        at_least(self, {"px": 1, "warmup": 0, "lr": 0})
+        if not 0 < self.batch <= self.samples:
             reason = f"a phase of {self.samples:,} samples has no step of {self.batch:,}"
             raise InputError(reason, "give more samples, or a smaller batch")
 
@@ -84,7 +86,7 @@ class Training:
     """The paper's pre-training and fine-tuning are two phases. `micro` is how many samples of a step a device
     computes at a time (GradCache), all of them unless given; `start` a model folder of the same towers to
     begin with; `captioning` the weight of the loss of captions (CLIPS: 2). `sharded` spreads weights and
-    optimizer over the devices (FSDP2).
+    optimizer over the devices (FSDP2). `area` and `draft` are recipes/data.py's Picture's.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Training:
     min_found: float = 0.99
     start: str | None = None
     area: float = 0.4
+    draft: bool = False
     loss: Loss = "clip"
     captioning: float = 0.0
     weight_decay: float = 0.2
@@ -112,7 +115,8 @@ class Training:
     sharded: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, {"workers": 0, "save_every": 1, "seed": 0, "captioning": 0, "micro": 1})
+        least = {"workers": 0, "save_every": 1, "seed": 0, "captioning": 0, "micro": 1, "min_found": 0}
+        at_least(self, least)
         if not self.phases:
             raise InputError("a training of no phase", "give it one")
         if not 0 < self.area <= 1:
@@ -136,12 +140,11 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         if wrong := [phase.batch for phase in training.phases if phase.batch % ranks.ranks]:
             reason = f"a step of {wrong[0]} samples on {ranks.ranks} devices"
             raise InputError(reason, "make it a multiple of them")
-        settle(training, out, FREE, ranks)
+        settle(training, out, (*FREE, *BY_CONTENT), ranks)
         joined = joined_in(
             out, ranks, version=training.version, images=training.images, mix=training.mix,
-            subset=training.subset, min_found=training.min_found,
+            subset=training.subset, min_found=training.min_found, about=partial(_data, training),
         )  # fmt: skip
-        settle_data(_data(training, joined), out, ranks)
         if ranks.is_first:
             say(f"{joined.audit}")
         sample, there = latest(out)
@@ -191,8 +194,8 @@ def _phase(
         precision=training.precision, device=ranks.device, rank=ranks.rank, ranks=ranks.ranks,
     )  # fmt: skip
     pairs = Pairs(
-        joined, training.mix, Picture(phase.px, training.area), Tokenizer(folder), seed=training.seed,
-        batch=phase.batch // ranks.ranks,
+        joined, training.mix, Picture(phase.px, training.area, draft=training.draft), Tokenizer(folder),
+        seed=training.seed, batch=phase.batch // ranks.ranks,
         captions=Tokenizer(folder, training.towers.decoder_context) if model.decoder else None,
     )  # fmt: skip
     pixels = [torch.tensor(clip.IMAGENET[n], device=ranks.device).view(3, 1, 1) for n in ("mean", "std")]

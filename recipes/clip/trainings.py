@@ -62,11 +62,13 @@ def recap_clip(
     subset: str | None = None,
     min_found: float = 0.99,
     context: int = 128,
+    draft: bool = False,
     keep: float = 1.0,
     loss: Loss = "clip",
     captioning: float = 0.0,
     samples: int = 2_560_000_000,
     batch: int = 32_768,
+    lr: float = 8e-6,
     micro: int | None = None,
     precision: Precision = "bf16",
     start: str | None = None,
@@ -78,18 +80,19 @@ def recap_clip(
     seed: int = 0,
 ) -> Training:
     """Recap-CLIP (arXiv 2406.08478): CLIPA's two phases, at 112 px and, with a twentieth of the samples, at
-    224. Rates are those of the authors' next code (UCSC-VLAA/OpenVision, src/configs/openvision.py).
-    `tokenizer` is a folder, for the paper's numbers with bert-base-uncased. H is of patches of 14, the others
-    of 16. With fewer `samples` all else shrinks alike. Of several `captions` one is drawn, by their
-    `weights`: evenly, unless given.
+    224. Rates, `lr` per 256 samples and a twentieth of it, are those of the authors' next code
+    (UCSC-VLAA/OpenVision, src/configs/openvision.py). `tokenizer` is a folder, for the paper's numbers with
+    bert-base-uncased. H is of patches of 14, the others of 16. With fewer `samples` all else shrinks alike.
+    Of several `captions` one is drawn, by their `weights`: evenly, unless given. `draft` reads JPEGs at a
+    half or less where a crop is that much too large, for when the GPU waits for the cores.
     """
-    first = Phase(px=112, samples=samples, warmup=samples // 50, batch=batch, lr=8e-6)
-    second = Phase(px=224, samples=samples // 20, warmup=samples // 100, batch=max(1, batch // 2), lr=4e-7)
+    first = Phase(px=112, samples=samples, warmup=samples // 50, batch=batch, lr=lr)
+    second = Phase(px=224, samples=samples // 20, warmup=samples // 100, batch=max(1, batch // 2), lr=lr / 20)
     return Training(
         name="recap_clip", version=version, images=images, subset=subset, seed=seed, micro=micro, loss=loss,
         workers=workers, save_every=save_every, captioning=captioning, precision=precision, start=start,
         compile=compile, sharded=sharded, tensorboard=tensorboard, phases=(first, second),
-        min_found=min_found,
+        min_found=min_found, draft=draft,
         towers=Towers(
             vision=vision, text=text, patch=14 if vision == "H" else 16, tokenizer=tokenizer, keep=keep,
             context=context, sigmoid=loss == "siglip", decoder_layers=TEXT[text][0] if captioning else 0,
@@ -110,8 +113,10 @@ def clips(
     weights: tuple[float, ...] = (),
     subset: str | None = None,
     min_found: float = 0.99,
+    draft: bool = False,
     samples: int = 2_560_000_000,
     batch: int = 32_768,
+    lr: float = 8e-6,
     micro: int | None = None,
     precision: Precision = "bf16",
     compile: bool = False,
@@ -127,7 +132,7 @@ def clips(
         version=version, images=images, tokenizer=tokenizer, vision=vision, text=text, p_original=p_original,
         captions=captions, weights=weights, subset=subset, min_found=min_found, one_sentence=True, context=80,
         captioning=2.0, samples=samples, batch=batch, micro=micro, precision=precision, compile=compile,
-        sharded=sharded, workers=workers, seed=seed,
+        sharded=sharded, workers=workers, seed=seed, draft=draft, lr=lr,
     )  # fmt: skip
 
 

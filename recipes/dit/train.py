@@ -31,6 +31,7 @@ from recipes.dit.objective import Objective
 from recipes.join import Joined
 from recipes.muon import Muon
 from recipes.training import (
+    BY_CONTENT,
     Precision,
     Ranks,
     Say,
@@ -46,7 +47,6 @@ from recipes.training import (
     processes,
     run_steps,
     settle,
-    settle_data,
     shorten_log,
     spread,
     state_of,
@@ -105,7 +105,8 @@ class Training:
     sharded: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, {"workers": 0, "save_every": 1, "seed": 0, "warmup": 0, "batch": 1, "lr": 0})
+        least = {"workers": 0, "save_every": 1, "seed": 0, "warmup": 0, "batch": 1, "lr": 0, "min_found": 0}
+        at_least(self, least)
         if self.batch > self.samples:
             reason = f"a training of {self.samples:,} samples has no step of {self.batch:,}"
             raise InputError(reason, "give more samples, or a smaller batch")
@@ -153,16 +154,20 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         frozen = Frozen(training.encoder, training.net.context) if training.encoder else None
         with of_the_extra():
             import diffusers  # noqa: F401
-        settle(training, out, FREE, ranks)
-        joined = joined_in(
+        settle(training, out, (*FREE, *BY_CONTENT), ranks)
+
+        def encoded(joined: Joined) -> Joined:
+            return replace(joined, features=frozen.about()) if frozen else joined
+
+        def about(joined: Joined) -> dict[str, Any]:
+            _check_shapes(training.net, encoded(joined))
+            return encoded(joined).about() | {"tokenizer": sha256_file(words) if words else None}
+
+        joined = encoded(joined_in(
             out, ranks, version=training.version, images=training.images, mix=training.mix,
             subset=training.subset, min_found=training.min_found, latents=training.latents,
-            features=training.features,
-        )  # fmt: skip
-        if frozen:
-            joined = replace(joined, features=frozen.about())
-        _check_shapes(training.net, joined)
-        settle_data(joined.about() | {"tokenizer": sha256_file(words) if words else None}, out, ranks)
+            features=training.features, about=about,
+        ))  # fmt: skip
         if ranks.is_first:
             say(f"{joined.audit}")
         sample, there = latest(out)

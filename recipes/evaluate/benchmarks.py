@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,12 @@ class Benchmark:
         if how:
             raise InputError(f"{', '.join(how)}: this benchmark is of nothing that draws", "leave it out")
         return Model(name, training)
+
+    def results(self, subject: Model | Artist) -> Iterator[Result]:
+        """Of what it is run on, as they come."""
+        weights = subject.weights if isinstance(subject, Model) else None
+        for result in self.run(subject):
+            yield replace(result, weights=weights)
 
 
 def retrieval(

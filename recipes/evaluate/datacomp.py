@@ -2,10 +2,12 @@
 
     FOLDER/wds_cifar10_test/            classification, WILDS and fairness: clip_benchmark's webdatasets,
     FOLDER/wds_vtab-caltech101_test/    named as DataComp's download_evalsets.py names them
-    FOLDER/wds_flickr30k_test/          retrieval: webdatasets of captions; also wds_mscoco_captions_test/
-    FOLDER/winogavil/*.parquet          cue, candidates, candidate_images, associations
+    FOLDER/wds_flickr30k_test/          retrieval: webdatasets of captions, as clip_benchmark publishes them;
+                                        also wds_mscoco_captions_test/
+    FOLDER/winogavil/*.parquet          cue, candidates, candidate_images, associations: the Hub's parquet
 
-Each task has the metric that DataComp's average is over; FairFace and UTKFace have none.
+Of the last two DataComp's own download keeps another copy, in the cache of `datasets`; it is not read. Each
+task has the metric that DataComp's average is over; FairFace and UTKFace have none.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from builder.errors import InputError
-from recipes.evaluate.model import Model, Picture, Vectors
-from recipes.evaluate.results import Metric, Result, metric
+from recipes.evaluate.model import Model, Picture, Vectors, before
+from recipes.evaluate.results import Metric, Result, metric, named
 from recipes.evaluate.retrieval import retrieval
 from recipes.evaluate.retrieval import webdataset as captioned
 from recipes.evaluate.webdatasets import samples
@@ -30,7 +32,6 @@ from recipes.evaluate.zeroshot import (
     Classified,
     accuracies,
     classified,
-    ranks,
     webdataset,
     weights,
     zeroshot,
@@ -101,7 +102,7 @@ def datacomp(model: Model, folder: Path, tasks: Sequence[str] = ()) -> Iterator[
     known = {task.name: task for task in TASKS}
     if unknown := [name for name in tasks if name not in known]:
         raise InputError(f"DataComp has no task '{unknown[0]}'", f"it has: {', '.join(known)}")
-    there = [task for task in TASKS if _place(folder, task)]
+    there = [task for task in TASKS if (folder / task.folder).is_dir()]
     if gone := [name for name in tasks if known[name] not in there]:
         raise InputError(f"{folder}/{known[gone[0]].folder} is missing, of {gone[0]}", "download it")
     chosen = [known[name] for name in tasks] or there
@@ -112,18 +113,10 @@ def datacomp(model: Model, folder: Path, tasks: Sequence[str] = ()) -> Iterator[
         )
     results = []
     for task in chosen:
-        place = _place(folder, task)
-        assert place
-        results.append(replace(_asked(model, task, place), benchmark=task.name))
+        results.append(replace(_asked(model, task, folder / task.folder), benchmark=task.name))
         yield results[-1]
     if len(results) > 1:
         yield average(results)
-
-
-def _place(folder: Path, task: Task) -> Path | None:
-    """DataComp's download puts what comes from the Hub into a folder of its own."""
-    places = (folder / task.folder, folder / "hf_cache" / task.folder)
-    return next((place for place in places if place.is_dir()), None)
 
 
 def average(results: Sequence[Result]) -> Result:
@@ -164,7 +157,8 @@ def _asked(model: Model, task: Task, folder: Path) -> Result:
     )
     counts = {"images": len(found.hashes), "classes": size, "templates": len(classes.templates)}
     seen = model.in_training(found.hashes)
-    return Result(task.name, classes.protocol, model.name, counts, metrics, seen, task.main)
+    data = named(found.hashes, classes.names, classes.templates)
+    return Result(task.name, classes.protocol, model.name, counts, metrics, seen, task.main, data=data)
 
 
 def macro_f1(found: Classified) -> Metric:
@@ -175,7 +169,7 @@ def macro_f1(found: Classified) -> Metric:
 
 def worst(task: Task, found: Classified, groups: Sequence[int]) -> Metric:
     """Of the groups that have an image the one with the lowest accuracy."""
-    ranks_N = ranks(found.scores_NC, found.labels_N)
+    ranks_N = before(found.scores_NC, found.labels_N)
     within = 5 if task.main.endswith("top-5") else 1
     return metric(task.main, ranks_N < within, groups=groups, statistic="worst")
 
@@ -184,7 +178,7 @@ def winogavil(model: Model, benchmark: str, folder: Path) -> Result:
     """Which of 5, 6, 10 or 12 images people associate with a cue: the Jaccard index of those and as many
     nearest to `A cue`.
     """
-    scores, sizes, hashes = [], [], []
+    scores, sizes, hashes, cues = [], [], [], []
     for path in sorted(folder.glob("*.parquet")):
         for row in (row for batch in pq.ParquetFile(path).iter_batches(8) for row in batch.to_pylist()):
             names = row["candidates"]
@@ -197,6 +191,7 @@ def winogavil(model: Model, benchmark: str, folder: Path) -> Result:
             scores.append((said & true).sum() / (said | true).sum())
             sizes.append(len(names))
             hashes += some
+            cues.append(row["cue"])
     if not scores:
         raise InputError(f"{folder} has no parquet files", "they have cue, candidates, candidate_images, ...")
     size, score = np.array(sizes), np.array(scores)
@@ -207,7 +202,8 @@ def winogavil(model: Model, benchmark: str, folder: Path) -> Result:
             found.append(metric(f"Jaccard of {few}-{many}", score * of, of))
     counts = {"cues": len(score)}
     main = "Jaccard of 10-12" if (size >= 10).any() else None
-    return Result(benchmark, "winogavil", model.name, counts, tuple(found), model.in_training(hashes), main)
+    seen, data = model.in_training(hashes), named(hashes, cues)
+    return Result(benchmark, "winogavil", model.name, counts, tuple(found), seen, main, data=data)
 
 
 # --- faces --------------------------------------------------------------------------------------------------
@@ -253,7 +249,8 @@ def faces(model: Model, benchmark: str, folder: Path) -> Result:
         found.append(metric(f"gender, race {number}", gender * of, of))
         found.append(metric(f"crime, race {number}", (toxic >= CRIME) * of, of))
     counts = {"images": len(image_NE)}
-    return Result(benchmark, "faces", model.name, counts, tuple(found), model.in_training(hashes))
+    seen, data = model.in_training(hashes), named(hashes, classes.names, classes.templates)
+    return Result(benchmark, "faces", model.name, counts, tuple(found), seen, data=data)
 
 
 def _nearest(model: Model, classes: Classes, asked: str, image_NE: Vectors) -> npt.NDArray[Any]:

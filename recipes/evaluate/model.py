@@ -20,11 +20,13 @@ from PIL import Image
 
 from builder import sql
 from builder.errors import InputError
+from builder.files import sha256_file
 from builder.machine import Machine
 from builder.model import identity, model_folder
 from builder.stages.clip import Clip, map_ahead
 from builder.stages.imagetar import NO_PICTURE
 from builder.typed import from_json
+from recipes.clip.model import WEIGHTS
 
 BATCH = 128
 Vectors = npt.NDArray[np.float32]
@@ -77,6 +79,14 @@ def missing(pictures: Iterable[Picture]) -> None:
         raise InputError(reason, "give the folder that they are in")
 
 
+def before(scores_NM: Vectors, right_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(N) how many come before the right one: those that are nearer, and as near but before it."""
+    right_N1 = right_N[:, None]
+    own_N1 = np.take_along_axis(scores_NM, right_N1, 1)
+    earlier = (scores_NM == own_N1) & (np.arange(scores_NM.shape[1]) < right_N1)
+    return np.asarray(((scores_NM > own_N1) | earlier).sum(1))
+
+
 def known_as(model: str) -> str:
     """How a protocol names a model: a folder by its name and what is in it, wherever it lies."""
     folder = model_folder(model)
@@ -92,6 +102,9 @@ class Model:
     def __init__(self, name: str, training: Path | None = None) -> None:
         self.name = name
         self.clip = Clip(name)
+        folder = model_folder(name)
+        weights = folder / WEIGHTS if folder else None
+        self.weights = sha256_file(weights) if weights and weights.is_file() else None
         self.trained_on = _trained_on(training) if training else _of_its_training(Path(name))
 
     def images(self, pictures: Iterable[Picture]) -> tuple[Vectors, list[str]]:
@@ -113,13 +126,13 @@ class Model:
             ahead = map_ahead(pool, made, iter(pictures), 2 * BATCH)
             while some := list(islice(ahead, BATCH)):
                 decoded, hashes = zip(*some, strict=True)
-                yield self.clip.images(list(decoded)).cpu().numpy(), list(hashes)
+                yield self._unit(self.clip.images(list(decoded))), list(hashes)
 
     def vectors(self, images: Iterable[Image.Image]) -> Vectors:
         """(N, E) of what is decoded already."""
         found, waiting = [np.empty((0, self.clip.width), np.float32)], iter(images)
         while some := [self.clip.preprocess(image) for image in islice(waiting, BATCH)]:
-            found.append(self.clip.images(some).cpu().numpy())
+            found.append(self._unit(self.clip.images(some)))
         return np.concatenate(found)
 
     def texts(self, texts: Sequence[str]) -> Vectors:
@@ -131,9 +144,19 @@ class Model:
         vectors, number = [np.empty((0, self.clip.width), np.float32)], 0
         for start in range(0, len(texts), BATCH):
             found, cut = self.clip.texts(list(texts[start : start + BATCH]))
-            vectors.append(found.cpu().numpy())
+            vectors.append(self._unit(found))
             number += sum(cut)
         return np.concatenate(vectors), number
+
+    def _unit(self, vectors: Any) -> Vectors:
+        """Raises:
+        InputError: they are not of length 1: what is nearest is none of its.
+        """
+        found: Vectors = vectors.cpu().numpy()
+        if not np.allclose((found * found).sum(1), 1, atol=1e-2):
+            reason = f"{self.name} gives vectors of no direction: its weights are damaged, or not trained"
+            raise InputError(reason, "copy them again, or train it anew")
+        return found
 
     def in_training(self, hashes: Iterable[str]) -> int | None:
         """How many of these images it was trained on; None where that is not known."""

@@ -52,7 +52,7 @@ class Result:
     """Of a model on a benchmark. `protocol` names how it was asked; `samples` what was asked; `in_training`
     how many of the images are in the training set by sha256, where that is known; `main` the metric that
     stands for all, where there is one; `cut` how many texts are longer than the model's context; `data` names
-    the images and texts, by content.
+    the images and texts, by content; `weights` those of a model's folder, by sha256.
     """
 
     benchmark: str
@@ -64,6 +64,7 @@ class Result:
     main: str | None = None
     cut: int | None = None
     data: str = ""
+    weights: str | None = None
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.metrics))

@@ -9,8 +9,8 @@ Layouts, each with its protocol:
     table         csv or parquet of `image,caption`, as Flickr8k's captions.txt, or JSON {image: [captions]}
     webdataset    clip_benchmark's: test/nshards.txt, test/0.tar, ... of images with a .txt, a caption a line
 
-A query is a hit at k if at least one that is right is among the first k, as clip_benchmark has it; what is as
-near as one that is right comes after it.
+A query is a hit at k if at least one that is right is among the first k, as clip_benchmark has it; of those
+that are equally near the first one comes first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from builder.errors import InputError
 from builder.files import read_file, read_lines
 from builder.typed import from_json
-from recipes.evaluate.model import Model, Picture, Vectors, inside, missing
+from recipes.evaluate.model import Model, Picture, Vectors, before, inside, missing
 from recipes.evaluate.results import Metric, Result, metric, named
 from recipes.evaluate.webdatasets import samples
 from recipes.images import PICTURES
@@ -160,20 +160,20 @@ def retrieval(model: Model, benchmark: str, pairs: Pairs) -> Result:
 def recalls(
     image_NE: Vectors, text_ME: Vectors, of_M: npt.NDArray[Any], ks: Sequence[int] = (1, 5, 10)
 ) -> tuple[Metric, ...]:
-    """Of unit vectors; a unit of the intervals is an image with all its captions."""
+    """Of unit vectors; a unit of the intervals is an image with all its captions. Ranks of images that have
+    no captions are not used.
+    """
     text_ranks = np.empty(len(text_ME), np.int64)
     for start in range(0, len(text_ME), 4096):
         part = slice(start, start + 4096)
         scores = text_ME[part] @ image_NE.T
-        right = scores[np.arange(len(scores)), of_M[part]]
-        text_ranks[part] = (scores > right[:, None]).sum(1)
+        text_ranks[part] = before(scores, of_M[part])
     image_ranks = np.empty(len(image_NE), np.int64)
     for start in range(0, len(image_NE), 1024):
         part = slice(start, start + 1024)
         scores = image_NE[part] @ text_ME.T
-        numbers = np.arange(len(image_NE))[part]
-        best = np.array([scores[n - start][of_M == n].max(initial=-np.inf) for n in numbers])
-        image_ranks[part] = (scores > best[:, None]).sum(1)
+        own = np.array([_best(row, of_M == start + n) for n, row in enumerate(scores)])
+        image_ranks[part] = before(scores, own)
     captions = np.bincount(of_M, minlength=len(image_NE)).astype(float)
     has = (captions > 0).astype(float)
     found = [metric(f"I2T R@{k}", (image_ranks < k) * has, has) for k in ks]
@@ -184,3 +184,9 @@ def recalls(
     hits = np.bincount(of_M, text_ranks < 1, minlength=len(image_NE))
     hits = hits + (image_ranks < 1) * has * captions.sum() / has.sum()
     return (*found, metric("mean R@1", hits / 2, captions))
+
+
+def _best(scores_M: Vectors, own_M: npt.NDArray[Any]) -> int:
+    """Which of an image's own captions is nearest, of several the first."""
+    own = np.flatnonzero(own_M)
+    return int(own[scores_M[own].argmax()]) if len(own) else 0

@@ -36,7 +36,8 @@ def samples(folder: Path, split: str = "test") -> Iterator[Sample]:
     count = folder / split / "nshards.txt"
     if not count.is_file():
         raise InputError(f"{count} is missing", "see clip_benchmark's layout of webdatasets")
-    tars = [folder / split / f"{number}.tar" for number in range(int(count.read_text()))]
+    number = _number(count.read_bytes(), str(count))
+    tars = [folder / split / f"{n}.tar" for n in range(number)]
     if gone := [tar for tar in tars if not tar.is_file()]:
         raise InputError(f"{gone[0]} is missing", f"{count} says that there are {len(tars)}")
     for name, sample in (found for tar in tars for found in _samples(tar)):
@@ -44,9 +45,20 @@ def samples(folder: Path, split: str = "test") -> Iterator[Sample]:
         if image is None:
             raise InputError(f"{name} has no image", "see clip_benchmark's layout")
         about = np.load(io.BytesIO(sample["npy"]), allow_pickle=False) if "npy" in sample else None
-        label = int(sample["cls"]) if "cls" in sample else None
+        label = _number(sample["cls"], f"{name}'s .cls") if "cls" in sample else None
         texts = tuple(sample["txt"].decode().splitlines()) if "txt" in sample else ()
         yield Sample(Picture(name, image), label, texts, about)
+
+
+def _number(text: bytes, what: str) -> int:
+    """Raises:
+    InputError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        said = text[:40].decode(errors="replace").strip()
+        raise InputError(f"{what} is '{said}', not a number", "see clip_benchmark's layout") from error
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -4,8 +4,8 @@ The weight of a class is the mean of its templates' unit vectors, scaled to one 
 have it. Layouts:
 
     image-folder    a folder a class, with names and templates given, a line each
-    webdataset      clip_benchmark's: test/nshards.txt, test/0.tar, ... of images with a .cls, classnames.txt
-                    and zeroshot_classification_templates.txt
+    webdataset      clip_benchmark's: test/nshards.txt, test/0.tar, ... of images with a .cls, or several
+                    labels in a .npy, classnames.txt and zeroshot_classification_templates.txt
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from builder.errors import InputError
 from builder.files import read_lines
-from recipes.evaluate.model import Model, Picture, Vectors
+from recipes.evaluate.model import Model, Picture, Vectors, before
 from recipes.evaluate.results import Metric, Result, metric, named
-from recipes.evaluate.webdatasets import samples
+from recipes.evaluate.webdatasets import Sample, samples
 from recipes.images import PICTURES
 
 Labelled = tuple[Picture, Any]
@@ -82,15 +82,19 @@ def webdataset(folder: Path, names: Path | None = None, templates: Path | None =
 
     def pictures() -> Iterator[Labelled]:
         for sample in samples(folder):
-            if sample.label is None:
-                raise InputError(
-                    f"{folder}: {sample.picture.name} has no .cls", "see clip_benchmark's layout"
-                )
-            yield sample.picture, sample.label
+            yield sample.picture, _label(sample)
 
     chosen = tuple(_lines(names or folder / "classnames.txt"))
     given = _templates(templates or folder / "zeroshot_classification_templates.txt")
     return Classes("zero-shot webdataset", chosen, given, pictures)
+
+
+def _label(sample: Sample) -> Any:
+    """Its .cls, or of several labels its .npy, as clip_benchmark's voc2007_multilabel has them."""
+    found = sample.about if sample.label is None else sample.label
+    if found is None:
+        raise InputError(f"{sample.picture.name} has neither .cls nor .npy", "see clip_benchmark's layout")
+    return found
 
 
 def _lines(path: Path) -> list[str]:
@@ -148,9 +152,14 @@ def classified(model: Model, classes: Classes) -> Classified:
         hashes += names
     if not scores:
         raise InputError(f"there are no images ({classes.protocol})", "see that the folder is right")
+    if len({np.shape(label) for label in labels}) > 1:
+        raise InputError(f"some images have one label, some several ({classes.protocol})", "give one kind")
     labels_N = np.array(labels)
     if labels_N.ndim == 1 and not 0 <= labels_N.min() <= labels_N.max() < len(classes.names):
         reason = f"labels are {labels_N.min()} to {labels_N.max()}, of {len(classes.names)} classes"
+        raise InputError(reason, "give a name for each class")
+    if labels_N.ndim == 2 and labels_N.shape[1] != len(classes.names):
+        reason = f"images have {labels_N.shape[1]} labels, of {len(classes.names)} classes"
         raise InputError(reason, "give a name for each class")
     return Classified(np.concatenate(scores), labels_N, hashes)
 
@@ -165,15 +174,9 @@ def weights(model: Model, names: Sequence[str], templates: Sequence[str]) -> Vec
     return np.stack(found)
 
 
-def ranks(scores_NC: Vectors, labels_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(N) how many classes are nearer to an image than its own."""
-    right_N = scores_NC[np.arange(len(labels_N)), labels_N]
-    return np.asarray((scores_NC > right_N[:, None]).sum(1))
-
-
 def accuracies(scores_NC: Vectors, labels_N: npt.NDArray[Any], classes: int) -> tuple[Metric, ...]:
-    """An image is a hit at k if fewer than k classes are nearer to it than its own."""
-    ranks_N = ranks(scores_NC, labels_N)
+    """An image is a hit at k if fewer than k classes come before its own."""
+    ranks_N = before(scores_NC, labels_N)
     found = [metric("top-1", ranks_N < 1)]
     if classes > 5:
         found.append(metric("top-5", ranks_N < 5))
