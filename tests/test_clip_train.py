@@ -32,12 +32,14 @@ from recipes.clip.losses import Step, sigmoid, softmax
 from recipes.clip.model import Decoder, Towers, Trained
 from recipes.clip.plan import forward_flops, parameters, plan
 from recipes.clip.train import MOMENTS, Phase, Training, train
-from recipes.data import Mix
+from recipes.data import Mix, Order
 from recipes.evaluate import results
 from recipes.evaluate.model import Model
+from recipes.join import read
 from recipes.push import push_model
 from recipes.training import ALONE, alone_in, checkpoint
 
+SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 TINY = Towers(vision="T", text="T", patch=8, context=48, tokenizer=str(CLIP))
 
 
@@ -545,6 +547,83 @@ def test_other_data_is_not_trained_on(demo_run: Path, tmp_path: Path) -> None:
     assert Model(str(out / "latest")).trained_on == before
     numbered = replace(training, version=str(copied / "v0.1.0"))  # what the hint says
     assert train(numbered, out, say=lambda _: None).name == "step-000000000192"
+
+
+def test_what_is_cut_or_no_picture_is_told(demo_run: Path, tmp_path: Path, every_step: None) -> None:
+    """In the log, of what was seen since a phase began or went on."""
+    short = a_training(demo_run, towers=replace(TINY, context=8), mix=Mix(), workers=0)
+    train(replace(short, phases=short.phases[:1]), tmp_path / "out", say=lambda _: None)
+    told = json.loads((tmp_path / "out" / "training.json").read_text())
+    (tmp_path / "out" / "training.json").write_text(
+        json.dumps(told | {"phases": asdict(short)["phases"]}, indent=2)
+    )
+    path = tmp_path / "out" / "joined" / "00000.parquet"
+    table = pq.read_table(path)
+    nothing = pa.array([0] * len(table), pa.int64())
+    pq.write_table(table.set_column(table.column_names.index("bytes"), "bytes", nothing), path)
+    train(short, tmp_path / "out", say=lambda _: None)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    joined = read(tmp_path / "out" / "joined")
+    assert joined
+    shards = [Order(joined.rows, 0).at(n)[1] for n in range(128, 192)]
+    assert [line["undecodable"] for line in lines] == [0, 0, 0, 0, shards[:32].count(0), shards.count(0)]
+    assert {line["cut_percent"] for line in lines} == {100.0}
+
+
+def test_the_command_line_trains(demo_run: Path, tmp_path: Path) -> None:
+    """By a training's name, and by the settings that lie in its folder."""
+    out = tmp_path / "out"
+    settings = [f"version={published_in(demo_run)}", f"images={demo_run}", "samples=64", "batch=32"]
+    said = recap_here("train", "clip", "demo", *settings, "vision=P", "text=P", "--out", out).stdout
+    assert f"{out}/step-000000000064" in said
+    told = recap_here("train", "clip", out / "training.json", "--out", tmp_path / "again", "--json").stdout
+    assert json.loads(told)["model"].endswith("step-000000000064")
+    assert "has no parameter 'sample'" in recap_here("train", "clip", "demo", "sample=3", check=2).stderr
+
+
+def test_a_version_on_the_hub_is_trained_on(
+    demo_run: Path,
+    tmp_path: Path,
+    server: Server,  # noqa: F811
+) -> None:
+    """At its version; what was published in a folder is the same data, and it goes on there."""
+    run = shutil.copytree(demo_run, tmp_path / "run")
+    recap_here("publish", run, "hf://datasets/me/demo", "--version", "0.1.0")
+    training = a_training(demo_run, version="hf://datasets/me/demo@v0.1.0")
+    assert train(training, tmp_path / "out", say=lambda _: None).name == "step-000000000192"
+    of_hub, of_folder = read(tmp_path / "out" / "joined"), tmp_path / "folder"
+    train(a_training(demo_run), of_folder, say=lambda _: None)
+    theirs = read(of_folder / "joined")
+    assert of_hub
+    assert theirs
+    assert (of_hub.order, of_hub.rows, of_hub.audit) == (theirs.order, theirs.rows, theirs.audit)
+    ours = (tmp_path / "out" / "latest" / clip.WEIGHTS).read_bytes()
+    assert ours == (of_folder / "latest" / clip.WEIGHTS).read_bytes()
+
+
+@SLOW
+def test_a_compiled_training_is_that_of_the_plain_model(
+    demo_run: Path, tmp_path: Path, every_step: None
+) -> None:
+    training = a_training(demo_run)
+    for compiled in (False, True):
+        train(replace(training, compile=compiled), tmp_path / str(compiled), say=lambda _: None)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["clip_train", "dit_train"])
+def test_the_benchmarks_measure_something(name: str) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, 'benchmarks'); import common, json; "
+        f"common.keep = lambda name, found: print(json.dumps(found)); import {name}; "
+        f"sys.argv = ['{name}', '--turns', '1', '--steps', '8', '--batch', '8']; {name}.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert '"ratio' in done.stdout
 
 
 def test_what_a_worker_refuses_is_told_as_it_is(demo_run: Path, tmp_path: Path) -> None:
