@@ -6,6 +6,7 @@ python -m recipes.clip.table4                     # docs/table4.md; on the demo 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,16 @@ PAPER = (
     ("L", "large", "p 0.8", 73.8, 64.3, 46.1, 88.3, 70.5),
     ("L", "huge", "p 0.8", 74.2, 66.0, 46.6, 89.9, 72.7),
 )
-ARMS = ("N-P-1", "N-P-0.8", "N-N-0.8", "T-N-1", "T-N-0.8", "T-T-0.8")  # vision, text, p_original
+ARMS = ("N-P-1", "N-P-0.8", "N-N-1", "N-N-0.8")  # vision, text, p_original
+PAIRS = (
+    ("N-P-0.8", "N-P-1"), ("N-N-0.8", "N-N-1"), ("T-N-0.8", "T-N-1"),
+    ("N-N-1", "N-P-1"), ("N-N-0.8", "N-P-0.8"), ("T-T-0.8", "T-N-0.8"),
+)  # fmt: skip
 
 
 def training(arm: str, seed: int, version: Path, images: Path, samples: int) -> Training:
-    vision, text, p = arm.split("-")
+    """Of table 3's arms, too: there both towers are N."""
+    vision, text, p = arm.split("-") if "-" in arm else ("N", "N", arm)
     made = trainings.demo(
         version=str(version), images=str(images), samples=samples, seed=seed, workers=0, p_original=float(p),
     )  # fmt: skip
@@ -43,24 +49,35 @@ def training(arm: str, seed: int, version: Path, images: Path, samples: int) -> 
     return replace(made, towers=replace(made.towers, **sizes))
 
 
+def _folder(arm: str) -> str:
+    """Where its trainings lie: those of two N are table 3's."""
+    return arm.removeprefix("N-N-")
+
+
 @click.command(help=__doc__)
+@click.option("--arms", default=",".join(ARMS), show_default=True, help="Vision, text and p_original each.")
 @options("runs/table3")
 def main(
-    seeds: int, rows: int, samples: int, scenes: int, version: Path | None, images: Path | None, port: int,
-    out: Path, docs: Path,
+    arms: str, seeds: int, rows: int, samples: int, scenes: int, version: Path | None, images: Path | None,
+    port: int, out: Path, docs: Path,
 ) -> None:  # fmt: skip
-    begun, found = studied(training, ARMS, seeds, rows, samples, scenes, version, images, port, out)
-    command = f"python -m recipes.clip.table4 --seeds {seeds} --rows {rows} --samples {samples}"
+    names = arms.split(",")
+    folders = list(map(_folder, names))
+    begun, found = studied(training, folders, seeds, rows, samples, scenes, version, images, port, out)
+    command = f"python -m recipes.clip.table4 --arms {arms} --seeds {seeds} --rows {rows} --samples {samples}"
     docs.mkdir(parents=True, exist_ok=True)
-    write(docs / "table4.md", _told(found, command, (time.monotonic() - begun) / 60))
+    write(docs / "table4.md", _told(found, names, command, (time.monotonic() - begun) / 60))
     echo(str(docs / "table4.md"))
 
 
-def _told(found: Found, command: str, minutes: float) -> str:
+def _told(found: Found, names: Sequence[str], command: str, minutes: float) -> str:
     head = ["vision", "text", "p_original", *(f"{b.removeprefix('world, ')}: {m}" for b, m in SHOWN)]
-    ours = [[*arm.split("-"), *(found.value(arm, *which) for which in SHOWN)] for arm in ARMS]
-    pairs = (("N-P-0.8", "N-P-1"), ("T-N-0.8", "T-N-1"), ("N-N-0.8", "N-P-0.8"), ("T-T-0.8", "T-N-0.8"))
-    less = [[f"{a} less {b}", *(found.difference(a, b, *which) for which in SHOWN)] for a, b in pairs]
+    ours = [[*arm.split("-"), *(found.value(_folder(arm), *which) for which in SHOWN)] for arm in names]
+    less = [
+        [f"{a} less {b}", *(found.difference(_folder(a), _folder(b), *which) for which in SHOWN)]
+        for a, b in PAIRS
+        if {a, b} <= set(names)
+    ]
     theirs = ["vision", "text", "recaptions", "IN1k", "COCO I2T", "COCO T2I", "Flickr I2T", "Flickr T2I"]
     return f"""# Text towers: table 4 in the demo's world
 
@@ -71,7 +88,7 @@ benchmark's units.
 
 {markdown([head, *ours])}
 
-What recaptions are worth (the first two), and a larger text tower (the others), of the same draws:
+What recaptions are worth (0.8 less 1), and a larger text tower, of the same draws:
 
 {markdown([["", *head[3:]], *less])}
 
