@@ -15,7 +15,7 @@ from test_data import published_in
 
 from builder.errors import InputError
 from recipes import study
-from recipes.clip import table3
+from recipes.clip import table3, table4
 from recipes.demo import demo
 from recipes.dit import table7
 from recipes.evaluate import results
@@ -84,6 +84,17 @@ def test_table_3_is_made_and_what_is_done_is_not_done_again(demo_run: Path, tmp_
     assert time.monotonic() - begun < 10
     CliRunner().invoke(table3.main, [*given, "--samples", "1000"], catch_exceptions=False)
     assert (tmp_path / "docs" / "table3.md").read_text() != text  # not those of 4,000
+    of_table_3 = tmp_path / "out" / "samples-1000" / "1" / "0" / "log.jsonl"
+    before = of_table_3.stat().st_mtime_ns
+    done = CliRunner().invoke(
+        table4.main, ["--arms", "N-P-1,N-N-1", *given[2:], "--samples", "1000"], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert of_table_3.stat().st_mtime_ns == before  # towers of two N are table 3's
+    text = (tmp_path / "docs" / "table4.md").read_text()
+    for line in (r"\| N \| P \| 1 \|", r"\| N \| N \| 1 \|", r"\| N-N-1 less N-P-1 \|"):
+        assert re.search(rf"^{line} -?\d+\.\d \[", text, re.M)
+    assert "| S | small | none | 60.7 |" in text  # the paper's
 
 
 @SLOW
