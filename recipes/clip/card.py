@@ -42,6 +42,7 @@ A CLIP, ViT-{towers.vision}/{towers.patch} with a text tower of size {towers.tex
 
 ```python
 import open_clip
+
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 ```
