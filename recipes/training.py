@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from datetime import timedelta
@@ -248,11 +248,13 @@ def joined_in(
     subset: str | None,
     min_found: float,
     about: Callable[[Joined], Mapping[str, Any]],
+    also: Sequence[str] = (),
     latents: str = "",
     features: str = "",
 ) -> Joined:
     """The join in a training's folder: the first process joins, the others read what it wrote. `about` is
-    what the training reads, by content.
+    what the training reads, by content; of the columns `also` some row has a text, as of those that texts are
+    drawn from.
 
     Raises:
         InputError: it is not what it read before, or cannot be joined. The join of before stays.
@@ -263,13 +265,21 @@ def joined_in(
         with telling_of_a_full_disk(out):
             join(
                 version, images, out / "joined", captions=names, subset=chosen, min_found=min_found,
-                latents=latents, features=features, filled=mix.drawn_from(),
+                latents=latents, features=features, filled=[*mix.drawn_from(), *also],
                 accept=lambda joined: _settle_data(about(joined), out),
             )  # fmt: skip
+        _named_anew(out / "training.json", {"version": version, "images": images})
     ranks.wait()
     found = read(out / "joined")
     assert found is not None
     return found
+
+
+def _named_anew(path: Path, places: Mapping[str, str]) -> None:
+    """Where its data lies now, of a training that goes on by its settings."""
+    before = json.loads(path.read_text())
+    if before != before | places:
+        write_atomically(path, json.dumps(before | places, indent=2) + "\n")
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------

@@ -547,6 +547,7 @@ def test_other_data_is_not_trained_on(demo_run: Path, tmp_path: Path) -> None:
     assert Model(str(out / "latest")).trained_on == before
     numbered = replace(training, version=str(copied / "v0.1.0"))  # what the hint says
     assert train(numbered, out, say=lambda _: None).name == "step-000000000192"
+    assert json.loads((out / "training.json").read_text())["version"] == numbered.version
 
 
 def test_what_is_cut_or_no_picture_is_told(demo_run: Path, tmp_path: Path, every_step: None) -> None:

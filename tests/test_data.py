@@ -351,6 +351,13 @@ def test_a_column_that_is_drawn_from_has_a_text_somewhere(
     subset = tmp_path / "subset.parquet"
     pq.write_table(pa.table([[rows[1]["uid"]], ["re_caption"]], ["uid", "caption"]), subset)
     assert join(*where, subset=subset, filled=Mix(p_original=1).drawn_from()).audit.found == 1
+    version = of_rows(
+        tmp_path / "c", [row | {"re_caption": None} if n else row for n, row in enumerate(rows)]
+    )
+    where = str(version), str(tmp_path / "images"), tmp_path / "joined"
+    named = [(rows[0]["uid"], "re_caption"), (rows[1]["uid"], None)]  # and the second falls back
+    pq.write_table(pa.table(list(zip(*named, strict=True)), ["uid", "caption"]), subset)
+    assert join(*where, subset=subset, filled=Mix().drawn_from()).audit.found == 2
 
 
 def of_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:

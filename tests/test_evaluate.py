@@ -343,8 +343,12 @@ def written(folder: Path, samples: Iterable[dict[str, bytes]], **texts: str) -> 
 
 
 def npy(*numbers: int) -> bytes:
+    return npy_of(np.array(numbers))
+
+
+def npy_of(array: Any) -> bytes:
     file = io.BytesIO()
-    np.save(file, np.array(numbers))
+    np.save(file, array)
     return file.getvalue()
 
 
@@ -401,6 +405,9 @@ def test_labels_that_are_several_give_mean_average_precision(model: Model, tmp_p
     assert asked.labels_N.shape == (20, 6)
     theirs = average_precision_per_class(torch.from_numpy(asked.scores_NC), torch.from_numpy(asked.labels_N))
     assert found.value("mean average precision") / 100 == pytest.approx(float(theirs.mean()), abs=1e-6)
+    number = written(tmp_path / "number", [{"jpg": jpeg(9), "npy": npy_of(np.float32(1))}], **texts)
+    with pytest.raises(InputError, match=r"is no row of labels: its shape is \(\)"):
+        zeroshot(model, "VOC", by_names.webdataset(number))
     mixed = written(tmp_path / "mixed", [*rows[:2], {"jpg": jpeg(9), "cls": b"1"}], **texts)
     with pytest.raises(InputError, match="some images have one label, some several"):
         zeroshot(model, "VOC", by_names.webdataset(mixed))

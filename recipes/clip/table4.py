@@ -62,6 +62,8 @@ def main(
     port: int, out: Path, docs: Path,
 ) -> None:  # fmt: skip
     names = arms.split(",")
+    if wrong := [name for name in names if name.count("-") != 2]:
+        raise click.BadParameter(f"'{wrong[0]}' is not vision-text-p_original, such as {ARMS[0]}")
     folders = list(map(_folder, names))
     begun, found = studied(training, folders, seeds, rows, samples, scenes, version, images, port, out)
     command = f"python -m recipes.clip.table4 --arms {arms} --seeds {seeds} --rows {rows} --samples {samples}"

@@ -144,6 +144,7 @@ def train(training: Training, out: Path, say: Say = print) -> Path:
         joined = joined_in(
             out, ranks, version=training.version, images=training.images, mix=training.mix,
             subset=training.subset, min_found=training.min_found, about=partial(_data, training),
+            also=list(training.mix.captions)[:1] if training.captioning else (),
         )  # fmt: skip
         if ranks.is_first:
             say(f"{joined.audit}")

@@ -94,6 +94,9 @@ def _label(sample: Sample) -> Any:
     found = sample.about if sample.label is None else sample.label
     if found is None:
         raise InputError(f"{sample.picture.name} has neither .cls nor .npy", "see clip_benchmark's layout")
+    if sample.label is None and np.ndim(found) != 1:
+        reason = f"{sample.picture.name}'s .npy is no row of labels: its shape is {np.shape(found)}"
+        raise InputError(reason, "see clip_benchmark's layout")
     return found
 
 
