@@ -380,10 +380,8 @@ def _create_rows(
     )
     if subset and con.sql("select count(*) from rows").fetchall() == [(0,)]:
         raise InputError(f"{subset} names no row of the version", "make it of this version: recap select")
-    chosen = (
-        "select 1 from rows where coalesce(caption, '') = '' limit 1"  # by the mix, and not by the subset
-    )
-    for name in filled if con.sql(chosen).fetchall() else ():
+    by_the_mix = con.sql("select 1 from rows where coalesce(caption, '') = '' limit 1").fetchall()
+    for name in filled if by_the_mix else ():
         text = f"trim({sql.identifier(name)}, {_white()})"
         if not con.sql(f"select 1 from rows where {text} <> '' limit 1").fetchall():
             raise InputError(f"the captions '{name}' are empty in every row", "train on another column")

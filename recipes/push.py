@@ -42,10 +42,6 @@ def push_model(
         raise InputError(
             f"{model} has no {WEIGHTS}", "name a CLIP's checkpoint, such as runs/clip-demo/latest"
         )
-    weights = sha256_file(model / WEIGHTS)
-    if wrong := [result for result in results if result.weights != weights]:
-        reason = f"{wrong[0].benchmark} was asked of {wrong[0].model}, not of the weights in {model}"
-        raise InputError(reason, f"{command('recap', 'eval', str(model))} BENCHMARK... --out results.json")
     where = target_of(target)
     name = target.rstrip("/").rpartition("/")[2]
     card = (
@@ -66,6 +62,10 @@ def push_model(
             path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
             for path in sorted(Path(folder).iterdir())
         }
+        if wrong := [result for result in results if result.weights != files[WEIGHTS]["sha256"]]:
+            reason = f"{wrong[0].benchmark} was asked of {wrong[0].model}, not of the weights in {model}"
+            hint = f"{command('recap', 'eval', str(model))} BENCHMARK... --out results.json"
+            raise InputError(reason, hint)
         manifest = {"kind": "model", "name": name, "version": version, "files": files}
         Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         staged = Staged(Path(folder), version, manifest)

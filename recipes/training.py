@@ -268,7 +268,7 @@ def joined_in(
                 latents=latents, features=features, filled=[*mix.drawn_from(), *also],
                 accept=lambda joined: _settle_data(about(joined), out),
             )  # fmt: skip
-        _named_anew(out / "training.json", {"version": version, "images": images})
+            _named_anew(out / "training.json", {"version": version, "images": images})
     ranks.wait()
     found = read(out / "joined")
     assert found is not None

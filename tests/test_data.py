@@ -88,10 +88,7 @@ def few(tmp_path: Path) -> tuple[Path, list[dict[str, str]]]:
         }
         for n in range(6)
     ]
-    ledger = pa.table(
-        {"uid": [r["uid"] for r in rows], "url": ["http://h/"] * 6, "status": ["ok"] * 6, "error": [""] * 6}
-    )
-    return a_version(tmp_path / "version", pa.Table.from_pylist(rows), ledger), rows
+    return of_rows(tmp_path / "version", rows), rows
 
 
 def test_pictures_in_a_folder_are_known_by_what_they_hold(
@@ -287,9 +284,17 @@ def test_a_join_that_is_refused_takes_no_others_place(
     version, rows = few
     tars_of(tmp_path / "a", rows)
     tars_of(tmp_path / "b", rows[:2])
+    tars_of(tmp_path / "c", rows[::-1])
+
+    def refuse(joined: Joined) -> None:
+        raise InputError(f"other data: {joined.order}", "none")
+
     ours = join(str(version), str(tmp_path / "a"), tmp_path / "joined")
     with pytest.raises(InputError, match="2 of 6 rows found their image"):
         join(str(version), str(tmp_path / "b"), tmp_path / "joined")
+    for name in ("a", "c"):  # by whoever trains
+        with pytest.raises(InputError, match="other data"):
+            join(str(version), str(tmp_path / name), tmp_path / "joined", accept=refuse)
     assert read(tmp_path / "joined") == ours
     assert len(ours.shard(0)) == 6
     assert [path.name for path in tmp_path.glob("joined*")] == ["joined"]
@@ -377,23 +382,6 @@ def test_a_row_that_found_its_image_has_no_other(
     tars_of(tmp_path / "images", rows[:4])
     found = join(str(version), str(tmp_path / "images"), tmp_path / "joined", min_found=0.5)
     assert (found.audit.found, found.audit.other_image) == (4, 2)
-
-
-def test_a_join_that_somebody_refuses_takes_no_others_place(
-    few: tuple[Path, list[dict[str, str]]], tmp_path: Path
-) -> None:
-    version, rows = few
-    tars_of(tmp_path / "a", rows)
-    tars_of(tmp_path / "b", rows[::-1])
-
-    def refuse(joined: Joined) -> None:
-        raise InputError(f"other data: {joined.order}", "none")
-
-    ours = join(str(version), str(tmp_path / "a"), tmp_path / "joined")
-    for name in ("a", "b"):
-        with pytest.raises(InputError, match="other data"):
-            join(str(version), str(tmp_path / name), tmp_path / "joined", accept=refuse)
-        assert read(tmp_path / "joined") == ours
 
 
 # --- which text ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import click
 
 from builder.machine import Machine
 from builder.shown import echo
-from recipes.clip import trainings
+from recipes.clip import table3
 from recipes.clip.table3 import SHOWN
 from recipes.clip.train import Training
 from recipes.study import Found, markdown, options, studied, write
@@ -40,11 +40,9 @@ PAIRS = (
 
 
 def training(arm: str, seed: int, version: Path, images: Path, samples: int) -> Training:
-    """Of table 3's arms, too: there both towers are N."""
+    """Table 3's, of other towers than two N."""
     vision, text, p = arm.split("-") if "-" in arm else ("N", "N", arm)
-    made = trainings.demo(
-        version=str(version), images=str(images), samples=samples, seed=seed, workers=0, p_original=float(p),
-    )  # fmt: skip
+    made = table3.training(p, seed, version, images, samples)
     sizes: Any = {"vision": vision, "text": text}
     return replace(made, towers=replace(made.towers, **sizes))
 
