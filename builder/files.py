@@ -138,7 +138,7 @@ def encoding_of(data: bytes) -> str:
 
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a whole file or nothing of it, and make it last."""
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     try:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
         sync(part)
@@ -147,6 +147,11 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         part.unlink(missing_ok=True)  # on a full disk
         raise
     sync(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is while it is written; a kill then leaves it there."""
+    return path.with_name(f".{path.name}.part")
 
 
 def sync(path: Path) -> None:

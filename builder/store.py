@@ -25,7 +25,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from builder.errors import InputError
-from builder.files import is_amazons, lock, read_file, sync, write_atomically
+from builder.files import is_amazons, lock, part_of, read_file, sync, write_atomically
 from builder.lease import BEAT_S, EXPIRY_S, Holder, Lease, busy, confirm, hold, leased
 from builder.scratch import ANYWHERE, Local, Scratch, digest
 
@@ -222,7 +222,8 @@ class Folder:
 
     def delete(self, name: str) -> None:
         hold(self)
-        (self.root / name).unlink(missing_ok=True)
+        for path in (self.root / name, part_of(self.root / name)):
+            path.unlink(missing_ok=True)
 
     def delete_all(self, names: Sequence[str]) -> None:
         for name in names:
@@ -378,7 +379,7 @@ class Remote:
         path = scratch / "fetched" / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.part")
+            part = part_of(path)
             with self._telling():
                 self.filesystem.get_file(f"{self.root}/{name}", str(part))
             os.replace(part, path)
