@@ -12,15 +12,12 @@ demo: $(VENV)/.ready
 	$(RUN)/recap demo
 
 test: $(VENV)/.ready chromium
-	$(RUN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # What takes long: real photos without verification, more kills, every hostile input, every kill of a publish, a shard of 2 GB,
 # ten times the examples, other architectures, a real endpoint, nodes of a cluster that die, a Slurm job, a run on S3.
 test-slow: $(VENV)/.ready
-	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_real.py tests/test_hostile.py tests/test_kill.py tests/test_hub.py tests/test_properties.py tests/test_columns.py \
-		tests/test_architectures.py tests/test_endpoint.py tests/test_every.py tests/test_checks.py \
-		tests/test_cluster.py tests/test_cluster_docs.py tests/test_ray.py tests/test_s3.py tests/test_feeder.py tests/test_executors.py tests/test_clip_train.py tests/test_study.py tests/test_dit.py \
-		tests/test_drawings.py::test_the_demos_captioner_reads_pictures_and_judges_them tests/test_evaluate.py::test_recall_on_real_photos_is_clip_benchmarks
+	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow or full"
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.
 chromium:

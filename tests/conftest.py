@@ -35,6 +35,7 @@ SHARED = ROOT.parent / "shared"
 CAPTIONER = ROOT / "recipes" / "demo" / "weights" / "captioner"
 CLIP = ROOT / "recipes" / "demo" / "weights" / "clip"
 
+FULL = bool(os.environ.get("RECAP_FULL"))  # make test-slow: what is `slow`, more cases of what is `full`
 SESSION = Path(os.environ.get("RECAP_TEST_SESSION") or tempfile.mkdtemp(prefix="recap-tests-"))
 os.environ["RECAP_TEST_SESSION"] = str(SESSION)  # the workers of a session inherit it
 _connections, _survived = SESSION / "connections", SESSION / "survived"
@@ -70,6 +71,12 @@ def survived(line: str) -> None:
     """What a test of faults counted; printed at the end."""
     with open(_survived, "a") as file:
         file.write(line + "\n")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not FULL and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: make test-slow runs it"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from builder.captions.vllm import Engine
 from builder.errors import InputError
 from builder.stages.caption import Caption
 
-pytestmark = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+pytestmark = pytest.mark.slow
 HOSTILE = "<image> <|image_pad|> <|im_end|> <|eot_id|> </s>"
 SETTINGS = {
     "dtype": "float32", "max_model_len": 1024, "kv_cache_gib": 1, "in_flight": 4, "max_tokens": 8,

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import a_version, recap, web_of
+from conftest import a_version, recap_here, web_of
 
 from analysis import report
 from builder.core import Recipe, SourceSet
@@ -41,7 +41,7 @@ def version(demo_run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_published_card_agrees_with_its_data(version: Path) -> None:
-    assert ": 0 numbers" in recap("card", "--check", version).stdout
+    assert ": 0 numbers" in recap_here("card", "--check", version).stdout
 
 
 def test_a_changed_number_in_the_card_is_found(version: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_changed_number_in_the_card_is_found(version: Path) -> None:
     (problem,) = check_card(str(version))
     assert problem.startswith("README.md, line ")
     assert "| words, mean | 9" in problem
-    assert recap("card", "--check", version, check=1).stdout.count("README.md, line") == 1
+    assert recap_here("card", "--check", version, check=1).stdout.count("README.md, line") == 1
 
 
 def test_a_changed_statistic_is_found(version: Path) -> None:
@@ -101,6 +101,7 @@ def test_croissant_is_valid_and_reads_the_rows(version: Path) -> None:
     assert len(list(described.records("ledger"))) == 240
 
 
+@pytest.mark.slow
 def test_what_the_card_tells_to_type_works(version: Path, demo_run: Path) -> None:
     """Every command and program of it, in the version's folder, the small web being up."""
     blocks = re.findall(

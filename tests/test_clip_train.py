@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, ROOT, fill, mounted, recap_here
+from conftest import CLIP, FULL, ROOT, fill, mounted, recap_here
 from hub.server import Hub as Server
 from huggingface_hub import snapshot_download
 from test_data import published_in
@@ -39,7 +39,6 @@ from recipes.join import read
 from recipes.push import push_model
 from recipes.training import ALONE, alone_in, checkpoint
 
-SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 TINY = Towers(vision="T", text="T", patch=8, context=48, tokenizer=str(CLIP))
 
 
@@ -164,6 +163,7 @@ def test_a_part_sees_the_patches_that_it_saw_before() -> None:
     assert first.shape[1] == 1 + 16 // 2
 
 
+@pytest.mark.full
 def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     demo_run: Path, tmp_path: Path, every_step: None
 ) -> None:
@@ -176,7 +176,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
         "from pathlib import Path; t.REPORT_S = 0.0; "
         f"train({a_training(demo_run)!r}, Path({str(tmp_path / 'killed')!r}))"
     )
-    for steps in (2, 5) if os.environ.get("RECAP_FULL") else (3,):
+    for steps in (2, 5) if FULL else (3,):
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 120
         while len(losses(tmp_path / "killed") if (tmp_path / "killed/log.jsonl").exists() else {}) < steps:
@@ -199,7 +199,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS if os.environ.get("RECAP_FULL") else ["ddp"])
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS if FULL else ["ddp"])
 def test_two_processes_have_the_losses_of_one(
     demo_run: Path, tmp_path: Path, every_step: None, way: str
 ) -> None:
@@ -226,7 +227,7 @@ def test_two_processes_have_the_losses_of_one(
     train(training, tmp_path / "one", say=lambda _: None)
     ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert theirs == pytest.approx(ours, rel=1e-5)
-    if not os.environ.get("RECAP_FULL"):
+    if not FULL:
         return  # another minute
     shutil.rmtree(tmp_path / "two" / "step-000000000192")
     again = subprocess.run(
@@ -351,6 +352,7 @@ def test_clips_has_a_sentence_and_a_decoder_of_the_whole() -> None:
 # --- what a checkpoint is, and where it goes ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_of_every_option_goes_on(demo_run: Path, tmp_path: Path, every_step: None) -> None:
     """SigLIP's loss, a decoder, patches dropped, steps in parts, TensorBoard; from another's weights."""
     towers = replace(TINY, sigmoid=True, decoder_layers=1, decoder_context=40, keep=0.5)
@@ -602,7 +604,7 @@ def test_a_version_on_the_hub_is_trained_on(
     assert ours == (of_folder / "latest" / clip.WEIGHTS).read_bytes()
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_compiled_training_is_that_of_the_plain_model(
     demo_run: Path, tmp_path: Path, every_step: None
 ) -> None:
@@ -612,7 +614,7 @@ def test_a_compiled_training_is_that_of_the_plain_model(
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 
-@SLOW
+@pytest.mark.slow
 def test_the_benchmark_measures_something() -> None:
     code = (
         "import sys; sys.path.insert(0, 'benchmarks'); import common, json; "

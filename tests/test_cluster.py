@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ from test_ray import outputs
 from builder.run import Run
 
 pytest.importorskip("ray", reason="the extra recapkit[ray] is not installed")
-pytestmark = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="minutes; make test-slow runs it")
+pytestmark = pytest.mark.slow
 KINDS = ("node", "worker", "driver")
 ROWS = 24
 RECIPE = """

@@ -82,7 +82,7 @@ esac
 """
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_the_job_of_slurm_queues_itself_again_and_goes_on(tmp_path: Path) -> None:
     """With stand-ins for srun and scontrol; Ray and the build are real."""
     pytest.importorskip("ray")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from builder.versions.verify import verify
 from recipes import datasets as recipes
 from recipes.demo import web
 
-pytestmark = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+pytestmark = pytest.mark.slow
 PORT, ROWS = 8662, 100
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import recap
+from conftest import recap, recap_here
 
 from builder.run import Run
 
@@ -49,7 +49,7 @@ def test_recaptions_are_nearer_to_the_images_than_the_originals(demo_run: Path) 
 
 
 def test_counts_by_status_add_up_at_every_stage(demo_run: Path) -> None:
-    for stage in json.loads(recap("status", demo_run, "--json").stdout):
+    for stage in json.loads(recap_here("status", demo_run, "--json").stdout):
         assert sum(stage["rows"].values()) == 240, stage
         assert stage["shards_left"] == 0
 
@@ -63,7 +63,7 @@ def test_a_second_build_does_nothing(demo_run: Path) -> None:
 def test_a_changed_setting_redoes_its_stage_and_what_follows(demo_run: Path) -> None:
     site = Path(Run.open(demo_run).source.files).parent
     plan = json.loads(
-        recap("plan", "demo", f"web={site}", "score.precision=bf16", "--run", demo_run, "--json").stdout
+        recap_here("plan", "demo", f"web={site}", "score.precision=bf16", "--run", demo_run, "--json").stdout
     )
     assert {p["stage"]: p["shards_left"] for p in plan} == {
         "source": 0, "download": 0, "dedup": 0, "re_caption": 0, "score": 2, "select": 1,
@@ -71,16 +71,16 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(demo_run: Path) -> 
 
 
 def test_sql_sees_the_views(demo_run: Path) -> None:
-    rows = json.loads(recap("sql", demo_run, "select count(*) as n from ledger", "--json").stdout)
+    rows = json.loads(recap_here("sql", demo_run, "select count(*) as n from ledger", "--json").stdout)
     assert rows == [{"n": 240}]
-    done = recap("sql", demo_run, "select nonsense", check=2)
+    done = recap_here("sql", demo_run, "select nonsense", check=2)
     assert "nonsense" in done.stderr
 
 
 @pytest.mark.parametrize("place", ["demo", "demo-published/latest"])
 def test_stats_of_a_run_and_of_its_version_are_the_same(demo_run: Path, place: str) -> None:
     published = json.loads((demo_run.with_name("demo-published") / "latest" / "stats.json").read_text())
-    assert json.loads(recap("stats", demo_run.parent / place, "--json").stdout) == published
+    assert json.loads(recap_here("stats", demo_run.parent / place, "--json").stdout) == published
 
 
 def test_a_version_comes_back_from_its_own_recipe(demo_run: Path) -> None:
@@ -88,6 +88,6 @@ def test_a_version_comes_back_from_its_own_recipe(demo_run: Path) -> None:
     recipe = demo_run.with_name("demo-published") / "latest" / "recipe.json"
     site = Path(Run.open(demo_run).source.files).parent
     plan = json.loads(
-        recap("plan", recipe, f"source.files={site}/metadata", "--run", demo_run, "--json").stdout
+        recap_here("plan", recipe, f"source.files={site}/metadata", "--run", demo_run, "--json").stdout
     )
     assert [p["shards_left"] for p in plan] == [0] * 6

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, ROOT, recap, recap_here
+from conftest import CLIP, ROOT, recap_here
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -52,7 +52,6 @@ TINY = Net(
 FLOW = Objective(kind="flow", predict="clean", learned_sigma=False)
 WORDS = CLIP / dit.TOKENIZER
 SHIPPED = CLIP.with_name("dit")
-SLOW = pytest.mark.skipif("RECAP_FULL" not in os.environ, reason="RECAP_FULL=1 runs it: make test-slow")
 
 
 def a_training(demo_run: Path, **changed: object) -> Training:
@@ -335,7 +334,7 @@ def test_a_training_in_bf16_is_near_one_in_fp32(demo_run: Path, tmp_path: Path, 
     assert ours != theirs
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_compiled_training_is_that_of_the_plain_model(
     demo_run: Path, tmp_path: Path, every_step: None
 ) -> None:
@@ -386,7 +385,7 @@ def test_the_average_is_the_closed_form_of_the_weights(
     torch.testing.assert_close(load_file(folders[-1] / dit.WEIGHTS)[name], wanted, rtol=1e-5, atol=1e-7)
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_have_ones_losses(
     demo_run: Path, tmp_path: Path, every_step: None, sharded: bool
@@ -417,7 +416,7 @@ def test_two_processes_have_ones_losses(
         shutil.rmtree(tmp_path / "two" / "step-000000000096")
 
 
-@SLOW
+@pytest.mark.slow
 def test_sixteen_pictures_are_drawn_again_from_their_captions(demo_run: Path, tmp_path: Path) -> None:
     """What it has seen often enough it knows by heart."""
     version = published_in(demo_run)
@@ -644,7 +643,7 @@ def test_seeds_are_the_texts_own() -> None:
 def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
     version = published_in(demo_run)
     settings = [f"version={version}", f"images={demo_run}", "samples=64", "batch=32", "px=16", "workers=0"]
-    done = recap("train", "dit", "demo", *settings, "--out", tmp_path / "out", "--json")
+    done = recap_here("train", "dit", "demo", *settings, "--out", tmp_path / "out", "--json")
     model = json.loads(done.stdout)["model"]
     (tmp_path / "more.txt").write_text("a blue ring\n\na green cross\n")
     words = [
@@ -677,7 +676,7 @@ def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
 # --- who reads the pictures ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("px", [32, pytest.param(64, marks=SLOW)])
+@pytest.mark.parametrize("px", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_reader_is_right_on_real_scenes(px: int) -> None:
     """Colour, shape and place, as the demo's web has pictures: at least 98 %, and nothing else."""
     right = there = wrong = 0

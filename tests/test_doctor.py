@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import test_s3
-from conftest import ROOT, recap
+from conftest import ROOT, recap, recap_here
 from s3 import S3, s3
 
 from builder.core import Recipe
@@ -120,15 +120,15 @@ def test_columns_of_one_model_take_turns_on_their_gpus() -> None:
 
 def test_the_plan_of_a_size_is_measured_on_what_is_done(demo_run: Path) -> None:
     asked = ("plan", f"{demo_run}/recipe.json", "--run", demo_run, "--rows", 1_000_000)
-    told = json.loads(recap(*asked, "--json").stdout)
+    told = json.loads(recap_here(*asked, "--json").stdout)
     assert all(line["source"].startswith("measured on ") for line in told["lines"])
     assert told["tables_gib"] > 0
-    said = recap(*asked, "--workers", "re_caption=8", "--price", 2).stdout
+    said = recap_here(*asked, "--workers", "re_caption=8", "--price", 2).stdout
     assert "hours = rows / (rows/s of a worker * workers) / 3600" in said
     assert " GPU hours, " in said
-    done = recap(*asked, "--rate", "nothing=5", check=2)
+    done = recap_here(*asked, "--rate", "nothing=5", check=2)
     assert "the recipe has no stage 'nothing'" in done.stderr
-    assert "is no number" in recap(*asked, "--rate", "download=fast", check=2).stderr
+    assert "is no number" in recap_here(*asked, "--rate", "download=fast", check=2).stderr
 
 
 def test_status_is_watched_until_nothing_is_left(demo_run: Path) -> None:

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap, recap_here
+from conftest import CLIP, recap_here
 from PIL import Image
 from safetensors.torch import save_file
-from test_dit import FLOW, SLOW, TINY, WORDS
+from test_dit import FLOW, TINY, WORDS
 
 from builder.captions import kinds
 from builder.captions.replies import Reply
@@ -162,7 +162,7 @@ def test_a_folder_of_pictures_is_evaluated_by_one_command(tmp_path: Path) -> Non
     for number, scene in enumerate(scenes):
         (tmp_path / "real" / f"{number}.jpg").write_bytes(world.jpeg(world.draw(scene, 128), 90))
     words = ["fid", f"reference={tmp_path}/real", f"features={CLIP}", "clip_score", f"model={CLIP}"]
-    recap("eval", folder, *words, "--out", tmp_path / "a.json")
+    recap_here("eval", folder, *words, "--out", tmp_path / "a.json")
     found = {row["benchmark"]: row for row in json.loads((tmp_path / "a.json").read_text())}
     distance = found["fid"]["metrics"][0]
     assert distance["name"] == "Fréchet distance"  # not FID: those are no features of Inception
@@ -223,7 +223,7 @@ def test_a_model_draws_what_it_is_asked_for(tmp_path: Path) -> None:
         drawer.drawn(None, tmp_path)
 
 
-@SLOW
+@pytest.mark.slow
 def test_the_demos_captioner_reads_pictures_and_judges_them(tmp_path: Path) -> None:
     """Of scenes that are what was asked for, and of others."""
     weights = "recipes/demo/weights/captioner"

@@ -44,8 +44,6 @@ from builder.stages.caption import Caption, Captioning
 from builder.store import Folder
 from recipes.demo import world
 
-FULL = bool(os.environ.get("RECAP_FULL"))
-of_the_server = pytest.mark.skipif(not FULL, reason="a minute and a half; make test-slow runs it")
 KEY = "sk-never-to-be-seen-4711"
 SETTINGS = Caption(model=str(CAPTIONER), dtype="float32", max_model_len=512, kv_cache_gib=1)
 GREEDY = {"temperature": 0.0, "top_k": 0, "max_tokens": 128, "min_tokens": 1, "seed": None, "json_schema": ""}
@@ -94,14 +92,9 @@ class Booting:
     started: float
 
 
-@pytest.fixture(scope="module", autouse=True)
-def booting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booting | None]:
-    """`vllm serve`, which takes its time to start, while the other tests run. Its model's own sampling is not
-    ours: a request has to say all of it.
-    """
-    if not FULL:
-        yield None
-        return
+@pytest.fixture(scope="module")
+def booting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booting]:
+    """`vllm serve`. Its model's own sampling is not ours: a request has to say all of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -763,7 +756,7 @@ def test_what_is_wrong_with_us_is_raised(web: Scripted) -> None:
 # --- the engine in this process, and vLLM's server ----------------------------------------------------------
 
 
-@of_the_server
+@pytest.mark.slow
 def test_the_server_says_what_the_engine_says(served: Endpoint, engine: Engine) -> None:
     """Greedy, in float32: the same prompt, the same picture, the same tokens."""
     asks = [Ask(n, SETTINGS.prompt, image, GREEDY) for n, image in enumerate(PICTURES)]
@@ -782,7 +775,7 @@ def test_the_server_says_what_the_engine_says(served: Endpoint, engine: Engine) 
     assert served.total_tokens >= sum(a.num_tokens + a.prompt_tokens for a in found.values())  # type: ignore[operator]
 
 
-@of_the_server
+@pytest.mark.slow
 def test_at_random_a_seed_says_the_same(served: Endpoint, engine: Engine) -> None:
     kind = Caption(**{**vars(SETTINGS), "temperature": 0.9, "top_k": 20})
     known = by_engine(engine, 8, kind)
@@ -793,7 +786,7 @@ def test_at_random_a_seed_says_the_same(served: Endpoint, engine: Engine) -> Non
     assert same == 8
 
 
-@of_the_server
+@pytest.mark.slow
 def test_a_schema_says_the_same(served: Endpoint, engine: Engine) -> None:
     schema = json.dumps(
         {"type": "object", "properties": {"a": {"enum": ["red", "blue"]}, "n": {"enum": [1, 2]}},
@@ -808,7 +801,7 @@ def test_a_schema_says_the_same(served: Endpoint, engine: Engine) -> None:
     assert all(re.match(r'\{\s*"a"', answer.text) for answer in found.values())
 
 
-@of_the_server
+@pytest.mark.slow
 def test_a_special_token_in_a_row_is_text_to_the_server(served: Endpoint) -> None:
     text, number = joined([("Say <image> what <|eot_id|> it is.", False)], specials_of(CAPTIONER))
     assert number == 2
@@ -818,7 +811,7 @@ def test_a_special_token_in_a_row_is_text_to_the_server(served: Endpoint) -> Non
     assert (found[0].prompt_tokens or 0) - (found[1].prompt_tokens or 0) == tokens[0] - tokens[1]
 
 
-@of_the_server
+@pytest.mark.slow
 def test_the_server_refuses_what_it_cannot_do(served: Endpoint, booting: Booting) -> None:
     found = all_of(
         served,
@@ -844,7 +837,7 @@ def test_the_server_refuses_what_it_cannot_do(served: Endpoint, booting: Booting
             stops(asking, [ask(0)], "does not accept the key in RECAP_API_KEY")
 
 
-@of_the_server
+@pytest.mark.slow
 def test_a_column_by_an_endpoint_is_that_of_the_engine(
     served: Endpoint, booting: Booting, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, recap_here
+from conftest import CLIP, FULL, recap_here
 
 from builder.errors import InputError
 from recipes.evaluate import choices, datacomp, mmvp, results, sugarcrepe, vg_attribution
@@ -181,12 +180,13 @@ def flickr8k(shared: Path, images: int = 1000) -> Pairs:
     return Pairs(whole.protocol, lambda: islice(whole.pictures(), images))
 
 
+@pytest.mark.full
 def test_recall_on_real_photos_is_clip_benchmarks(shared: Path, model: Model) -> None:
     """Flickr8k's test split by clip_benchmark's own evaluation of the same model; make test-slow asks all."""
     from clip_benchmark.datasets.builder import image_captions_collate_fn
     from clip_benchmark.metrics.zeroshot_retrieval import evaluate
 
-    images = 1000 if os.environ.get("RECAP_FULL") else 200
+    images = 1000 if FULL else 200
     pairs = flickr8k(shared, images)
     rows = [(model.clip.preprocess(p.of(p.read())), texts) for p, texts in pairs.pictures()]
     loader = torch.utils.data.DataLoader(rows, batch_size=128, collate_fn=image_captions_collate_fn)

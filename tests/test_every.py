@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -23,9 +22,7 @@ COLUMNS = (
     "re_caption", "re_caption_condition_diverse_topk", "vec_caption", "vecap_caption", "structured_caption",
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("RECAP_FULL"), reason="four minutes; make test-slow runs it"
-)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,6 @@ from builder.run import Result, Run, build
 from builder.schedule import Outcome
 from builder.stages.source import Source
 
-SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="half a minute; make test-slow runs it")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Stage):
@@ -217,7 +215,7 @@ def told(notes: Path) -> Counter[str]:
     return Counter(" ".join(line.split()[:2]) for line in notes.read_text().splitlines())
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_gpu")
 def test_a_loaded_model_is_changed_once_a_block(metadata: Path, tmp_path: Path) -> None:
     """Two models that each take the whole GPU, and three blocks: six loads for 24 tasks."""
@@ -235,7 +233,7 @@ def test_a_loaded_model_is_changed_once_a_block(metadata: Path, tmp_path: Path) 
         assert len(there) == 1 or what == "left"
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_gpu")
 def test_models_that_share_a_gpu_stay_both(metadata: Path, tmp_path: Path) -> None:
     notes = str(tmp_path / "notes")
@@ -280,7 +278,7 @@ def test_a_worker_that_dies_of_loading_stops_the_run(metadata: Path, tmp_path: P
     assert told(tmp_path / "notes") == {"do dies": 1}
 
 
-@SLOW
+@pytest.mark.slow
 def test_memory_is_shared_out_too(metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers of 5 GiB each do not fit in 8; one that wants more than there is is tried alone.
 
@@ -295,7 +293,7 @@ def test_memory_is_shared_out_too(metadata: Path, tmp_path: Path, monkeypatch: p
     assert found["do second"] == 12
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_worker_for_which_nothing_more_comes_leaves(
     metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,7 +347,7 @@ def test_the_next_task_is_begun_before_one_is_done(metadata: Path, tmp_path: Pat
     ]
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_task_that_was_begun_ahead_is_not_charged_for_the_one_before(
     metadata: Path, tmp_path: Path
 ) -> None:
@@ -362,7 +360,7 @@ def test_a_task_that_was_begun_ahead_is_not_charged_for_the_one_before(
     }  # fmt: skip
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_worker_that_raised_does_not_begin_what_it_was_given_ahead(
     metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,7 +392,7 @@ def test_what_is_begun_ahead_takes_no_cores_from_a_deeper_stage(
     assert lines.index(next(line for line in lines if "second" in line)) < 6
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_gpu")
 def test_a_worker_that_leaves_has_its_gpu_until_it_has_left(metadata: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes"

@@ -47,7 +47,7 @@ def requests(number: int) -> list[Request]:
     return [Request(str(n), world.jpeg(world.draw(scene, 128), 95)) for n, scene in enumerate(scenes)]
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_captions_are_those_of_one_process(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the feeders hold at a time, some of which are no pictures."""
     asked = requests(3 * AHEAD)
@@ -61,7 +61,7 @@ def test_captions_are_those_of_one_process(engine: Engine, monkeypatch: pytest.M
     assert sum(not reply.error for reply in fed.values()) == len(asked) - 2
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_columns_and_shards_share_what_room_the_feeders_have(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +92,7 @@ def test_columns_and_shards_share_what_room_the_feeders_have(
     assert engine.jobs == []
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_a_feeder_that_is_killed_is_replaced_and_costs_nothing(engine: Engine, feeder: Feeder) -> None:
     before = engine.replies(SETTINGS, requests(8))
     for child in children(feeder.template.pid):
@@ -100,7 +100,7 @@ def test_a_feeder_that_is_killed_is_replaced_and_costs_nothing(engine: Engine, f
     assert engine.replies(SETTINGS, requests(8)) == before
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_an_image_of_which_feeders_die_fails_alone(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is at it dies."""
     (picture, *_) = requests(1)
@@ -118,7 +118,7 @@ def test_an_image_of_which_feeders_die_fails_alone(feeder: Feeder, monkeypatch: 
         os.kill(child, signal.SIGCONT)
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_feeders_end_with_the_process_that_has_them(feeder: Feeder) -> None:
     """Also where it is killed: then the kernel closes its sockets, as here."""
     those = [feeder.template.pid, *children(feeder.template.pid)]

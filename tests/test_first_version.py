@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, recap
+from conftest import ROOT, recap_here
 
 from analysis.diff import diff
 from builder.core import Recipe
@@ -40,7 +40,7 @@ def old_target(tmp_path: Path) -> Path:
 def test_a_version_is_verified_and_read(old_target: Path) -> None:
     assert verify(f"{old_target}@v0.1.0")["problems"] == []
     rows = json.loads(
-        recap(
+        recap_here(
             "sql", f"{old_target}@v0.1.0", "select count(short_caption) as n from published", "--json"
         ).stdout
     )
@@ -78,7 +78,7 @@ def test_a_run_is_looked_at_and_published(old_run: Path, old_target: Path, tmp_p
     )
     same = [name for name in before["files"] if before["files"][name] == after["files"].get(name)]
     assert {name for name in before["files"] if name.endswith(".parquet")} <= set(same)
-    assert recap("explore", old_run, "--out", tmp_path / "page").returncode == 0
+    assert recap_here("explore", old_run, "--out", tmp_path / "page").exit_code == 0
     assert len(list((tmp_path / "page" / "thumbs").rglob("*.jpg"))) == 18
 
 

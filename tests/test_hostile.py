@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import outlived
+from conftest import FULL, outlived
 from hostile import documents, models, places, queries, settings, tables
 from hostile.case import Case, Outcome, Situation, published
 
@@ -35,7 +35,7 @@ ALL = list(
         kind.cases() for kind in (tables, settings, models, documents, places, queries)
     )
 )
-CASES = ALL if os.environ.get("RECAP_FULL") else ALL[::3]
+CASES = ALL if FULL else ALL[::3]
 CPU_S, LIMIT_S = (
     40,
     120,
@@ -255,6 +255,7 @@ def entries(folder: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_mistake_is_one_line_that_names_its_place(case: Case, forks: Forks, ground: Ground) -> None:
     judged(case, ground, forks)

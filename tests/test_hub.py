@@ -34,10 +34,6 @@ from builder.versions.remove import remove
 from builder.versions.verify import verify
 from builder.versions.version import MANIFEST, Staged
 
-FULL = (
-    os.environ.get("RECAP_FULL") == "1"
-)  # every kill and every fault on every route; measured in CONTRIBUTING.md
-
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
@@ -170,7 +166,7 @@ def test_a_dry_run_sends_nothing(server: Server, staged: Staged) -> None:
     assert {call.method for call in server.calls} == {"GET"}
 
 
-@pytest.mark.skipif(not FULL, reason="half a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_the_command_line_publishes_verifies_and_says_how_to_load(
     server: Server, demo_run: Path, staged: Staged, tmp_path: Path
 ) -> None:
@@ -373,7 +369,7 @@ def run_until(
     return code
 
 
-@pytest.mark.skipif(not FULL, reason="half a minute; make test-slow runs it")
+@pytest.mark.slow
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 def test_killed_at_every_call_and_again_it_is_published_once(
     server: Server, staged: Staged, forkserver: Any, xet: bool
@@ -383,20 +379,19 @@ def test_killed_at_every_call_and_again_it_is_published_once(
     number = len(server.calls)
     assert_published_once(server, staged, "me/whole")
     moments = [(k, when) for k in range(1, number + 1) for when in ("call", "call_after")]
-    chosen = moments if FULL else moments[:: 5 if xet else 3]
     again = random.Random(1)
     killed = 0
-    for index, moment in enumerate(chosen):
+    for index, moment in enumerate(moments):
         repo = f"me/killed-{index}"
         for kill in (moment, (again.randrange(1, number // 2), again.choice(("call", "call_after")))):
             killed += run_until(forkserver, server, staged, repo, kill, xet=xet) == -signal.SIGKILL
         assert run_until(forkserver, server, staged, repo, None, xet=xet) == 0
         assert_published_once(server, staged, repo)
     survived(
-        f"publishing survived {killed} kills at {len(chosen)} of {len(moments)} moments "
+        f"publishing survived {killed} kills at {len(moments)} moments "
         f"of {number} calls ({'Xet' if xet else 'LFS'})"
     )
-    assert killed >= len(chosen)
+    assert killed >= len(moments)
 
 
 FAULTS = [
@@ -407,7 +402,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not FULL, reason="half a minute; make test-slow runs it")
+@pytest.mark.slow
 def test_every_fault_on_every_route_is_survived(
     server: Server, staged: Staged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -484,7 +479,7 @@ def test_two_publishers_of_the_same_bytes_publish_it_once(
 def test_many_files_take_many_commits_and_main_moves_once(
     server: Server, staged: Staged, tmp_path: Path
 ) -> None:
-    many = {f"ledger/part-{k:05d}.parquet": b"PAR1%d" % k for k in range(1500)}
+    many = {f"ledger/part-{k:05d}.parquet": b"PAR1%d" % k for k in range(350)}
     version = other(staged, tmp_path / "many", **many)
     server.faults.append(Fault("commit", 2, "applied_then_status", status=504))
     hub().publish(version)
@@ -492,7 +487,7 @@ def test_many_files_take_many_commits_and_main_moves_once(
     assert sum(call.route == "commit" for call in server.calls) == -(-len(version.promised()) // 100)
 
 
-@pytest.mark.skipif(not FULL, reason="writes 4 GB; RECAP_FULL=1 runs it")
+@pytest.mark.slow
 def test_a_shard_of_two_gigabytes_takes_no_memory(
     server: Server, staged: Staged, forkserver: Any, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ def replies(place: Path) -> set[str]:
     return found
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="eight minutes; make test-slow runs it")
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kill_minus_nine_at_random_moments(demo_run: Path, tmp_path: Path) -> None:
     """The demo again, over the same web: two runs at a time, for a build waits more than it computes."""

@@ -1,6 +1,6 @@
 """What comes from strangers, in every shape: each reader of it keeps its promise for any input.
 
-The inputs are hypothesis's, the same ones on every run; RECAP_FULL=1 tries ten times as many.
+The inputs are hypothesis's, the same ones on every run; make test-slow tries ten times as many.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 import yarl
-from conftest import CAPTIONER, SESSION, a_version
+from conftest import CAPTIONER, FULL, SESSION, a_version
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -63,6 +63,7 @@ from cards.card import card
 from cards.explore import PAGE, explore
 from recipes.datasets import demo
 
+pytestmark = pytest.mark.full
 set_hypothesis_home_dir(SESSION / "hypothesis")
 Connection = duckdb.DuckDBPyConnection
 ALIKE = settings(
@@ -74,7 +75,7 @@ ALIKE = settings(
 
 
 def tried(examples: int) -> settings:
-    return settings(ALIKE, max_examples=examples * (10 if os.environ.get("RECAP_FULL") else 1))
+    return settings(ALIKE, max_examples=examples * (10 if FULL else 1))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import duckdb
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, fill, mounted, output_of, recap, record_of, web_of
+from conftest import ROOT, fill, mounted, output_of, recap, recap_here, record_of, web_of
 
 from builder.errors import InputError, VersionError
 from builder.stages.select import LEDGER, SCHEMA
@@ -276,19 +276,17 @@ def test_a_place_may_be_relative(version: Path, tmp_path: Path, monkeypatch: pyt
         assert verify(place)["problems"] == [], place
     uid = pq.read_table(next((version / "data").glob("train-*.parquet")))["uid"][0].as_py()
     Path("uids.txt").write_text(f"\ufeff{uid.upper()}\n\n")
-    said = recap(
-        "remove", "out", "--uids", "uids.txt", "--version", "0.1.1", "--dry-run", cwd=tmp_path
-    ).stdout
+    said = recap_here("remove", "out", "--uids", "uids.txt", "--version", "0.1.1", "--dry-run").stdout
     assert "1 rows would be removed" in said
     assert "Older versions" not in said
     for arguments in (
         ["out", "--version", "0.2"],
         ["out@v0.0.9", "--version", "0.1.2"],
     ):
-        assert "version" in recap("remove", *arguments, "--uids", "uids.txt", check=2, cwd=tmp_path).stderr
+        assert "version" in recap_here("remove", *arguments, "--uids", "uids.txt", check=2).stderr
     assert (
         "cannot be read"
-        in recap("remove", "out", "--version", "0.1.2", "--uids", "none.txt", check=2, cwd=tmp_path).stderr
+        in recap_here("remove", "out", "--version", "0.1.2", "--uids", "none.txt", check=2).stderr
     )
 
 
@@ -319,6 +317,7 @@ def test_hostile_captions_cannot_break_the_card(copied_run: Path) -> None:
     assert all(line.startswith("    ") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(
     copied_run: Path, tmp_path: Path
 ) -> None:

@@ -32,7 +32,6 @@ from builder.stages.textfeatures import TextFeatures
 
 ray = pytest.importorskip("ray", reason="the extra recapkit[ray] is not installed")
 ROWS = 6
-SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="a minute; make test-slow runs it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ def outputs(place: str | Path, stages: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-@SLOW
+@pytest.mark.slow
 def test_records_are_those_of_local(  # type: ignore[no-untyped-def]
     on_ray: Executor, server: S3, recipe_of, tmp_path: Path
 ) -> None:
@@ -121,7 +120,7 @@ def test_records_are_those_of_local(  # type: ignore[no-untyped-def]
     assert all(one == found[0] for one in found)
 
 
-@SLOW
+@pytest.mark.slow
 def test_what_a_dit_reads_is_made_on_ray_as_here(on_ray: Executor, demo_run: Path, tmp_path: Path) -> None:
     """Latents and features of texts, of a copy of the demo's run on each: their tables to the byte, and their
     numbers, in halves, nearly: convolutions sum as their number of threads wants it.
@@ -172,7 +171,7 @@ def test_a_cluster_is_asked_for_the_gpus_that_workers_would_fill(monkeypatch: py
     assert asked == [64 + 2 + 6]
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True])
 def test_a_worker_that_dies_costs_its_shard_an_attempt(
     on_ray: Executor,
@@ -192,7 +191,7 @@ def test_a_worker_that_dies_costs_its_shard_an_attempt(
     assert len(result.done) == 2 * ROWS - always
 
 
-@SLOW
+@pytest.mark.slow
 def test_what_cannot_be_opened_is_told_in_one_line(on_ray: Executor, recipe_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     stage = Broken(name="broken", notes=str(tmp_path / "notes"), after_stage="source", share=0.0)
     with pytest.raises(InputError, match="stage broken cannot start: OSError: no such model"):

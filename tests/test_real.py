@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -104,7 +103,7 @@ def check(shared: Path, site: Path, result: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="two minutes; make test-slow runs it")
+@pytest.mark.slow
 def test_every_row_agrees_and_memory_stays_low(shared: Path, site: Path, tmp_path: Path) -> None:
     """With verification; the whole line, with bombs of 400 million pixels in it, under 4 GB."""
     build = subprocess.Popen(
@@ -135,7 +134,7 @@ def test_every_row_agrees_and_memory_stays_low(shared: Path, site: Path, tmp_pat
     assert len(train) > 0.7 * ROWS
 
 
-@pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="two minutes; make test-slow runs it")
+@pytest.mark.slow
 def test_every_row_agrees_without_verification(shared: Path, site: Path, tmp_path: Path) -> None:
     """Up to the ledger: which images are placeholders is known when all are there, and said at the end."""
     recap(*command(site, tmp_path / "run", False))

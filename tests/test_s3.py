@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -22,8 +21,6 @@ from builder.errors import InputError
 from builder.executors.work import in_this_process
 from builder.run import build
 from builder.stages.source import Source
-
-SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="four minutes; make test-slow runs it")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,7 @@ def run(server: S3, demo_run: Path) -> str:
     return place
 
 
-@SLOW
+@pytest.mark.slow
 def test_the_same_is_published(run: str, demo_run: Path, tmp_path: Path) -> None:
     recap("publish", run, tmp_path / "published", "--version", "0.1.0")
     here, there = (
@@ -75,7 +72,7 @@ def test_the_same_is_published(run: str, demo_run: Path, tmp_path: Path) -> None
     assert "is there already" in recap("publish", run, tmp_path / "published", "--version", "0.1.0").stdout
 
 
-@SLOW
+@pytest.mark.slow
 def test_it_is_looked_at_as_a_folder(run: str, demo_run: Path, tmp_path: Path) -> None:
     of_time = re.compile(r'"(rows_per_s|eta_s)": [^,\n]*')
     status = [of_time.sub("", recap("status", place, "--json").stdout) for place in (run, demo_run)]
@@ -91,7 +88,7 @@ def test_it_is_looked_at_as_a_folder(run: str, demo_run: Path, tmp_path: Path) -
     assert row["shards_left"] == 0
 
 
-@SLOW
+@pytest.mark.slow
 def test_rows_are_downloaded_again(run: str, demo_run: Path) -> None:
     with web_of(demo_run):
         done = recap("retry", run, "--status", "dead_link", "--json")
@@ -100,7 +97,7 @@ def test_rows_are_downloaded_again(run: str, demo_run: Path) -> None:
     assert json.loads(again.stdout)["failed"] == {}
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_second_build_does_nothing(run: str) -> None:
     done = recap("build", f"{run}/recipe.json", "--run", run, "--json")
     assert json.loads(done.stdout)["done"] == 0

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import regex
-from conftest import CAPTIONER, a_version, recap
+from conftest import CAPTIONER, a_version, recap, recap_here
 from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Tokenizer
 
@@ -1470,14 +1470,14 @@ def test_a_table_that_cannot_be_used_is_a_users_mistake(tmp_path: Path, name: st
 @pytest.mark.parametrize("name", THROUGH_THE_COMMAND_LINE)
 def test_a_table_that_cannot_be_used_is_two_lines_on_the_command_line(tmp_path: Path, name: str) -> None:
     case = bad(name, tmp_path)
-    done = recap("stats", case.place, *case.arguments, check=2)
+    done = recap_here("stats", case.place, *case.arguments, check=2)
     assert re.match(rf"recap: (.*[/ ])?{case.says}", done.stderr)
     assert len(done.stderr.splitlines()) == 2
     assert (done.stdout, "Traceback" in done.stderr) == ("", False)
 
 
 def test_sql_says_the_same(tmp_path: Path) -> None:
-    done = recap("sql", bad("utf8 csv", tmp_path).place, "from captions", check=2)
+    done = recap_here("sql", bad("utf8 csv", tmp_path).place, "from captions", check=2)
     assert re.match(r"recap: .*a\.csv cannot be read: .*\n  write its text as UTF-8\n$", done.stderr)
 
 

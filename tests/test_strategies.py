@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import recap
+from conftest import recap_here
 
 from analysis.select import Given, names, select, selecting, uids_near_targets, write
 from analysis.views import Parts
@@ -167,24 +167,26 @@ def test_a_subset_is_datacomps(pool: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Path) -> None:
-    done = recap("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
+    done = recap_here("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
     assert json.loads(done.stdout)["rows"] == {"org_caption": 301}
-    assert "needs a fraction" in recap("select", pool, "raw_top", "--out", tmp_path / "s", check=2).stderr
+    assert (
+        "needs a fraction" in recap_here("select", pool, "raw_top", "--out", tmp_path / "s", check=2).stderr
+    )
     assert (
         "Unexpected keyword"
-        in recap("select", pool, "raw_top", "fracton=0.3", "--out", tmp_path / "s", check=2).stderr
+        in recap_here("select", pool, "raw_top", "fracton=0.3", "--out", tmp_path / "s", check=2).stderr
     )
     assert (
         "no share of the pool"
-        in recap("select", pool, "raw_top", "fraction=30", "--out", tmp_path / "s", check=2).stderr
+        in recap_here("select", pool, "raw_top", "fraction=30", "--out", tmp_path / "s", check=2).stderr
     )
     assert (
         "cannot be read"
-        in recap("select", pool, "text_based", "words=none.txt", "--out", tmp_path / "s", check=2).stderr
+        in recap_here("select", pool, "text_based", "words=none.txt", "--out", tmp_path / "s", check=2).stderr
     )
     assert (
         "there is no strategy 'best'"
-        in recap("select", pool, "best", "--out", tmp_path / "s", check=2).stderr
+        in recap_here("select", pool, "best", "--out", tmp_path / "s", check=2).stderr
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -21,8 +20,6 @@ from recipes.dit import table7
 from recipes.evaluate import results
 from recipes.evaluate.results import Result, metric
 from recipes.study import Found
-
-SLOW = pytest.mark.skipif(not os.environ.get("RECAP_FULL"), reason="three minutes; make test-slow runs it")
 
 
 def written(folder: Path, arm: str, seed: int, hits: list[float], protocol: str = "p") -> Path:
@@ -65,7 +62,7 @@ def test_what_was_written_below_a_page_stays(tmp_path: Path) -> None:
     assert page.read_text() == "# Two\n\n## Remarks\n\nLook at the third row.\n"
 
 
-@SLOW
+@pytest.mark.slow
 def test_table_3_is_made_and_what_is_done_is_not_done_again(demo_run: Path, tmp_path: Path) -> None:
     given = [
         "--arms", "0.5,1", "--seeds", "1", "--scenes", "200", "--version", str(published_in(demo_run)),
@@ -97,7 +94,7 @@ def test_table_3_is_made_and_what_is_done_is_not_done_again(demo_run: Path, tmp_
     assert "| S | small | none | 60.7 |" in text  # the paper's
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_demo_ends_with_what_its_captions_are_worth(
     demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +105,7 @@ def test_a_demo_ends_with_what_its_captions_are_worth(
     shutil.rmtree(tmp_path / "demo-clip")
 
 
-@SLOW
+@pytest.mark.slow
 def test_table_7_is_made(demo_run: Path, tmp_path: Path) -> None:
     given = [
         "--arms", "0,1", "--seeds", "1", "--scenes", "20", "--version", str(published_in(demo_run)),
