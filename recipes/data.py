@@ -401,6 +401,7 @@ def batches(
     loader = DataLoader(
         pairs, batch_size=None, sampler=firsts, num_workers=workers,
         prefetch_factor=AHEAD if workers else None, pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None,  # whatever a program has made its own default
     )  # fmt: skip
     # Kept, or the memory of each batch is mapped anew, as it is when they are pinned.
     mapped = deque[torch.Tensor](maxlen=workers * (AHEAD + 1))

@@ -145,12 +145,15 @@ def demo_run() -> Path:
 
 
 def with_stage(run: Path, place: Path, stage: Stage) -> Path:
-    """A copy of a run, with one stage more."""
+    """A copy of a run, with one stage more, made in this process."""
+    from builder.executors.work import in_this_process
     from builder.run import Run, build
 
     shutil.copytree(run, place)
     recipe = Run.open(place).recipe
-    assert build(replace(recipe, stages=(*recipe.stages, stage)), place).failed == {}
+    assert (
+        build(replace(recipe, stages=(*recipe.stages, stage)), place, executor=in_this_process).failed == {}
+    )
     return place
 
 

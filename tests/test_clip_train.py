@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +25,7 @@ from test_data import published_in
 from test_hub import server  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import recipes.training
 from builder.errors import InputError, RecipeError, VersionError
 from recipes.clip import model as clip
 from recipes.clip import trainings
@@ -163,28 +164,38 @@ def test_a_part_sees_the_patches_that_it_saw_before() -> None:
     assert first.shape[1] == 1 + 16 // 2
 
 
+@pytest.fixture(scope="module")
+def forkserver() -> Any:
+    """Its processes have imported already what a training needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["recipes.clip.train", "test_clip_train"])
+    return context
+
+
+def _train(training: Training, place: Path, **environment: str) -> None:
+    os.environ |= environment
+    recipes.training.REPORT_S = 0.0
+    train(training, place, say=lambda _: None)
+
+
 @pytest.mark.full
 def test_a_training_that_was_killed_goes_on_to_the_same_bits(
-    demo_run: Path, tmp_path: Path, every_step: None
+    demo_run: Path, tmp_path: Path, every_step: None, forkserver: Any
 ) -> None:
     """kill -9, the same again, and the log and the weights are those of one that was
     not killed.
     """
     whole = train(a_training(demo_run), tmp_path / "whole", say=lambda _: None)
-    code = (
-        "import recipes.training as t; from recipes.clip.train import *; from recipes.clip.model import *; "
-        "from pathlib import Path; t.REPORT_S = 0.0; "
-        f"train({a_training(demo_run)!r}, Path({str(tmp_path / 'killed')!r}))"
-    )
     for steps in (2, 5) if FULL else (3,):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = forkserver.Process(target=_train, args=(a_training(demo_run), tmp_path / "killed"))
+        process.start()
         end = time.monotonic() + 120
         while len(losses(tmp_path / "killed") if (tmp_path / "killed/log.jsonl").exists() else {}) < steps:
-            assert process.poll() is None
+            assert process.is_alive()
             assert time.monotonic() < end
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     there = train(a_training(demo_run), tmp_path / "killed", say=lambda _: None)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert (there / clip.WEIGHTS).read_bytes() == (whole / clip.WEIGHTS).read_bytes()
@@ -202,9 +213,9 @@ WAYS = {
 @pytest.mark.full
 @pytest.mark.parametrize("way", WAYS if FULL else ["ddp"])
 def test_two_processes_have_the_losses_of_one(
-    demo_run: Path, tmp_path: Path, every_step: None, way: str
+    demo_run: Path, tmp_path: Path, every_step: None, forkserver: Any, way: str
 ) -> None:
-    """In parts, too; and one goes on where two were."""
+    """In parts, too; and one goes on where two were. By torchrun, when all ways are tried."""
     training = a_training(demo_run, workers=0, **WAYS[way])
     code = (
         "import recipes.training as t; from recipes.clip.train import *; from recipes.clip.model import *; "
@@ -219,11 +230,27 @@ def test_two_processes_have_the_losses_of_one(
         "--master-addr=127.0.0.1",
         "--master-port=29587",
     ]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "run.py")], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    if FULL:
+        done = subprocess.run(
+            [sys.executable, *command, str(tmp_path / "run.py")], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, timeout=200, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "GLOO_SOCKET_IFNAME": "lo"}
+        both = [
+            forkserver.Process(
+                target=_train,
+                args=(replace(training, micro=8), tmp_path / "two"),
+                kwargs=place | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
+            )
+            for rank in "01"
+        ]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(200)
+        assert [process.exitcode for process in both] == [0, 0]
     train(training, tmp_path / "one", say=lambda _: None)
     ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert theirs == pytest.approx(ours, rel=1e-5)

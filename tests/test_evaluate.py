@@ -186,7 +186,7 @@ def test_recall_on_real_photos_is_clip_benchmarks(shared: Path, model: Model) ->
     from clip_benchmark.datasets.builder import image_captions_collate_fn
     from clip_benchmark.metrics.zeroshot_retrieval import evaluate
 
-    images = 1000 if FULL else 200
+    images = 1000 if FULL else 100
     pairs = flickr8k(shared, images)
     rows = [(model.clip.preprocess(p.of(p.read())), texts) for p, texts in pairs.pictures()]
     loader = torch.utils.data.DataLoader(rows, batch_size=128, collate_fn=image_captions_collate_fn)

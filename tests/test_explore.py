@@ -682,6 +682,7 @@ def test_a_lost_chunk_is_told(page: Page, server: tuple[Path, str]) -> None:
     until(page, "document.getElementById('summary').textContent.includes('rows/00000.json.gz: 404')")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_answer_at_once(page: Page, server: tuple[Path, str]) -> None:
     root, address = server
     rng, number = random.Random(1), 100_000

@@ -137,7 +137,13 @@ def test_other_bytes_under_a_version_are_refused(copied_run: Path, tmp_path: Pat
     }
 
 
-@pytest.mark.parametrize("damage", ["a byte in the middle", "pages", "footer", "zeros"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "a byte in the middle",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("pages", "footer", "zeros")),
+    ],
+)
 def test_a_damaged_file_of_a_run_is_made_again_by_the_build_that_is_named(
     copied_run: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -351,7 +357,9 @@ def test_a_killed_publish_leaves_nothing_visible_and_the_next_one_finishes(
     assert LEDGER.names == pq.read_schema(next((final / "ledger").glob("*.parquet"))).names
 
 
-@pytest.mark.parametrize("kib_left", [0, 8, 60, 100])
+@pytest.mark.parametrize(
+    "kib_left", [0, pytest.param(8, marks=pytest.mark.slow), 60, pytest.param(100, marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_told_and_the_same_command_goes_on(
     demo_run: Path, tmp_path: Path, kib_left: int
 ) -> None:

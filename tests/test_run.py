@@ -612,6 +612,7 @@ def attempts(folder: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.attempts"))}
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_its_worker_and_one_that_raises_cost_only_themselves(
     users_file: Path, tmp_path: Path
 ) -> None:

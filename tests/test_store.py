@@ -453,6 +453,7 @@ def plain_outputs(store: Store, recipe: Recipe) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_bytes_wherever_it_is(tmp_path: Path) -> None:
     """A folder, objects in memory, and objects on a disk with worker processes."""
     web.make(tmp_path / "web", rows=60, seed=208, port=PORT, num_files=2)
