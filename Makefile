@@ -15,7 +15,7 @@ test: $(VENV)/.ready chromium
 	$(RUN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # What takes long: real photos without verification, more kills, every hostile input, every kill of a publish, a shard of 2 GB,
-# ten times the examples, other architectures, a real endpoint, nodes of a cluster that die, a Slurm job, a run on S3.
+# twenty times the examples, other architectures, a real endpoint, nodes of a cluster that die, a Slurm job, a run on S3.
 test-slow: $(VENV)/.ready
 	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow or full"
 

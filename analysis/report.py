@@ -59,24 +59,24 @@ def stats(parts: Parts, options: Options | None = None) -> dict[str, Any]:
         for name, table in given.items():
             con.register(name, table)
         made = _MADE | {"tokens": partial(_tokens, counter=counter)}
-        ours = "ledger" in _views(con)
         prepare(con)
+        there = _views(con)
         for path, (sql, reads) in queries.items():
             answer: dict[str, Any] = {"sha256": hashlib.sha256(sql.encode()).hexdigest()}
             absent = next(
                 (
                     f"no {name} here"
                     for name in ("defects", "ratings", "ledger", "scores")
-                    if name in reads and name not in _views(con)
+                    if name in reads and name not in there
                 ),
                 None,
             )
-            for name in sorted(reads & set(made)):
-                if name not in _views(con):
-                    try:
-                        con.register(name, made[name](con))
-                    except _Absent as reason:
-                        absent = str(reason)
+            for name in sorted((reads & set(made)) - there):
+                try:
+                    con.register(name, made[name](con))
+                    there.add(name)
+                except _Absent as reason:
+                    absent = str(reason)
             try:
                 if absent:
                     answer["absent"] = absent
@@ -84,7 +84,7 @@ def stats(parts: Parts, options: Options | None = None) -> dict[str, Any]:
                     with views.telling_what_is_undeclared(path, "reads"):
                         answer["rows"] = finite(con.sql(sql).to_arrow_table().to_pylist())
             except duckdb.BinderException as error:
-                if ours:
+                if "ledger" in there:  # ours
                     raise
                 # In somebody else's table.
                 column = re.search(r'Referenced column "(\w+)" not found', str(error))

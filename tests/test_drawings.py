@@ -202,6 +202,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
         list(odd.images())
 
 
+@pytest.mark.slow
 def test_a_model_draws_what_it_is_asked_for(tmp_path: Path) -> None:
     """Fewer scenes, more, and other prompts have each their own pictures."""
     torch.manual_seed(0)

@@ -156,12 +156,14 @@ def reals(
     wanted = {
         item.callspec.params.get("real")
         for item in request.session.items
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and not item.get_closest_marker("skip")
     }
     with ThreadPoolExecutor(2) as pool:
         begun = {
             name: pool.submit(real, Ground(tmp_path_factory.mktemp("r"), finished).made())
-            for name, real in REALS.items()
+            for name, real in (REALS | AS_PROCESSES).items()
             if name in wanted
         }
         yield begun
@@ -399,14 +401,18 @@ REALS: dict[str, Real] = {
     "standard input is closed": no_standard_input,
     "a terminal of ASCII only": ascii_only,
     "the folder that it is started in is gone": a_folder_that_is_gone,
-    **{case.name: partial(judged, case, run=as_a_process) for case in ALL if case.real},
+}
+AS_PROCESSES: dict[str, Real] = {
+    case.name: partial(judged, case, run=as_a_process) for case in ALL if case.real
 }
 
 
-@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize(
+    "real", [*REALS, *(pytest.param(name, marks=pytest.mark.slow) for name in AS_PROCESSES)]
+)
 def test_a_real_process_says_one_line_too(real: str, reals: dict[str, Future[None]]) -> None:
     reals[real].result()
 
 
 def test_there_are_enough_real_ones() -> None:
-    assert len(REALS) >= 20
+    assert len(REALS | AS_PROCESSES) >= 20
