@@ -16,7 +16,7 @@ test: $(VENV)/.ready chromium
 
 # What takes long: real photos without verification, more kills, every hostile input, every kill of a publish, a shard of 2 GB,
 # twenty times the examples, other architectures, a real endpoint, nodes of a cluster that die, a Slurm job, a run on S3.
-test-slow: $(VENV)/.ready
+test-slow: $(VENV)/.ready chromium
 	RECAP_FULL=1 $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow or full"
 
 # A browser for the tests of the explorer page; where it cannot be installed they skip and say so.

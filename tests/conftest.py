@@ -123,6 +123,11 @@ def recap_here(*arguments: object, check: int = 0) -> Result:
     return done
 
 
+def recap_if_full(*arguments: object, check: int = 0) -> subprocess.CompletedProcess[str] | Result:
+    """A process of its own in make test-slow, in this one otherwise."""
+    return recap(*arguments, check=check) if FULL else recap_here(*arguments, check=check)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real photos, captions and alt text; not part of the project."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,15 @@ def test_a_part_sees_the_patches_that_it_saw_before() -> None:
 
 
 @pytest.fixture(scope="module")
-def forkserver() -> Any:
-    """Its processes have imported already what a training needs."""
+def forkserver() -> Iterator[Any]:
+    """Its processes have imported already what a training needs. It goes with these tests, for there is one
+    at a time, and another's processes would be as large.
+    """
     context = multiprocessing.get_context("forkserver")
+    multiprocessing.forkserver._forkserver._stop()
     context.set_forkserver_preload(["recipes.clip.train", "test_clip_train"])
-    return context
+    yield context
+    multiprocessing.forkserver._forkserver._stop()
 
 
 def _train(training: Training, place: Path, **environment: str) -> None:
@@ -210,39 +215,16 @@ WAYS = {
 }
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("way", WAYS if FULL else ["ddp"])
-def test_two_processes_have_the_losses_of_one(
-    demo_run: Path, tmp_path: Path, every_step: None, forkserver: Any, way: str
-) -> None:
-    """In parts, too; and one goes on where two were. By torchrun, when all ways are tried."""
-    training = a_training(demo_run, workers=0, **WAYS[way])
-    code = (
-        "import recipes.training as t; from recipes.clip.train import *; from recipes.clip.model import *; "
-        "from pathlib import Path; t.REPORT_S = 0.0; "
-        f"train({replace(training, micro=8)!r}, Path({str(tmp_path / 'two')!r}))"
-    )
-    (tmp_path / "run.py").write_text(f"if __name__ == '__main__':\n    {code}\n")
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-addr=127.0.0.1",
-        "--master-port=29587",
-    ]
-    if FULL:
-        done = subprocess.run(
-            [sys.executable, *command, str(tmp_path / "run.py")], cwd=ROOT, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, timeout=200, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-    else:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "GLOO_SOCKET_IFNAME": "lo"}
+def in_two(forkserver: Any, training: Training, out: Path) -> None:
+    """By two processes; by torchrun, which imports all anew, where there is time."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "GLOO_SOCKET_IFNAME": "lo"}
+    if not FULL:
         both = [
             forkserver.Process(
                 target=_train,
-                args=(replace(training, micro=8), tmp_path / "two"),
+                args=(training, out),
                 kwargs=place | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
+                daemon=True,  # one alone would wait for the other
             )
             for rank in "01"
         ]
@@ -251,17 +233,37 @@ def test_two_processes_have_the_losses_of_one(
         for process in both:
             process.join(200)
         assert [process.exitcode for process in both] == [0, 0]
+        return
+    code = (
+        "import recipes.training as t; from recipes.clip.train import *; from recipes.clip.model import *; "
+        f"from pathlib import Path; t.REPORT_S = 0.0; train({training!r}, Path({str(out)!r}))"
+    )
+    script = out.with_suffix(".py")
+    script.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    options = ["--nproc-per-node=2", f"--master-addr={place['MASTER_ADDR']}"]
+    options += [f"--master-port={place['MASTER_PORT']}", str(script)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | place | {"OMP_NUM_THREADS": "1"}, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS if FULL else ["ddp"])
+def test_two_processes_have_the_losses_of_one(
+    demo_run: Path, tmp_path: Path, every_step: None, forkserver: Any, way: str
+) -> None:
+    """In parts, too; and one goes on where two were."""
+    training = a_training(demo_run, workers=0, **WAYS[way])
+    in_two(forkserver, replace(training, micro=8), tmp_path / "two")
     train(training, tmp_path / "one", say=lambda _: None)
     ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert theirs == pytest.approx(ours, rel=1e-5)
     if not FULL:
         return  # another minute
     shutil.rmtree(tmp_path / "two" / "step-000000000192")
-    again = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "run.py")], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, timeout=200, check=False,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr[-3000:]
+    in_two(forkserver, replace(training, micro=8), tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(ours, rel=1e-5)
     shutil.rmtree(tmp_path / "two" / "step-000000000192")
     train(training, tmp_path / "two", say=lambda _: None)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLIP, ROOT, recap_here
+from conftest import CLIP, ROOT, recap_here, recap_if_full
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -640,10 +640,11 @@ def test_seeds_are_the_texts_own() -> None:
     assert len(set(seeds_of(["a", "a", "b"], 0) + seeds_of(["a", "a", "b"], 1))) == 6
 
 
+@pytest.mark.full
 def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
     version = published_in(demo_run)
     settings = [f"version={version}", f"images={demo_run}", "samples=64", "batch=32", "px=16", "workers=0"]
-    done = recap_here("train", "dit", "demo", *settings, "--out", tmp_path / "out", "--json")
+    done = recap_if_full("train", "dit", "demo", *settings, "--out", tmp_path / "out", "--json")
     model = json.loads(done.stdout)["model"]
     (tmp_path / "more.txt").write_text("a blue ring\n\na green cross\n")
     words = [
@@ -663,7 +664,7 @@ def test_the_commands(demo_run: Path, tmp_path: Path) -> None:
         "has no setting 'sample'"
         in recap_here("train", "dit", again[0], "sample=3", "--out", tmp_path / "x", check=2).stderr
     )
-    told = json.loads(recap_here("sample", model, "a red star", *words).stdout)
+    told = json.loads(recap_if_full("sample", model, "a red star", *words).stdout)
     assert (told["pictures"], told["sampler"], told["guidance"]) == (3, "euler", 2)
     with Image.open(tmp_path / "drawn" / "grid.png") as sheet:
         assert sheet.size == (3 * 65 - 1, 64)

@@ -481,6 +481,7 @@ def test_many_files_take_many_commits_and_main_moves_once(
 ) -> None:
     many = {f"ledger/part-{k:05d}.parquet": b"PAR1%d" % k for k in range(350)}
     version = other(staged, tmp_path / "many", **many)
+    server.tree_page = 100
     server.faults.append(Fault("commit", 2, "applied_then_status", status=504))
     hub().publish(version)
     assert_published_once(server, version)

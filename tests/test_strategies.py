@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import recap_here
+from conftest import recap_here, recap_if_full
 
 from analysis.select import Given, names, select, selecting, uids_near_targets, write
 from analysis.views import Parts
@@ -166,8 +166,9 @@ def test_a_subset_is_datacomps(pool: Path, tmp_path: Path) -> None:
     assert pq.read_table(table).num_rows == 602
 
 
+@pytest.mark.full
 def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Path) -> None:
-    done = recap_here("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
+    done = recap_if_full("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
     assert json.loads(done.stdout)["rows"] == {"org_caption": 301}
     assert (
         "needs a fraction" in recap_here("select", pool, "raw_top", "--out", tmp_path / "s", check=2).stderr
