@@ -170,25 +170,14 @@ def test_a_subset_is_datacomps(pool: Path, tmp_path: Path) -> None:
 def test_the_command_writes_a_subset_that_a_build_takes(pool: Path, tmp_path: Path) -> None:
     done = recap_if_full("select", pool, "raw_top", "fraction=0.3", "--out", tmp_path / "s", "--json")
     assert json.loads(done.stdout)["rows"] == {"org_caption": 301}
-    assert (
-        "needs a fraction" in recap_here("select", pool, "raw_top", "--out", tmp_path / "s", check=2).stderr
-    )
-    assert (
-        "Unexpected keyword"
-        in recap_here("select", pool, "raw_top", "fracton=0.3", "--out", tmp_path / "s", check=2).stderr
-    )
-    assert (
-        "no share of the pool"
-        in recap_here("select", pool, "raw_top", "fraction=30", "--out", tmp_path / "s", check=2).stderr
-    )
-    assert (
-        "cannot be read"
-        in recap_here("select", pool, "text_based", "words=none.txt", "--out", tmp_path / "s", check=2).stderr
-    )
-    assert (
-        "there is no strategy 'best'"
-        in recap_here("select", pool, "best", "--out", tmp_path / "s", check=2).stderr
-    )
+    for asked, said in (
+        (("raw_top",), "needs a fraction"),
+        (("raw_top", "fracton=0.3"), "Unexpected keyword"),
+        (("raw_top", "fraction=30"), "no share of the pool"),
+        (("text_based", "words=none.txt"), "cannot be read"),
+        (("best",), "there is no strategy 'best'"),
+    ):
+        assert said in recap_here("select", pool, *asked, "--out", tmp_path / "s", check=2).stderr
 
 
 def test_a_build_takes_only_the_rows_of_a_subset(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         pytest.skip("needs network and a token: RECAP_REAL_HUB=user HF_TOKEN=... runs it")
 
 
-ONCE = pytest.mark.parametrize(
+HUB_IS_SLOW = pytest.mark.parametrize(
     "target", ["folder", pytest.param("hub", marks=pytest.mark.slow), "real hub"], indirect=True
 )
 
@@ -97,7 +97,7 @@ def test_rows_go_and_the_rest_stays(target: str, staged: Staged) -> None:  # noq
         remove(target, "0.0.1", {"uid": [first]})
 
 
-@ONCE
+@HUB_IS_SLOW
 def test_rows_of_the_ledger_go_and_what_is_not_there_yet_is_kept_out(target: str, staged: Staged) -> None:  # noqa: F811
     """A dead link is published with its URL: its owner can have it taken out. What named no row is told."""
     target_of(target).publish(staged)
@@ -239,7 +239,7 @@ def in_two_shards(version: Staged, folder: Path) -> Staged:
     return put_together(folder, recipe, "0.1.0", of_kind, rows.to_pylist(), parts, tombstones.table({}), {})
 
 
-@ONCE
+@HUB_IS_SLOW
 def test_what_any_version_removed_stays_removed(target: str, staged: Staged, tmp_path: Path) -> None:  # noqa: F811
     """Also in a version made from an older one, whose untouched shards the newest does not have."""
     where, first = target_of(target), in_two_shards(staged, tmp_path / "first")
